@@ -1,0 +1,1 @@
+"""How one rollout comes to be: engines that speak tokens, agent loops that speak turns, rewards that judge."""

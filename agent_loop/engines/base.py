@@ -1,0 +1,189 @@
+"""The engine's contract: prompt tokens in, sampled tokens with log-probabilities and versions out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent_loop.errors import RequestRefusedError, WeightUpdateError
+from agent_loop.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+PauseMode = Literal["abort", "wait", "keep"]
+
+WeightSource = str | Path | Mapping[str, Any] | Iterable[tuple[str, Any]]
+"""Where new weights come from: a folder in Hugging Face's format, or a state dict (mapping or (name, tensor) pairs)."""
+
+OnTokens = Callable[["Completion"], None]
+"""Called with the tokens that are new since the last call, as a piece of a completion; on the event loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What one request gave: arrays of one length, a value a token.
+
+    Attributes:
+        token_ids: int32, the sampled tokens, the ending one included.
+        logprobs: float32, natural log of the probability with which each token was sampled.
+        versions: int32, `engine.version` when each token was sampled.
+        finish_reason: "stop" (EOS, a stop token or string), "length", or "abort" (interrupted: the tokens so far).
+    """
+
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    versions: NDArray[np.int32]
+    finish_reason: FinishReason
+
+    def __post_init__(self) -> None:
+        sizes = (len(self.token_ids), len(self.logprobs), len(self.versions))
+        if len(set(sizes)) != 1:
+            raise ValueError(f"token_ids, logprobs and versions have lengths {sizes}; they need one length")
+        if self.finish_reason not in get_args(FinishReason):
+            raise ValueError(f"unknown finish reason {self.finish_reason!r}; known are {get_args(FinishReason)}")
+
+    @classmethod
+    def of(cls, token_ids: Sequence[int], logprobs: Sequence[float], versions: int | Sequence[int], finish_reason: str) -> "Completion":
+        """A completion from lists; one number as `versions` stands for all tokens."""
+        ids = np.asarray(token_ids, np.int32)
+        stamped = np.full(ids.shape, versions, np.int32) if np.ndim(versions) == 0 else np.asarray(versions, np.int32)
+        return cls(ids, np.asarray(logprobs, np.float32), stamped, finish_reason)  # type: ignore[arg-type]  # checked above
+
+
+class Engine(ABC):
+    """An inference engine; an async context manager: `async with VLLMEngine(model) as engine`.
+
+    Subclasses implement the abstract methods and pass `agent_loop.testing.EngineSuite`. All methods are
+    coroutines of one event loop; many `generate` calls run at once.
+    """
+
+    def __init__(self) -> None:
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        """How many weight updates the policy has had; stamped on every sampled token."""
+        return self._version
+
+    @property
+    @abstractmethod
+    def max_length(self) -> int:
+        """The most tokens of prompt and response together."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Token ids lie in `range(vocab_size)`."""
+
+    @property
+    @abstractmethod
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens after which the model ends its response."""
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Start the engine; called by `async with`."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop it and everything it started; requests in flight end as aborted. Closing twice is fine."""
+
+    @abstractmethod
+    async def generate(
+        self,
+        prompt_ids: Sequence[int] | NDArray[np.int32],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        on_tokens: OnTokens | None = None,
+    ) -> Completion:
+        """Sample one response.
+
+        Args:
+            prompt_ids: prompt tokens, and those already sampled when a response is continued.
+            params: `max_tokens` counts the tokens sampled by this call.
+            request_id: unique among the requests in flight; names it for `interrupt`.
+            on_tokens: sees new tokens as they come, for checkpoints; each token exactly once.
+
+        Returns:
+            The whole response, or after `interrupt` the tokens so far with finish reason "abort".
+
+        Raises:
+            RequestRefusedError: an empty prompt, ids outside the vocabulary, or no room for `max_tokens`.
+            EngineDeadError: the engine is gone.
+            EngineError: this request failed.
+
+        Cancelling the call frees the request in the engine.
+        """
+
+    @abstractmethod
+    async def interrupt(self, request_ids: Collection[str] | None = None) -> None:
+        """End the given requests, or all, early: each `generate` returns what it has, with "abort".
+
+        Requests that are not in flight are ignored. New requests are welcome at once.
+        """
+
+    @abstractmethod
+    async def pause(self, mode: PauseMode = "abort") -> None:
+        """Stop sampling until `resume`; requests that arrive meanwhile wait.
+
+        `mode` says what becomes of requests in flight: "abort" ends them early, "wait" lets them finish,
+        "keep" freezes them, to go on after `resume`.
+        """
+
+    @abstractmethod
+    async def resume(self) -> None:
+        """Go on after `pause`; without a pause it does nothing."""
+
+    async def update_weights(self, source: WeightSource, version: int) -> None:
+        """Put new weights in force and stamp tokens with `version` from then on.
+
+        Requests in flight go on with the new weights, and carry both versions. Caches made with the old weights are
+        dropped for requests that start later.
+
+        Raises:
+            ValueError: `version` is below the present one.
+            WeightUpdateError: the weights could not be loaded; the old ones and their version are still in force.
+        """
+        if version < self._version:
+            raise ValueError(f"version={version} is below the engine's {self._version}; versions only grow: count up at each update")
+        try:
+            await self._load_weights(source, version)
+        except WeightUpdateError:
+            raise
+        except Exception as error:
+            raise WeightUpdateError(f"weights for version {version} were not loaded, {self._version} is still in force: {error}") from error
+        self._version = version
+
+    @abstractmethod
+    async def _load_weights(self, source: WeightSource, version: int) -> None:
+        """Load `source`; on failure raise and leave the old weights in force."""
+
+    @abstractmethod
+    async def health(self) -> None:
+        """Return if the engine answers, raise `EngineDeadError` (with the cause) if it does not."""
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    def check_request(self, prompt_ids: Sequence[int] | NDArray[np.int32], params: SamplingParams) -> NDArray[np.int32]:
+        """`prompt_ids` as int32, or `RequestRefusedError` naming the value, the bound and what to do."""
+        ids = np.asarray(prompt_ids, dtype=np.int64).reshape(-1)
+        if ids.size == 0:
+            raise RequestRefusedError("the prompt is empty; give at least one token")
+        if outside := [int(token) for token in ids[(ids < 0) | (ids >= self.vocab_size)][:3]]:
+            raise RequestRefusedError(f"token ids {outside} lie outside the vocabulary of {self.vocab_size}; was another tokenizer used?")
+        if ids.size + params.max_tokens > self.max_length:
+            raise RequestRefusedError(
+                f"a prompt of {ids.size} tokens and max_tokens={params.max_tokens} exceed the model's length of "
+                f"{self.max_length}; shorten the prompt or lower max_tokens"
+            )
+        return ids.astype(np.int32)

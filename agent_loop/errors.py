@@ -1,0 +1,29 @@
+"""What can go wrong between an agent loop, its engine and its reward."""
+
+
+class AgentLoopError(Exception):
+    """Root of every error that the agent loops, engines and rewards raise for a reason of their own."""
+
+
+class EngineError(AgentLoopError):
+    """The engine failed on a request or on a control call."""
+
+
+class EngineDeadError(EngineError):
+    """The engine is gone: nothing sent to it will be answered again. `__cause__` holds why, where it is known."""
+
+
+class EngineClosedError(EngineError, RuntimeError):
+    """The engine was used before it was opened or after it was closed."""
+
+
+class RequestRefusedError(EngineError, ValueError):
+    """The request can never succeed (bad ids, too long, unknown adapter); trying again is of no use."""
+
+
+class WeightUpdateError(EngineError):
+    """New weights could not be put in force; the old weights and version still are."""
+
+
+class RewardError(AgentLoopError):
+    """A reward function raised, took too long, or gave something that is not a finite number."""

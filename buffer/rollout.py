@@ -1,0 +1,275 @@
+"""What a rollout is: one response to one prompt (`RolloutState`), and the group scheduled together (`RolloutGroup`)."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from buffer.status import GROUP_WIDE, Status, group_status, parse_status
+
+FINISHED = frozenset({"stop", "length"})
+"""Finish reasons after which a response needs no more tokens."""
+
+
+class Position(NamedTuple):
+    """Where in its task's stream of prompts a group was drawn; unique within a task."""
+
+    epoch: int
+    offset: int
+
+
+class Turn(NamedTuple):
+    """A span `[start, end)` of the response's tokens and who produced it: "assistant" or "environment"."""
+
+    role: str
+    start: int
+    end: int
+
+
+def _array(values: ArrayLike | None, dtype: type[np.generic]) -> NDArray[Any]:
+    """A private read-only copy: arrays are replaced, never written to, so that a snapshot may share them."""
+    array = np.array([] if values is None else values, dtype=dtype).reshape(-1)
+    array.flags.writeable = False
+    return array
+
+
+@dataclass(slots=True, eq=False)
+class RolloutState:
+    """One response to one prompt, however many turns.
+
+    It is owned by one agent loop at a time. `response_ids` (int32), `logprobs` (float32, natural log, of the
+    sampled tokens), `loss_mask` (uint8, 1 where trainable) and `versions` (int32, the policy that produced the
+    token) always have one length. `append` is the only way tokens enter and `reset` the only way they leave.
+    """
+
+    group_id: int
+    index: int
+    task_name: str = "default"
+    status: Status = Status.PENDING
+    attempts: int = 0
+    interruptions: int = 0
+    error: str | None = None
+
+    row: Mapping[str, Any] = field(default_factory=dict)
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    prompt_ids: NDArray[np.int32] | None = None
+    media: list[Any] | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    response_ids: NDArray[np.int32] = field(default_factory=lambda: _array(None, np.int32))
+    logprobs: NDArray[np.float32] = field(default_factory=lambda: _array(None, np.float32))
+    loss_mask: NDArray[np.uint8] = field(default_factory=lambda: _array(None, np.uint8))
+    versions: NDArray[np.int32] = field(default_factory=lambda: _array(None, np.int32))
+    finish_reason: str | None = None
+    text: str | None = None
+    turns: list[Turn] = field(default_factory=list)
+
+    score: float | None = None
+    reward: float | None = None
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.status = parse_status(self.status)
+        if not self.task_name:
+            raise ValueError("task_name is empty; give every rollout the name of its task")
+        if self.index < 0:
+            raise ValueError(f"index {self.index} of a rollout in its group must be 0 or more")
+        if self.prompt_ids is not None:
+            self.prompt_ids = _array(self.prompt_ids, np.int32)
+        self.response_ids = _array(self.response_ids, np.int32)
+        self.logprobs = _array(self.logprobs, np.float32)
+        self.loss_mask = _array(self.loss_mask, np.uint8)
+        self.versions = _array(self.versions, np.int32)
+        self.turns = [Turn(*turn) for turn in self.turns]
+        self._check_lengths()
+        _check_logprobs(self.logprobs, self.loss_mask, self.rollout_id)
+
+    @property
+    def rollout_id(self) -> str:
+        """Unique over tasks, epochs and restarts of a run."""
+        return f"{self.task_name}-{self.group_id}-{self.index}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the response is whole ("stop" or "length"), scored or not."""
+        return self.finish_reason in FINISHED
+
+    @property
+    def min_version(self) -> int | None:
+        """The oldest version among the trainable tokens; None where there is none."""
+        trainable = self.versions[self.loss_mask == 1]
+        return int(trainable.min()) if trainable.size else None
+
+    def append(
+        self,
+        token_ids: Sequence[int] | NDArray[Any],
+        *,
+        logprobs: ArrayLike | None = None,
+        version: int | ArrayLike = 0,
+        trainable: bool = True,
+    ) -> None:
+        """Add tokens to the response.
+
+        Args:
+            token_ids: the new tokens, in order.
+            logprobs: of the sampled tokens, one a token; required and finite where trainable, else 0 by default.
+            version: of the policy that produced them; one number, or one a token.
+            trainable: False for tokens of tools and of the environment; they get mask 0.
+
+        Raises:
+            ValueError: unequal lengths, or a trainable token without a finite log-probability. Nothing is added.
+        """
+        ids = np.asarray(token_ids, dtype=np.int32).reshape(-1)
+        if ids.size == 0:
+            return
+        if logprobs is None and trainable:
+            raise ValueError(f"rollout {self.rollout_id}: trainable tokens need logprobs; pass them, or trainable=False")
+        new_logprobs = np.zeros(ids.size, np.float32) if logprobs is None else np.asarray(logprobs, dtype=np.float32).reshape(-1)
+        new_versions = np.broadcast_to(np.asarray(version, dtype=np.int32), ids.shape) if np.ndim(version) == 0 else np.asarray(version, dtype=np.int32)
+        new_mask = np.full(ids.size, 1 if trainable else 0, np.uint8)
+        for name, values in (("logprobs", new_logprobs), ("version", new_versions)):
+            if values.shape != ids.shape:
+                raise ValueError(f"rollout {self.rollout_id}: {ids.size} token ids came with {values.size} values of {name}; give one a token")
+        _check_logprobs(new_logprobs, new_mask, self.rollout_id)
+        start = self.response_ids.size
+        self.response_ids = _joined(self.response_ids, ids)
+        self.logprobs = _joined(self.logprobs, new_logprobs)
+        self.loss_mask = _joined(self.loss_mask, new_mask)
+        self.versions = _joined(self.versions, new_versions)
+        self._extend_turns("assistant" if trainable else "environment", start)
+
+    def reset(self) -> None:
+        """Forget the response and everything judged from it; the prompt, its media and its row stay."""
+        self.response_ids = _array(None, np.int32)
+        self.logprobs = _array(None, np.float32)
+        self.loss_mask = _array(None, np.uint8)
+        self.versions = _array(None, np.int32)
+        self.finish_reason = self.text = self.score = self.reward = None
+        self.turns, self.reward_parts, self.metrics = [], {}, {}
+
+    def _extend_turns(self, role: str, start: int) -> None:
+        end = int(self.response_ids.size)
+        if self.turns and self.turns[-1].role == role:
+            # An interrupted turn that goes on is one turn.
+            self.turns[-1] = self.turns[-1]._replace(end=end)
+        else:
+            self.turns.append(Turn(role, start, end))
+
+    def _check_lengths(self) -> None:
+        lengths = {name: getattr(self, name).size for name in ("response_ids", "logprobs", "loss_mask", "versions")}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"rollout {self.rollout_id}: lengths differ ({lengths}); ids, logprobs, mask and versions need one length")
+
+
+def _joined(old: NDArray[Any], new: NDArray[Any]) -> NDArray[Any]:
+    joined = np.concatenate([old, new])
+    joined.flags.writeable = False
+    return joined
+
+
+def _check_logprobs(logprobs: NDArray[np.float32], loss_mask: NDArray[np.uint8], rollout_id: str) -> None:
+    bad = (loss_mask == 1) & ~np.isfinite(logprobs)
+    if bad.any():
+        at = int(np.argmax(bad))
+        raise ValueError(f"rollout {rollout_id}: log-probability of trainable token {at} is {logprobs[at]}; it must be finite")
+
+
+@dataclass(slots=True, eq=False)
+class RolloutGroup:
+    """The rollouts of one prompt: what is scheduled, stored and trained on together.
+
+    `status` is derived from the members. `position` is the (epoch, offset) of the prompt in its task's stream.
+    """
+
+    group_id: int
+    rollouts: list[RolloutState]
+    task_name: str = "default"
+    position: Position | None = None
+    consumed_step: int | None = None
+    filter_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.rollouts:
+            raise ValueError(f"group {self.group_id} has no rollouts; a group holds at least one")
+        if self.position is not None:
+            self.position = Position(*self.position)
+        for index, rollout in enumerate(self.rollouts):
+            if (rollout.group_id, rollout.task_name, rollout.index) != (self.group_id, self.task_name, index):
+                raise ValueError(
+                    f"rollout {rollout.rollout_id} does not belong at index {index} of group {self.group_id} of task "
+                    f"{self.task_name!r}; give it the group's id and task, and its place as index"
+                )
+        group_status(self.statuses)
+
+    @property
+    def statuses(self) -> list[Status]:
+        """The members' statuses, in order."""
+        return [rollout.status for rollout in self.rollouts]
+
+    @property
+    def status(self) -> Status:
+        """Derived from the members; see `buffer.status.group_status`."""
+        return group_status(self.statuses)
+
+    @property
+    def min_version(self) -> int | None:
+        """The oldest version among the trainable tokens of all members; None where there is none."""
+        known = [version for rollout in self.rollouts if (version := rollout.min_version) is not None]
+        return min(known) if known else None
+
+    def mark(self, status: Status, *, reason: str | None = None) -> None:
+        """Give every member the group-wide `status`; `reason` says why a group was filtered."""
+        if status not in GROUP_WIDE:
+            raise ValueError(f"{status} is not a status of a whole group; those are {sorted(GROUP_WIDE)}")
+        for rollout in self.rollouts:
+            rollout.status = status
+        if status is Status.FILTERED:
+            self.filter_reason = reason or "no reason given"
+
+    @classmethod
+    def from_row(cls, group_id: int, row: Mapping[str, Any], *, group_size: int, task_name: str, position: Position) -> "RolloutGroup":
+        """A pending group of `group_size` rollouts for the dataset row; see `prompt_fields` for what a row holds."""
+        fields = prompt_fields(row)
+        rollouts = [RolloutState(group_id=group_id, index=index, task_name=task_name, row=row, **fields) for index in range(group_size)]
+        return cls(group_id=group_id, rollouts=rollouts, task_name=task_name, position=position)
+
+
+PROMPT_KEYS = ("prompt_ids", "prompt", "messages")
+
+
+def prompt_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `RolloutState` that a dataset row fills.
+
+    A row is a mapping with `prompt` (text, or a list of chat messages), `messages`, or `prompt_ids`; `media` and
+    `sampling` (overrides of the sampling parameters for this prompt) are optional, other columns travel in `row`.
+
+    Raises:
+        ValueError: the row is no mapping, has no prompt, or an empty one.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"a dataset row must be a mapping with a prompt, not {type(row).__name__}: {row!r:.100}")
+    present = [key for key in PROMPT_KEYS if row.get(key) is not None]
+    if not present:
+        raise ValueError(f"the row has no prompt: its columns are {sorted(map(str, row))}, and one of {PROMPT_KEYS} is needed")
+    if any(len(row[key]) == 0 for key in present):
+        raise ValueError(f"the row's prompt is empty: {', '.join(key for key in present if len(row[key]) == 0)}")
+    prompt = row.get("prompt")
+    fields: dict[str, Any] = {"prompt_ids": row.get("prompt_ids"), "messages": row.get("messages"), "media": row.get("media")}
+    if isinstance(prompt, str):
+        fields["prompt"] = prompt
+    elif prompt is not None:
+        fields["messages"] = _messages(prompt)
+    if row.get("sampling"):
+        fields["sampling"] = dict(row["sampling"])
+    return fields
+
+
+def _messages(prompt: Iterable[Any]) -> list[dict[str, Any]]:
+    messages = list(prompt)
+    if not all(isinstance(message, Mapping) and "role" in message for message in messages):
+        raise ValueError(f"a prompt must be text or a list of chat messages with a role each, not {prompt!r:.100}")
+    return [dict(message) for message in messages]
