@@ -1,0 +1,384 @@
+"""`EngineSuite`: what every engine promises, as a pytest class to subclass. A new engine starts by passing it.
+
+    @pytest_asyncio.fixture(scope="module", loop_scope="session")  # or in the class, where starting one is cheap
+    async def engine():
+        async with MyEngine(...) as engine:
+            yield engine
+
+    class TestMyEngine(EngineSuite):
+        def make_engine(self): return MyEngine(...)
+        async def reference_logprobs(self, engine, prompt_ids, response_ids, temperature): ...
+        def original_weights(self, engine): ...
+        def new_weights(self, engine): ...
+
+The suite needs pytest-asyncio in "auto" mode. The engine is shared by the tests; each leaves it running, unpaused and with the
+original weights (at a higher version). No test sleeps: a request is known to be in flight by the first call of its `on_tokens`.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import get_args
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from agent_loop.engines.base import Completion, Engine, PauseMode, WeightSource
+from agent_loop.errors import EngineClosedError, RequestRefusedError, WeightUpdateError
+from agent_loop.sampling import SamplingParams
+
+__all__ = ["EngineSuite", "InFlight"]
+
+
+class InFlight:
+    """One `generate` call as a task of `tasks`, with the pieces that `on_tokens` saw."""
+
+    def __init__(
+        self, tasks: asyncio.TaskGroup, engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, request_id: str
+    ) -> None:
+        self.pieces: list[Completion] = []
+        self._came = asyncio.Event()
+        self.task = tasks.create_task(engine.generate(prompt_ids, params, request_id=request_id, on_tokens=self._on_tokens))
+        # Whoever waits for tokens that never come is woken by the end of the call.
+        self.task.add_done_callback(lambda _: self._came.set())
+
+    def _on_tokens(self, piece: Completion) -> None:
+        self.pieces.append(piece)
+        self._came.set()
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens seen so far."""
+        return [int(token) for piece in self.pieces for token in piece.token_ids]
+
+    async def seen(self, count: int = 1) -> "InFlight":
+        """Wait until `on_tokens` has shown `count` tokens; fails if the call ends before."""
+        while len(self.tokens) < count:
+            assert not self.task.done(), f"the request ended after {len(self.tokens)} tokens, before {count} were seen: {self.task}"
+            self._came.clear()
+            await self._came.wait()
+        return self
+
+
+class EngineSuite:
+    """Subclass it, name the class `Test...`, give a fixture `engine` that yields an open engine, and the methods below."""
+
+    tolerance: float = 1e-4
+    """Largest difference of a log-probability from the reference."""
+
+    long_tokens: int = 256
+    """Tokens of a request that must still be in flight when the test acts on it; raise it for a very fast engine."""
+
+    eos_temperature: float = 20.0
+    """Where 32 responses of `long_tokens` tokens surely hold an EOS; nearly uniform, which fits vocabularies up to a thousand or so."""
+
+    def make_engine(self) -> Engine:
+        """A further engine, not open: the suite opens and closes it."""
+        raise NotImplementedError
+
+    async def reference_logprobs(
+        self, engine: Engine, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float
+    ) -> NDArray[np.floating]:
+        """(len(response_ids),) teacher-forced log-probabilities at `temperature` under the original weights, by other means."""
+        raise NotImplementedError
+
+    def original_weights(self, engine: Engine) -> WeightSource:
+        """The weights that the engine was made with."""
+        raise NotImplementedError
+
+    def new_weights(self, engine: Engine) -> WeightSource:
+        """Weights different enough to change greedy output."""
+        raise NotImplementedError
+
+    def broken_weights(self, engine: Engine) -> WeightSource:
+        """Weights that cannot be loaded."""
+        return "no/such/folder/of/weights"
+
+    def prompts(self, engine: Engine, count: int) -> list[list[int]]:
+        """`count` different prompts without an EOS."""
+        usable = [token for token in range(min(engine.vocab_size, 200)) if token not in engine.eos_token_ids]
+        return [[usable[(7 * number + step * step) % len(usable)] for step in range(3 + number % 5)] for number in range(count)]
+
+    def long(self, **changes: object) -> SamplingParams:
+        """A seeded request that goes on for `long_tokens` tokens."""
+        return SamplingParams(max_tokens=self.long_tokens, ignore_eos=True, seed=11).replace(**changes)
+
+    async def many(self, engine: Engine, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], name: str) -> list[Completion]:
+        """All at once, results in order."""
+        async with asyncio.TaskGroup() as tasks:
+            requests = zip(prompts, params, strict=True)
+            calls = [tasks.create_task(engine.generate(ids, how, request_id=f"{name}-{n}")) for n, (ids, how) in enumerate(requests)]
+        return [call.result() for call in calls]
+
+    async def greedy(self, engine: Engine) -> list[list[int]]:
+        """What the weights in force say to four prompts."""
+        params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+        return [one.token_ids.tolist() for one in await self.many(engine, self.prompts(engine, 4), [params] * 4, "greedy")]
+
+    @asynccontextmanager
+    async def weights_restored(self, engine: Engine) -> AsyncIterator[int]:
+        """Yield the version at the start; put the original weights back at the end, as a higher version."""
+        try:
+            yield engine.version
+        finally:
+            await engine.resume()
+            await engine.update_weights(self.original_weights(engine), engine.version + 1)
+
+    # --- sampling
+
+    async def test_a_seed_repeats_a_response_alone_and_beside_others(self, engine: Engine) -> None:
+        prompts = self.prompts(engine, 8)
+        params = [SamplingParams(max_tokens=16, seed=number) for number in range(8)]
+        alone = await engine.generate(prompts[3], params[3], request_id="alone")
+        again = await engine.generate(prompts[3], params[3], request_id="another-id")
+        beside = (await self.many(engine, prompts, params, "beside"))[3]
+        assert alone.token_ids.tolist() == again.token_ids.tolist() == beside.token_ids.tolist()
+        np.testing.assert_allclose(beside.logprobs, alone.logprobs, atol=self.tolerance)
+
+    async def test_different_seeds_give_different_responses(self, engine: Engine) -> None:
+        prompt = self.prompts(engine, 1)[0]
+        params = [SamplingParams(max_tokens=16, ignore_eos=True, seed=seed) for seed in range(4)]
+        responses = await self.many(engine, [prompt] * 4, params, "seed")
+        assert len({tuple(one.token_ids.tolist()) for one in responses}) > 1
+
+    async def test_without_a_seed_members_of_a_group_differ(self, engine: Engine) -> None:
+        prompt = self.prompts(engine, 1)[0]
+        responses = await self.many(engine, [prompt] * 4, [SamplingParams(max_tokens=16, ignore_eos=True)] * 4, "member")
+        assert len({tuple(one.token_ids.tolist()) for one in responses}) > 1
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.7])
+    async def test_logprobs_equal_the_reference(self, engine: Engine, temperature: float) -> None:
+        prompts = self.prompts(engine, 4)
+        params = [SamplingParams(max_tokens=24, temperature=temperature, seed=seed, ignore_eos=True) for seed in range(4)]
+        for prompt, response in zip(prompts, await self.many(engine, prompts, params, "logprobs"), strict=True):
+            expected = await self.reference_logprobs(engine, prompt, response.token_ids.tolist(), temperature)
+            np.testing.assert_allclose(response.logprobs, expected, atol=self.tolerance)
+
+    async def test_a_completion_has_one_value_a_token_of_the_promised_type(self, engine: Engine) -> None:
+        response = await engine.generate(self.prompts(engine, 1)[0], SamplingParams(max_tokens=5, ignore_eos=True), request_id="types")
+        types = [str(array.dtype) for array in (response.token_ids, response.logprobs, response.versions)]
+        assert types == ["int32", "float32", "int32"]
+        assert len(response.token_ids) == len(response.logprobs) == len(response.versions) == 5
+        assert (response.logprobs <= 0).all()
+        assert ((response.token_ids >= 0) & (response.token_ids < engine.vocab_size)).all()
+
+    async def test_prompts_are_taken_as_a_list_and_as_an_array(self, engine: Engine) -> None:
+        prompt, params = self.prompts(engine, 1)[0], SamplingParams(max_tokens=8, seed=3)
+        from_list = await engine.generate(prompt, params, request_id="list")
+        from_array = await engine.generate(np.array(prompt, np.int32), params, request_id="array")
+        assert from_list.token_ids.tolist() == from_array.token_ids.tolist()
+
+    # --- how a response ends
+
+    async def test_max_tokens_ends_with_length(self, engine: Engine) -> None:
+        for count in (1, 7):
+            params = SamplingParams(max_tokens=count, ignore_eos=True)
+            response = await engine.generate(self.prompts(engine, 1)[0], params, request_id="max")
+            assert (len(response.token_ids), response.finish_reason) == (count, "length")
+
+    async def test_a_stop_token_ends_with_stop_and_is_kept(self, engine: Engine) -> None:
+        prompt, params = self.prompts(engine, 1)[0], SamplingParams(max_tokens=16, seed=5, ignore_eos=True)
+        whole = (await engine.generate(prompt, params, request_id="whole")).token_ids.tolist()
+        stop = whole[len(whole) // 2]
+        stopped = await engine.generate(prompt, params.replace(stop_token_ids=(stop,)), request_id="stopped")
+        assert stopped.token_ids.tolist() == whole[: whole.index(stop) + 1]
+        assert stopped.finish_reason == "stop"
+
+    async def test_eos_ends_with_stop_and_is_the_last_token_and_nothing_else_is(self, engine: Engine) -> None:
+        params = [SamplingParams(max_tokens=self.long_tokens, temperature=self.eos_temperature, seed=seed) for seed in range(32)]
+        responses = await self.many(engine, self.prompts(engine, 32), params, "eos")
+        ends = [response.token_ids[-1] in engine.eos_token_ids for response in responses]
+        assert any(ends), "no response held an EOS; adjust eos_temperature or long_tokens"
+        for response, ended in zip(responses, ends, strict=True):
+            assert not set(response.token_ids[:-1].tolist()) & engine.eos_token_ids
+            assert response.finish_reason == ("stop" if ended else "length")
+
+    async def test_ignore_eos_goes_on_to_max_tokens(self, engine: Engine) -> None:
+        params = [self.long(temperature=self.eos_temperature, seed=seed) for seed in range(8)]
+        responses = await self.many(engine, self.prompts(engine, 8), params, "ignore-eos")
+        assert {(len(response.token_ids), response.finish_reason) for response in responses} == {(self.long_tokens, "length")}
+
+    async def test_on_tokens_sees_every_token_once(self, engine: Engine) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            call = InFlight(tasks, engine, self.prompts(engine, 1)[0], SamplingParams(max_tokens=20, ignore_eos=True), "pieces")
+        for name in ("token_ids", "logprobs", "versions"):
+            joined = np.concatenate([getattr(piece, name) for piece in call.pieces])
+            np.testing.assert_array_equal(joined, getattr(call.task.result(), name))
+
+    async def test_32_concurrent_requests_all_return(self, engine: Engine) -> None:
+        responses = await self.many(engine, self.prompts(engine, 32), [SamplingParams(max_tokens=24)] * 32, "concurrent")
+        assert all(response.finish_reason in ("stop", "length") and 1 <= len(response.token_ids) <= 24 for response in responses)
+
+    # --- refusals
+
+    async def test_bad_requests_are_refused_with_the_value(self, engine: Engine) -> None:
+        cases: list[tuple[list[int], SamplingParams, str]] = [
+            ([], SamplingParams(), "empty"),
+            ([1, engine.vocab_size], SamplingParams(max_tokens=1), str(engine.vocab_size)),
+            ([-1, 1], SamplingParams(max_tokens=1), "-1"),
+            ([1, 1], SamplingParams(max_tokens=engine.max_length), str(engine.max_length)),
+        ]
+        for prompt, params, value in cases:
+            with pytest.raises(RequestRefusedError, match=value):
+                await engine.generate(prompt, params, request_id="bad")
+        good = await engine.generate([1, 1], SamplingParams(max_tokens=2, ignore_eos=True), request_id="bad")
+        assert len(good.token_ids) == 2
+
+    # --- interruption and cancellation
+
+    async def test_an_interrupted_request_returns_what_it_has_and_can_be_continued(self, engine: Engine) -> None:
+        prompt = self.prompts(engine, 1)[0]
+        whole = await engine.generate(prompt, self.long(), request_id="whole")
+        async with asyncio.TaskGroup() as tasks:
+            call = await InFlight(tasks, engine, prompt, self.long(), "cut").seen(3)
+            await engine.interrupt(["cut"])
+        cut = call.task.result()
+        kept = cut.token_ids.tolist()
+        assert cut.finish_reason == "abort"
+        assert 3 <= len(kept) < self.long_tokens
+        assert kept == call.tokens == whole.token_ids.tolist()[: len(kept)]
+        np.testing.assert_allclose(cut.logprobs, whole.logprobs[: len(kept)], atol=self.tolerance)
+
+        rest = await engine.generate(prompt + kept, SamplingParams(max_tokens=8, seed=2, ignore_eos=True), request_id="cut")
+        expected = await self.reference_logprobs(engine, prompt + kept, rest.token_ids.tolist(), 1.0)
+        np.testing.assert_allclose(rest.logprobs, expected, atol=self.tolerance)
+        assert (len(rest.token_ids), rest.finish_reason) == (8, "length")
+
+    async def test_interrupting_one_leaves_the_others(self, engine: Engine) -> None:
+        prompts = self.prompts(engine, 3)
+        async with asyncio.TaskGroup() as tasks:
+            calls = [InFlight(tasks, engine, prompt, self.long(), f"one-{n}") for n, prompt in enumerate(prompts)]
+            for call in calls:
+                await call.seen()
+            await engine.interrupt([])
+            await engine.interrupt(["one-1", "nobody"])
+        assert [call.task.result().finish_reason for call in calls] == ["length", "abort", "length"]
+
+    async def test_interrupting_all_ends_all_and_requests_right_after_run(self, engine: Engine) -> None:
+        prompts = self.prompts(engine, 4)
+        async with asyncio.TaskGroup() as tasks:
+            calls = [InFlight(tasks, engine, prompt, self.long(), f"all-{n}") for n, prompt in enumerate(prompts)]
+            await calls[0].seen()
+            await engine.interrupt()
+            after = await engine.generate(prompts[0], SamplingParams(max_tokens=3, ignore_eos=True), request_id="after")
+        assert {call.task.result().finish_reason for call in calls} == {"abort"}
+        assert after.finish_reason == "length"
+
+    async def test_interrupting_when_nothing_is_in_flight_does_nothing(self, engine: Engine) -> None:
+        await engine.interrupt()
+        await engine.interrupt(["nobody"])
+        response = await engine.generate(self.prompts(engine, 1)[0], SamplingParams(max_tokens=3, ignore_eos=True), request_id="after")
+        assert response.finish_reason == "length"
+
+    async def test_cancelling_frees_the_request(self, engine: Engine) -> None:
+        prompts = self.prompts(engine, 64)
+        # More than an engine runs at once, thrice under the same ids: what is not freed would block or be refused.
+        for _ in range(3):
+            async with asyncio.TaskGroup() as tasks:
+                calls = [InFlight(tasks, engine, prompt, self.long(), f"cancelled-{n}") for n, prompt in enumerate(prompts)]
+                await calls[0].seen()
+                for call in calls:
+                    call.task.cancel()
+            assert all(call.task.cancelled() for call in calls)
+        short = [SamplingParams(max_tokens=3, ignore_eos=True)] * 64
+        assert {one.finish_reason for one in await self.many(engine, prompts, short, "cancelled")} == {"length"}
+
+    # --- pausing
+
+    @pytest.mark.parametrize("mode", get_args(PauseMode))
+    async def test_pause_and_resume(self, engine: Engine, mode: PauseMode) -> None:
+        prompts = self.prompts(engine, 2)
+        async with self.weights_restored(engine) as version, asyncio.TaskGroup() as tasks:
+            before = await InFlight(tasks, engine, prompts[0], self.long(), "before").seen(2)
+            await engine.pause(mode)
+            during = InFlight(tasks, engine, prompts[1], SamplingParams(max_tokens=4, ignore_eos=True), "during")
+            await asyncio.sleep(0)  # the task starts here: its request arrives while the engine is paused
+            await engine.update_weights(self.new_weights(engine), version + 1)
+            await engine.resume()
+        # The version tells when a token was sampled: none of the later request's before the resume.
+        assert during.task.result().versions.tolist() == [version + 1] * 4
+        response = before.task.result()
+        stamps, expected = set(response.versions.tolist()), {version, version + 1} if mode == "keep" else {version}
+        assert stamps == expected
+        assert response.finish_reason == ("abort" if mode == "abort" else "length")
+        assert len(response.token_ids) == self.long_tokens or mode == "abort"
+
+    async def test_keeping_changes_no_token(self, engine: Engine) -> None:
+        prompt = self.prompts(engine, 1)[0]
+        whole = await engine.generate(prompt, self.long(), request_id="whole")
+        async with asyncio.TaskGroup() as tasks:
+            call = await InFlight(tasks, engine, prompt, self.long(), "kept").seen(2)
+            await engine.pause("keep")
+            await engine.resume()
+        assert call.task.result().token_ids.tolist() == whole.token_ids.tolist() == call.tokens
+
+    async def test_interrupting_while_paused_ends_frozen_requests(self, engine: Engine) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            call = await InFlight(tasks, engine, self.prompts(engine, 1)[0], self.long(), "frozen").seen()
+            await engine.pause("keep")
+            try:
+                await engine.interrupt()
+                response = await call.task
+            finally:
+                await engine.resume()
+        assert response.finish_reason == "abort"
+
+    async def test_resuming_without_a_pause_does_nothing(self, engine: Engine) -> None:
+        await engine.resume()
+        response = await engine.generate(self.prompts(engine, 1)[0], SamplingParams(max_tokens=3, ignore_eos=True), request_id="resumed")
+        assert response.finish_reason == "length"
+
+    # --- weights
+
+    async def test_new_weights_change_the_output_and_the_stamp(self, engine: Engine) -> None:
+        old = await self.greedy(engine)
+        async with self.weights_restored(engine) as version:
+            await engine.update_weights(self.new_weights(engine), version + 3)
+            assert engine.version == version + 3
+            assert await self.greedy(engine) != old
+            response = await engine.generate([1, 1], SamplingParams(max_tokens=3, ignore_eos=True), request_id="stamped")
+            assert response.versions.tolist() == [version + 3] * 3
+        assert await self.greedy(engine) == old
+
+    async def test_an_update_in_flight_leaves_both_versions_in_order(self, engine: Engine) -> None:
+        async with self.weights_restored(engine) as version, asyncio.TaskGroup() as tasks:
+            call = await InFlight(tasks, engine, self.prompts(engine, 1)[0], self.long(), "in-flight").seen(2)
+            await engine.update_weights(self.new_weights(engine), version + 1)
+        versions = call.task.result().versions
+        assert set(versions.tolist()) == {version, version + 1}
+        assert (np.diff(versions) >= 0).all()
+        assert call.task.result().finish_reason == "length"
+
+    async def test_a_lower_version_is_refused(self, engine: Engine) -> None:
+        async with self.weights_restored(engine) as version:
+            await engine.update_weights(self.original_weights(engine), version + 1)
+            with pytest.raises(ValueError, match=str(version)):
+                await engine.update_weights(self.new_weights(engine), version)
+            assert engine.version == version + 1
+
+    async def test_a_failed_update_leaves_the_old_weights_and_version(self, engine: Engine) -> None:
+        old, version = await self.greedy(engine), engine.version
+        with pytest.raises(WeightUpdateError):
+            await engine.update_weights(self.broken_weights(engine), version + 1)
+        assert engine.version == version
+        assert await self.greedy(engine) == old
+
+    # --- the engine's own life
+
+    async def test_a_healthy_engine_says_so(self, engine: Engine) -> None:
+        await engine.health()
+
+    async def test_closing_ends_what_is_in_flight_and_is_idempotent(self) -> None:
+        engine = self.make_engine()
+        with pytest.raises(EngineClosedError):
+            await engine.generate([1, 1], SamplingParams(max_tokens=1), request_id="early")
+        async with engine, asyncio.TaskGroup() as tasks:
+            call = await InFlight(tasks, engine, self.prompts(engine, 1)[0], self.long(), "closing").seen()
+            await engine.close()
+        assert call.task.result().finish_reason == "abort"
+        await engine.close()
+        with pytest.raises(EngineClosedError):
+            await engine.generate([1, 1], SamplingParams(max_tokens=1), request_id="late")
+        with pytest.raises(EngineClosedError):
+            await engine.health()
