@@ -1,0 +1,192 @@
+"""Shows that an experience holds exactly the tokens, masks and values of its rollouts, that what cannot be trained on is counted, and that
+a real model sees the same sequences packed and padded."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from buffer.rollout import RolloutGroup, RolloutState
+from buffer.status import Status
+from producer.experience import Experience, make_experience
+
+
+def rollout(group_id: int, index: int, prompt: Sequence[int] | None, *parts: Sequence[int], reward: float | None = 0.0) -> RolloutState:
+    """Parts alternate between the policy's tokens (log-probability -token / 100, version token) and the environment's."""
+    state = RolloutState(group_id=group_id, index=index, status=Status.COMPLETED, prompt_ids=None if prompt is None else np.array(prompt))
+    for number, part in enumerate(parts):
+        if number % 2 == 0:
+            state.append(part, logprobs=[-token / 100 for token in part], version=list(part))
+        else:
+            state.append(part, trainable=False)
+    state.reward = state.score = reward
+    return state
+
+
+def group(group_id: int, *rollouts: RolloutState) -> RolloutGroup:
+    return RolloutGroup(group_id=group_id, rollouts=list(rollouts))
+
+
+def two_groups() -> list[RolloutGroup]:
+    return [
+        group(7, rollout(7, 0, [1, 2, 3], [10, 11], [20, 21], [30], reward=1.0), rollout(7, 1, [1, 2, 3], [12], reward=0.0)),
+        group(9, rollout(9, 0, [4], [13, 14], reward=0.5), rollout(9, 1, [4], [15], reward=0.5)),
+    ]
+
+
+def test_o35_prompt_response_and_masks() -> None:
+    made = make_experience(two_groups()[:1], advantage="drgrpo")
+    assert made.input_ids[0].tolist() == [1, 2, 3, 10, 11, 20, 21, 30]
+    assert made.loss_mask[0].astype(int).tolist() == [0, 0, 0, 1, 1, 0, 0, 1]
+    assert made.shift_mask[0].astype(int).tolist() == [0, 0, 1, 1, 0, 0, 1, 0]
+    np.testing.assert_allclose(made.logprobs[0], [0, 0, 0, -0.10, -0.11, 0, 0, -0.30])
+    np.testing.assert_allclose(made.shift_logprobs[0], [0, 0, -0.10, -0.11, 0, 0, -0.30, 0])
+    assert made.versions[0].tolist() == [-1, -1, -1, 10, 11, -1, -1, 30]
+    assert made.advantages[0].tolist() == [0, 0, 0, 0.5, 0.5, 0, 0, 0.5]
+    assert made.shift_advantages[0].tolist() == [0, 0, 0.5, 0.5, 0, 0, 0.5, 0]
+    assert made.shift_labels[0].tolist() == [2, 3, 10, 11, 20, 21, 30, -100]
+
+
+def test_padding_is_on_the_right_and_outside_every_mask() -> None:
+    made = make_experience(two_groups(), advantage="rloo", pad_id=99)
+    assert made.input_ids[3].tolist() == [4, 15, *[99] * 6]
+    assert made.attention_mask is not None
+    assert made.attention_mask.sum(-1).tolist() == [8, 4, 3, 2]
+    assert made.position_ids[3].tolist() == [0, 1, *[0] * 6]
+    assert made.shift_labels[3].tolist() == [15, *[-100] * 7]
+    assert made.loss_mask.sum(-1).tolist() == [3, 1, 2, 1]
+    assert (made.rewards.tolist(), made.group_ids.tolist()) == ([1.0, 0.0, 0.5, 0.5], [7, 7, 9, 9])
+    assert made.rollout_ids == ("default-7-0", "default-7-1", "default-9-0", "default-9-1")
+    assert not made.advantages[2:].any()
+
+
+@given(budget=st.integers(8, 40))
+def test_packed_and_padded_hold_the_same(budget: int) -> None:
+    padded, packed = make_experience(two_groups()), make_experience(two_groups(), token_budget=budget)
+    assert packed.attention_mask is None
+    assert packed.input_ids.shape[1] <= budget
+    for name in ("input_ids", "position_ids", "loss_mask", "logprobs", "advantages", "versions", "shift_labels", "shift_mask"):
+        both = zip(padded.layout.unplace(getattr(padded, name)), packed.layout.unplace(getattr(packed, name)), strict=True)
+        for one, other in both:
+            np.testing.assert_array_equal(one, other)
+    for reduction in ("token-mean", "seq-mean-token-mean"):
+        weights = [(made.shift_advantages * made.shift_weights(reduction)).sum() for made in (padded, packed)]
+        assert weights[0] == pytest.approx(weights[1])
+
+
+def test_what_cannot_be_trained_on_is_left_out_and_counted() -> None:
+    groups = [
+        group(
+            1,
+            rollout(1, 0, [1], [10], reward=1.0),
+            rollout(1, 1, [1], [11], reward=None),
+            rollout(1, 2, [1], reward=0.0),
+            rollout(1, 3, [1], [], [20, 21], reward=0.0),
+            rollout(1, 4, None, [12], reward=0.0),
+            rollout(1, 5, [1], [13], reward=float("nan")),
+        )
+    ]
+    made = make_experience(groups, advantage="drgrpo")
+    assert made.rollout_ids == ("default-1-0",)
+    left_out = {name: value for name, value in made.metrics.items() if name.startswith("left_out/")}
+    assert left_out == {
+        "left_out/total": 5,
+        "left_out/no_reward": 2,
+        "left_out/no_response": 1,
+        "left_out/no_trained_token": 1,
+        "left_out/no_prompt_ids": 1,
+    }
+    # The baseline is of the four that have a reward, whatever became of their tokens.
+    assert made.advantages.tolist() == [[0.0, 0.75]]
+
+
+def test_a_batch_without_anything_to_train_on_is_an_error_with_the_reasons() -> None:
+    with pytest.raises(ValueError, match=r"none of 1 rollouts in 1 groups .*'no_reward': 1"):
+        make_experience([group(1, rollout(1, 0, [1], [10], reward=None))])
+    with pytest.raises(ValueError, match="none of 0 rollouts"):
+        make_experience([])
+    with pytest.raises(ValueError, match="rollout default-7-0 has 8 tokens, over token_budget=7"):
+        make_experience(two_groups(), token_budget=7)
+
+
+def test_a_log_probability_outside_the_mask_never_reaches_the_arrays() -> None:
+    state = rollout(1, 0, [1], [10], reward=1.0)
+    state.append([20], logprobs=[float("nan")], trainable=False)
+    made = make_experience([group(1, state)])
+    np.testing.assert_allclose(made.logprobs, [[0, -0.10, 0]])
+
+
+def test_metrics_are_flat_and_finite() -> None:
+    metrics = make_experience(two_groups(), token_budget=9).metrics
+    assert metrics == pytest.approx(
+        {
+            "reward/mean": 0.5,
+            "reward/std": 0.125**0.5,
+            "score/mean": 0.5,
+            "groups/zero_variance": 0.5,
+            "left_out/total": 0,
+            "rollouts": 4,
+            "length/mean": 9 / 4,
+            "length/max": 5,
+            "tokens/trained": 7,
+            "tokens/fill": 17 / 18,
+        }
+    )
+    assert all(isinstance(value, float) for value in metrics.values())
+
+
+def test_an_advantage_may_be_any_function() -> None:
+    made = make_experience(two_groups(), advantage=lambda rewards, ids: np.asarray(ids) + 1.0)
+    assert [row.max() for row in made.advantages] == [1.0, 1.0, 2.0, 2.0]
+    for wrong in (lambda rewards, ids: np.zeros(3), lambda rewards, ids: np.full(4, np.nan)):
+        with pytest.raises(ValueError, match="must give 4 finite numbers"):
+            make_experience(two_groups(), advantage=wrong)
+
+
+def test_tensors_are_the_same_by_name() -> None:
+    torch = pytest.importorskip("torch")
+    made = make_experience(two_groups())
+    tensors = made.to_torch("cpu")
+    assert {tensor.shape for tensor in tensors.values()} == {made.input_ids.shape}
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor.numpy(), getattr(made, name))
+    assert (tensors["input_ids"].dtype, tensors["advantages"].dtype, tensors["loss_mask"].dtype) == (torch.int64, torch.float32, torch.bool)
+    assert "attention_mask" not in make_experience(two_groups(), token_budget=20).to_torch()
+
+
+def _model_logprobs(made: Experience, folder: Path) -> list[np.ndarray]:
+    """What a model gives each next token, by sequence; row by row, as training does."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tensors = made.to_torch()
+    rows = []
+    for row in range(len(made.input_ids)):
+        inputs = {name: tensors[name][row : row + 1] for name in ("input_ids", "attention_mask", "position_ids") if name in tensors}
+        labels = tensors["shift_labels"][row : row + 1].clamp(min=0)
+        with torch.no_grad():
+            logits = model(**inputs, use_cache=False).logits
+        rows.append(torch.log_softmax(logits, -1).gather(-1, labels[..., None])[0, :, 0].numpy())
+    return made.layout.unplace(np.where(made.shift_labels >= 0, np.stack(rows), 0.0))
+
+
+def test_a_model_gives_packed_sequences_the_logprobs_of_padded_ones(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from tests.tiny_model import make_tiny_model
+
+    folder = make_tiny_model(tmp_path)
+    padded, packed = make_experience(two_groups()), make_experience(two_groups(), token_budget=11)
+    assert len(packed.layout.rows) == 2
+    for one, other in zip(_model_logprobs(padded, folder), _model_logprobs(packed, folder), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_importing_it_loads_no_torch() -> None:
+    code = "import sys, producer.experience; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
