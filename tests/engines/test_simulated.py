@@ -200,6 +200,39 @@ async def test_requests_in_flight_need_different_ids() -> None:
             await answer(engine, [1], "same")
 
 
+async def test_kept_requests_stand_still_and_later_ones_wait() -> None:
+    async with SimulatedEngine(slots=1, lengths=100) as engine, asyncio.TaskGroup() as tasks:
+        frozen = await InFlight(tasks, engine, [1], SamplingParams(), "frozen").seen(3)
+        await engine.pause("keep")
+        count, waiting = len(frozen.tokens), InFlight(tasks, engine, [1], SamplingParams(), "waiting")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert (len(frozen.tokens), len(waiting.tokens)) == (count, 0)
+        assert (engine.running, engine.waiting) == (1, 1)
+        await engine.resume()
+    assert (len(frozen.tokens), len(waiting.tokens)) == (100, 100)
+
+
+async def test_a_slot_freed_during_a_pause_is_given_after_it() -> None:
+    async with SimulatedEngine(slots=1, lengths=100) as engine, asyncio.TaskGroup() as tasks:
+        frozen, queued = (InFlight(tasks, engine, [1], SamplingParams(), name) for name in ("frozen", "queued"))
+        await frozen.seen()
+        await engine.pause("keep")
+        await engine.interrupt(["frozen"])
+        await frozen.task
+        assert (engine.running, engine.waiting) == (0, 1)
+        await engine.resume()
+    assert len(queued.tokens) == 100
+
+
+async def test_close_returns_when_every_request_has() -> None:
+    async with SimulatedEngine(slots=1) as engine, asyncio.TaskGroup() as tasks:
+        calls = [InFlight(tasks, engine, [1], SamplingParams(max_tokens=1000, ignore_eos=True), name) for name in "ab"]
+        await calls[0].seen()
+        await engine.close()
+        assert [call.task.result().finish_reason for call in calls] == ["abort", "abort"]
+
+
 # --- failures
 
 
