@@ -65,6 +65,8 @@ class TransformersEngine(Engine):
             ValueError: a bound is crossed.
         """
         super().__init__()
+        if not isinstance(model, str | Path | PreTrainedModel):
+            raise ValueError(f"model is a {type(model).__name__}; give a folder, a name on the Hugging Face hub, or a PreTrainedModel")
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not one of {DTYPES}")
         sizes = {"max_length": max_length, "max_requests": max_requests, "cache_tokens": cache_tokens, "max_batch_tokens": max_batch_tokens}
