@@ -60,12 +60,11 @@ def draw(scores: torch.Tensor, states: Sequence[Any]) -> tuple[torch.Tensor, tor
     scores = penalise(scores, states, params)
     temperatures = scores.new_tensor([max(row.temperature, 1e-5) if row.temperature else 1.0 for row in params])
     logprobs = truncate(scores / temperatures.unsqueeze(1), params).log_softmax(-1)
-    noisy = logprobs
+    chosen = logprobs.argmax(-1)
     if drawn := [row for row, param in enumerate(params) if param.temperature > 0.0]:
         keys = [noise_key(states[row].logit_processor_kwargs["seed"], states[row].position_offset) for row in drawn]
-        noisy = logprobs.clone()
-        noisy[drawn] += gumbel_noise(keys, scores.shape[1], scores.device)
-    chosen = noisy.argmax(-1)
+        noise = gumbel_noise(keys, scores.shape[1], scores.device)
+        chosen[drawn] = noise.add_(logprobs if len(drawn) == len(params) else logprobs[drawn]).argmax(-1)
     return chosen, logprobs.gather(1, chosen.unsqueeze(1)).squeeze(1)
 
 
@@ -111,10 +110,11 @@ def gumbel_noise(keys: Sequence[int], size: int, device: Any) -> torch.Tensor:
     """Standard Gumbel noise [len(keys), size] in float32; a row depends on its key only, on every device alike."""
     start = torch.tensor([[_signed(key)] for key in keys], dtype=torch.int64, device=device)
     bits = start + torch.arange(1, size + 1, dtype=torch.int64, device=device) * _signed(_GOLDEN)
-    bits = (bits ^ _shifted(bits, 30)) * _signed(_MIX_A)
-    bits = (bits ^ _shifted(bits, 27)) * _signed(_MIX_B)
+    # In place: the vocabulary is large, and memory is what this costs.
+    bits.bitwise_xor_(_shifted(bits, 30)).mul_(_signed(_MIX_A))
+    bits.bitwise_xor_(_shifted(bits, 27)).mul_(_signed(_MIX_B))
     # 32 bits: the more, the better the tail, which decides how rare a token can be drawn. Below 1, or its log is -inf.
-    uniform = ((_shifted(bits, 32)).to(torch.float32) + 0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    uniform = _shifted(bits, 32).to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
@@ -126,7 +126,7 @@ def _mix(value: int) -> int:
 
 def _shifted(bits: torch.Tensor, by: int) -> torch.Tensor:
     """Logical shift to the right; torch's own keeps the sign."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
+    return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def _signed(value: int) -> int:
