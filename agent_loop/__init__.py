@@ -1,1 +1,11 @@
-"""How one rollout comes to be: engines that speak tokens, agent loops that speak turns, rewards that judge."""
+"""How one rollout comes to be: engines that speak tokens, agent loops that speak turns, rewards that judge.
+
+Engines are imported from their own modules (`agent_loop.engines.vllm`, ...), so that none is loaded unasked.
+"""
+
+from agent_loop.agent_loop import AgentLoop
+from agent_loop.engines.base import Completion, Engine
+from agent_loop.sampling import SamplingParams
+from agent_loop.single_turn import SingleTurnAgentLoop
+
+__all__ = ["AgentLoop", "Completion", "Engine", "SamplingParams", "SingleTurnAgentLoop"]

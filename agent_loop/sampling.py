@@ -37,7 +37,8 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
+        given: object = self.stop
+        if isinstance(given, str):
             raise ValueError(f"stop={self.stop!r} is one string; pass a tuple of strings")
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(int(token) for token in self.stop_token_ids))

@@ -1,1 +1,24 @@
 """What a rollout is, and the durable store that keeps them."""
+
+from buffer.operations import DrawnRow, ResumeReport
+from buffer.policies import Fifo, FreshestFirst, StalestFirst, TakePolicy
+from buffer.replay_buffer import AuditReport, DatasetCursor, ReplayBuffer
+from buffer.rollout import Position, RolloutGroup, RolloutState, Turn
+from buffer.status import Status
+
+__all__ = [
+    "AuditReport",
+    "DatasetCursor",
+    "DrawnRow",
+    "Fifo",
+    "FreshestFirst",
+    "Position",
+    "ReplayBuffer",
+    "ResumeReport",
+    "RolloutGroup",
+    "RolloutState",
+    "StalestFirst",
+    "Status",
+    "TakePolicy",
+    "Turn",
+]

@@ -129,11 +129,17 @@ class RolloutState:
         if logprobs is None and trainable:
             raise ValueError(f"rollout {self.rollout_id}: trainable tokens need logprobs; pass them, or trainable=False")
         new_logprobs = np.zeros(ids.size, np.float32) if logprobs is None else np.asarray(logprobs, dtype=np.float32).reshape(-1)
-        new_versions = np.broadcast_to(np.asarray(version, dtype=np.int32), ids.shape) if np.ndim(version) == 0 else np.asarray(version, dtype=np.int32)
+        new_versions = (
+            np.broadcast_to(np.asarray(version, dtype=np.int32), ids.shape)
+            if np.ndim(version) == 0
+            else np.asarray(version, dtype=np.int32)
+        )
         new_mask = np.full(ids.size, 1 if trainable else 0, np.uint8)
         for name, values in (("logprobs", new_logprobs), ("version", new_versions)):
             if values.shape != ids.shape:
-                raise ValueError(f"rollout {self.rollout_id}: {ids.size} token ids came with {values.size} values of {name}; give one a token")
+                raise ValueError(
+                    f"rollout {self.rollout_id}: {ids.size} token ids came with {values.size} values of {name}; give one a token"
+                )
         _check_logprobs(new_logprobs, new_mask, self.rollout_id)
         start = self.response_ids.size
         self.response_ids = _joined(self.response_ids, ids)
@@ -166,7 +172,7 @@ class RolloutState:
 
 
 def _joined(old: NDArray[Any], new: NDArray[Any]) -> NDArray[Any]:
-    joined = np.concatenate([old, new])
+    joined: NDArray[Any] = np.concatenate([old, new])
     joined.flags.writeable = False
     return joined
 

@@ -92,7 +92,9 @@ def group_status(members: Sequence[Status]) -> Status:
 
 def _refuse_group_wide_beside_others(present: set[Status]) -> None:
     if present & GROUP_WIDE:
-        raise ValueError(f"statuses {sorted(present)} cannot stand in one group: {sorted(present & GROUP_WIDE)} hold for all members or none")
+        raise ValueError(
+            f"statuses {sorted(present)} cannot stand in one group: {sorted(present & GROUP_WIDE)} hold for all members or none"
+        )
 
 
 def member_status(group: Status, own: Status) -> Status:

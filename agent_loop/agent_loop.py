@@ -1,0 +1,213 @@
+"""`AgentLoop`: from a prompt to a finished, judged rollout; users implement `generate`, the rest is here."""
+
+import asyncio
+import hashlib
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent_loop.engines.base import Completion, Engine, FinishReason
+from agent_loop.errors import EngineDeadError, RequestRefusedError, RewardError
+from agent_loop.rewards import Reward, judge
+from agent_loop.sampling import SamplingParams
+from buffer.rollout import RolloutGroup, RolloutState
+from buffer.status import Status
+
+_BACK_OFF = 0.1
+"""Seconds before the second attempt; doubled for each further one."""
+
+
+class AgentLoop(ABC):
+    """Runs rollouts against an engine and judges them.
+
+    Subclasses implement `generate(state)`, which extends the response (usually with `extend`) and sets
+    `finish_reason`. Everything around it is the same for all: the members of a group run at once, one that raises
+    is tried again and then failed with its reason, one that was interrupted keeps its tokens, one that is finished
+    is never generated again, and the reward is asked when the response is whole.
+
+    Args:
+        engine: which samples; None for a loop that calls something else.
+        reward: gives the score of a finished rollout; None leaves it unscored.
+        sampling: parameters for all prompts; a row's `sampling` overrides them.
+        reward_timeout: seconds for one judgement.
+        max_attempts: after so many failures a rollout is failed for good.
+        back_off: seconds before the second attempt, doubled for each further one.
+    """
+
+    def __init__(
+        self,
+        engine: Engine | None = None,
+        reward: Reward | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        reward_timeout: float = 60.0,
+        max_attempts: int = 3,
+        back_off: float = _BACK_OFF,
+    ) -> None:
+        if max_attempts < 1:
+            raise ValueError(f"max_attempts={max_attempts} allows no attempt; it must be 1 or more")
+        if reward_timeout <= 0:
+            raise ValueError(f"reward_timeout={reward_timeout} s leaves no time; it must be above 0")
+        if back_off < 0:
+            raise ValueError(f"back_off={back_off} s is negative; it must be 0 or more")
+        self.engine, self.reward = engine, reward
+        self.sampling = sampling or SamplingParams()
+        self._reward_timeout, self._max_attempts, self._back_off = reward_timeout, max_attempts, back_off
+        self._running: set[int] = set()
+        self._stopping: set[int] = set()
+        self._requests: dict[int, set[str]] = {}
+        self._request_numbers = itertools.count()
+
+    @abstractmethod
+    async def generate(self, state: RolloutState) -> RolloutState:
+        """Extend the response of `state` until it is whole, or until `extend` says "abort"; set `finish_reason`.
+
+        A continued rollout arrives with its earlier tokens in place. Raising fails this attempt.
+        """
+
+    async def generate_group(self, group: RolloutGroup) -> RolloutGroup:
+        """Run every member that is not completed; each ends completed, interrupted or failed.
+
+        Cancelling it interrupts the members; their tokens so far stay in `group`. `EngineDeadError` is raised.
+        """
+        self._running.add(group.group_id)
+        try:
+            async with asyncio.TaskGroup() as members:
+                for index, state in enumerate(group.rollouts):
+                    if state.status is not Status.COMPLETED:
+                        state.status = Status.RUNNING
+                        members.create_task(self._run_member(group, index))
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from None
+        finally:
+            self._running.discard(group.group_id)
+            self._stopping.discard(group.group_id)
+            for state in group.rollouts:
+                if state.status is Status.RUNNING:  # cancelled before its task began
+                    _interrupt(state)
+        return group
+
+    async def interrupt(self, group_ids: Collection[int]) -> None:
+        """Ask the groups' members to stop where they are; `generate_group` then returns soon, with their tokens."""
+        # Only those that run: a mark left on a group that just ended would stop its next run.
+        self._stopping.update(self._running.intersection(group_ids))
+        requests = [request for group_id in group_ids for request in self._requests.get(group_id, ())]
+        if self.engine is not None and requests:
+            await self.engine.interrupt(requests)
+
+    def interrupted(self, state: RolloutState) -> bool:
+        """Whether this rollout was asked to stop; long loops without engine calls look here."""
+        return state.group_id in self._stopping
+
+    async def extend(self, state: RolloutState, sampling: SamplingParams | None = None) -> FinishReason:
+        """Sample on from the prompt and the response so far, append what comes, and say why it ended.
+
+        The engine is not asked when the response is at its limit ("length"), ends in a stop token already
+        ("stop"), or was asked to stop ("abort"). `sampling.max_tokens` bounds the whole response.
+        """
+        if self.engine is None:
+            raise RuntimeError("this agent loop has no engine to extend a rollout with; pass engine=")
+        if state.prompt_ids is None:
+            raise RequestRefusedError(f"rollout {state.rollout_id} has no prompt_ids; encode its prompt first")
+        params = (sampling or self.sampling).overridden(state.sampling)
+        ended = self._ended_already(state, params)
+        if ended is not None:
+            return ended
+        left = params.max_tokens - int(state.response_ids.size)
+        params = params.replace(max_tokens=left, seed=_request_seed(params.seed, state))
+        completion = await self._request(state, np.concatenate([state.prompt_ids, state.response_ids]), params)
+        state.append(completion.token_ids, logprobs=completion.logprobs, version=completion.versions)
+        return completion.finish_reason
+
+    def _ended_already(self, state: RolloutState, params: SamplingParams) -> FinishReason | None:
+        assert self.engine is not None
+        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else self.engine.eos_token_ids)
+        # Only a sampled token ends a response: a tool may well say EOS.
+        if state.response_ids.size and state.loss_mask[-1] == 1 and int(state.response_ids[-1]) in ends:
+            return "stop"
+        if state.response_ids.size >= params.max_tokens:
+            return "length"
+        return "abort" if self.interrupted(state) else None
+
+    async def _request(self, state: RolloutState, ids: NDArray[np.int32], params: SamplingParams) -> Completion:
+        assert self.engine is not None
+        # Numbered: another buffer's rollout may have the same id in the same engine.
+        request_id = f"{state.rollout_id}-{id(self):x}-{next(self._request_numbers)}"
+        requests = self._requests.setdefault(state.group_id, set())
+        # Known before the first await: an interrupt that comes while the request is on its way must reach it.
+        requests.add(request_id)
+        try:
+            return await self.engine.generate(ids, params, request_id=request_id)
+        finally:
+            requests.discard(request_id)
+            if not requests:
+                self._requests.pop(state.group_id, None)
+
+    async def _run_member(self, group: RolloutGroup, index: int) -> None:
+        state = group.rollouts[index]
+        while True:
+            try:
+                if not state.finished:
+                    state = group.rollouts[index] = _same_rollout(state, await self.generate(state))
+                state.status = await self._settled(state)
+                return
+            except (EngineDeadError, asyncio.CancelledError):
+                _interrupt(state)
+                raise
+            except Exception as error:  # noqa: BLE001 - the one place where an exception becomes a failed rollout
+                if self._failed_for_good(state, error):
+                    return
+            await asyncio.sleep(self._back_off * 2 ** (state.attempts - 1))
+
+    async def _settled(self, state: RolloutState) -> Status:
+        """The status of a member whose `generate` returned; a whole response is judged first."""
+        if not state.finished:
+            _interrupt(state)
+            return state.status
+        if self.reward is not None:
+            state.score = await judge(self.reward, state, timeout=self._reward_timeout)
+            state.reward = state.score
+        state.error = None
+        return Status.COMPLETED
+
+    def _failed_for_good(self, state: RolloutState, error: Exception) -> bool:
+        """Write the failure down; whether the rollout is failed for good, or interrupted meanwhile."""
+        state.attempts += 1
+        state.error = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, RequestRefusedError) or state.attempts >= self._max_attempts:
+            state.status = Status.FAILED
+            return True
+        if self.interrupted(state):
+            _interrupt(state)
+            return True
+        return False
+
+
+def _interrupt(state: RolloutState) -> None:
+    state.status = Status.INTERRUPTED
+    state.interruptions += 1
+
+
+def _request_seed(seed: int | None, state: RolloutState) -> int | None:
+    """A seed of its own for each request: members of a group must differ, and so must a continuation's noise."""
+    if seed is None:
+        return None
+    name = f"{seed}/{state.task_name}/{state.group_id}/{state.index}/{state.response_ids.size}"
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little") & 0x7FFFFFFF
+
+
+def _same_rollout(given: RolloutState, returned: object) -> RolloutState:
+    if not isinstance(returned, RolloutState) or returned.rollout_id != given.rollout_id:
+        raise TypeError(f"generate returned {returned!r:.80} for rollout {given.rollout_id}; it must return the state it was given")
+    return returned
+
+
+def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that made a task group fail, out of its wrapping."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

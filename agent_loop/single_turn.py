@@ -1,0 +1,71 @@
+"""`SingleTurnAgentLoop`: one prompt, one response."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent_loop.agent_loop import AgentLoop
+from agent_loop.engines.base import Engine
+from agent_loop.errors import RequestRefusedError
+from agent_loop.rewards import Reward
+from agent_loop.sampling import SamplingParams
+from buffer.rollout import RolloutState
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer; those of transformers have it."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Text to token ids."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Token ids to text."""
+
+    def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool, tokenize: bool, return_dict: bool) -> Any:
+        """Chat messages to token ids."""
+
+
+class SingleTurnAgentLoop(AgentLoop):
+    """Encodes the prompt, samples one response, decodes it, asks the reward.
+
+    Args:
+        engine: which samples.
+        tokenizer: encodes `prompt` or `messages` where a row has no `prompt_ids`, and decodes the response's `text`;
+            None where rows have `prompt_ids` and no text is wanted.
+        reward: gives the score of a finished rollout.
+        sampling: parameters for all prompts; a row's `sampling` overrides them.
+        options: of `AgentLoop`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None = None,
+        reward: Reward | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(engine, reward, sampling=sampling, **options)
+        self.tokenizer = tokenizer
+
+    async def generate(self, state: RolloutState) -> RolloutState:
+        """One response, continued where it was left."""
+        if state.prompt_ids is None:
+            state.prompt_ids = self._encode(state)
+        state.finish_reason = await self.extend(state)
+        if self.tokenizer is not None:
+            # From all ids at once: a character may be split over two continuations.
+            state.text = self.tokenizer.decode(state.response_ids.tolist(), skip_special_tokens=True)
+        return state
+
+    def _encode(self, state: RolloutState) -> NDArray[np.int32]:
+        if self.tokenizer is None:
+            raise RequestRefusedError(f"rollout {state.rollout_id} has no prompt_ids and this loop no tokenizer; give one of the two")
+        if state.messages is not None:
+            ids = self.tokenizer.apply_chat_template(state.messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        else:
+            ids = self.tokenizer.encode(state.prompt or "")
+        return np.asarray(ids, dtype=np.int32)

@@ -1,0 +1,225 @@
+"""Groups to and from what the tables hold: JSON for words, raw little-endian arrays for tokens, never pickle.
+
+Layout of `payloads.arrays`: for each member prompt_ids (int32, unless shared with member 0), response_ids (int32),
+logprobs (float32) and the versions' runs (int32 value, int32 length); after all members, each one's loss_mask
+(uint8). The lengths stand in `payloads.extras`. Masks come last so that every 4-byte array is aligned.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from buffer.errors import CorruptPayloadError
+from buffer.rollout import Position, RolloutGroup, RolloutState
+from buffer.status import Status, member_status
+
+if sys.byteorder != "little":
+    raise ImportError("Millrace stores arrays little-endian and does not run on a big-endian machine")
+
+_SHARED = -1
+_REMEDY = "the database was damaged or edited: restore it from a copy, or delete this group's row"
+_PROMPT_FIELDS = ("row", "prompt", "messages", "media", "sampling")
+
+
+class EncodedGroup(NamedTuple):
+    """A group as rows of the tables, detached from the objects it came from."""
+
+    group_id: int
+    task_name: str
+    status: Status
+    group: dict[str, Any]
+    rollouts: list[dict[str, Any]]
+    prompt: str
+    extras: str
+    arrays: bytes
+
+
+def encode_group(group: RolloutGroup) -> EncodedGroup:
+    """Everything the store writes of `group`; raises `ValueError` where a row or extra is not JSON-able."""
+    extras, arrays = _encode_arrays(group.rollouts)
+    versions = [rollout.versions[rollout.loss_mask == 1] for rollout in group.rollouts]
+    trainable = np.concatenate(versions)
+    hot = {
+        "epoch": None if group.position is None else group.position.epoch,
+        "position": None if group.position is None else group.position.offset,
+        "min_version": int(trainable.min()) if trainable.size else None,
+        "max_version": int(trainable.max()) if trainable.size else None,
+        "tokens": sum(rollout.response_ids.size for rollout in group.rollouts),
+        "filter_reason": group.filter_reason,
+    }
+    members = [_hot_member(rollout, own) for rollout, own in zip(group.rollouts, versions, strict=True)]
+    return EncodedGroup(group.group_id, group.task_name, group.status, hot, members, encode_prompt(group.rollouts), extras, arrays)
+
+
+def encode_prompt(rollouts: Sequence[RolloutState]) -> str:
+    """The prompts of the members as JSON: one object where all share it, as after a draw, else one a member."""
+    fields = [_prompt_of(rollout) for rollout in rollouts]
+    shared = all(own == fields[0] for own in fields[1:])
+    return to_json(fields[:1] if shared else fields, f"row of group {rollouts[0].group_id}")
+
+
+def decode_group(
+    group_row: Mapping[str, Any], member_rows: Sequence[Mapping[str, Any]], prompt: str, payload: tuple[str, bytes] | None
+) -> RolloutGroup:
+    """The group that these rows describe; raises `CorruptPayloadError` where they contradict each other."""
+    try:
+        return _decode_group(group_row, member_rows, prompt, payload)
+    except CorruptPayloadError as error:
+        raise CorruptPayloadError(f"group {group_row['group_id']}: {error}; {_REMEDY}") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise CorruptPayloadError(f"group {group_row['group_id']} does not decode ({error}); {_REMEDY}") from error
+
+
+def _decode_group(
+    group_row: Mapping[str, Any], member_rows: Sequence[Mapping[str, Any]], prompt: str, payload: tuple[str, bytes] | None
+) -> RolloutGroup:
+    status = Status(group_row["status"])
+    prompts = json.loads(prompt)
+    stored = _decode_arrays(*payload, len(member_rows)) if payload else [{} for _ in member_rows]
+    rollouts = [
+        RolloutState(
+            group_id=group_row["group_id"],
+            index=member["member"],
+            task_name=group_row["task_name"],
+            status=member_status(status, Status(member["status"])),
+            **{name: member[name] for name in ("attempts", "interruptions", "error", "finish_reason", "score", "reward")},
+            **{**(prompts[index] if len(prompts) > 1 else prompts[0]), **stored[index]},
+        )
+        for index, member in enumerate(member_rows)
+    ]
+    position = None if group_row["epoch"] is None else Position(group_row["epoch"], group_row["position"])
+    return RolloutGroup(
+        group_id=group_row["group_id"],
+        rollouts=rollouts,
+        task_name=group_row["task_name"],
+        position=position,
+        consumed_step=group_row["consumed_step"],
+        filter_reason=group_row["filter_reason"],
+    )
+
+
+def to_json(value: Any, what: str) -> str:
+    """Compact JSON; numpy and torch values become plain ones; anything else is refused naming `what`."""
+    try:
+        return json.dumps(value, default=_plain, separators=(",", ":"), ensure_ascii=False)
+    except TypeError as error:
+        raise ValueError(f"{what} cannot be stored: {error}; keep columns to text, numbers, lists and mappings") from None
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a value of type {type(value).__name__} is not JSON")
+
+
+def _prompt_of(rollout: RolloutState) -> dict[str, Any]:
+    return {name: value for name in _PROMPT_FIELDS if (value := getattr(rollout, name))}
+
+
+def _hot_member(rollout: RolloutState, trainable_versions: NDArray[np.int32]) -> dict[str, Any]:
+    return {
+        "group_id": rollout.group_id,
+        "member": rollout.index,
+        "status": rollout.status.value,
+        "attempts": rollout.attempts,
+        "interruptions": rollout.interruptions,
+        "tokens": int(rollout.response_ids.size),
+        "min_version": int(trainable_versions.min()) if trainable_versions.size else None,
+        "finish_reason": rollout.finish_reason,
+        "score": rollout.score,
+        "reward": rollout.reward,
+        "error": rollout.error,
+    }
+
+
+def _encode_arrays(rollouts: Sequence[RolloutState]) -> tuple[str, bytes]:
+    extras, words, masks = [], [], []
+    first = rollouts[0].prompt_ids
+    for rollout in rollouts:
+        runs = _runs(rollout.versions)
+        prompt_n = None if rollout.prompt_ids is None else int(rollout.prompt_ids.size)
+        if rollout.index > 0 and prompt_n is not None and first is not None and np.array_equal(rollout.prompt_ids, first):  # type: ignore[arg-type]
+            prompt_n = _SHARED
+        elif rollout.prompt_ids is not None:
+            words.append(rollout.prompt_ids.tobytes())
+        words += [rollout.response_ids.tobytes(), rollout.logprobs.tobytes(), runs.tobytes()]
+        masks.append(rollout.loss_mask.tobytes())
+        extras.append(
+            {
+                "n": int(rollout.response_ids.size),
+                "prompt_n": prompt_n,
+                "runs": len(runs),
+                "text": rollout.text,
+                "turns": rollout.turns,
+                "reward_parts": rollout.reward_parts,
+                "metrics": rollout.metrics,
+            }
+        )
+    return to_json(extras, f"metrics of group {rollouts[0].group_id}"), b"".join(words + masks)
+
+
+def _runs(versions: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Run-length encoding: (value, length) rows, int32, shape (runs, 2)."""
+    if versions.size == 0:
+        return np.empty((0, 2), np.int32)
+    starts = np.concatenate([[0], np.flatnonzero(versions[1:] != versions[:-1]) + 1])
+    lengths = np.diff(starts, append=versions.size)
+    return np.stack([versions[starts], lengths], axis=1).astype(np.int32)
+
+
+class _ArrayReader:
+    """Reads arrays one after the other out of a buffer, without copying."""
+
+    def __init__(self, buffer: bytes, offset: int) -> None:
+        self._buffer, self._offset = buffer, offset
+
+    def read(self, dtype: type[np.generic], count: int) -> NDArray[Any]:
+        array = np.frombuffer(self._buffer, dtype=dtype, count=count, offset=self._offset)
+        self._offset += array.nbytes
+        return array
+
+
+def _decode_arrays(extras_json: str, arrays: bytes, members: int) -> list[dict[str, Any]]:
+    extras = json.loads(extras_json)
+    if len(extras) != members:
+        raise CorruptPayloadError(f"a payload of {len(extras)} members stands beside {members} rollouts")
+    if any(e["n"] < 0 or e["runs"] < 0 for e in extras):
+        raise CorruptPayloadError("a length is negative")
+    words_total = sum(4 * (max(e["prompt_n"] or 0, 0) + 2 * e["n"] + 2 * e["runs"]) for e in extras)
+    if words_total + sum(e["n"] for e in extras) != len(arrays):
+        raise CorruptPayloadError(f"a payload has {len(arrays)} bytes, its lengths say otherwise")
+    words, masks = _ArrayReader(arrays, 0), _ArrayReader(arrays, words_total)
+    decoded: list[dict[str, Any]] = []
+    for extra in extras:
+        decoded.append(_decode_member(extra, words, masks, decoded))
+    return decoded
+
+
+def _decode_member(extra: dict[str, Any], words: _ArrayReader, masks: _ArrayReader, before: list[dict[str, Any]]) -> dict[str, Any]:
+    if extra["prompt_n"] == _SHARED:
+        prompt_ids = before[0]["prompt_ids"]
+    else:
+        prompt_ids = None if extra["prompt_n"] is None else words.read(np.int32, extra["prompt_n"])
+    response_ids = words.read(np.int32, extra["n"])
+    logprobs = words.read(np.float32, extra["n"])
+    runs = words.read(np.int32, 2 * extra["runs"]).reshape(-1, 2)
+    if (runs[:, 1] < 1).any() or runs[:, 1].sum(dtype=np.int64) != extra["n"]:
+        # Before np.repeat: a forged length must not become an allocation.
+        raise CorruptPayloadError(f"runs of versions {runs.tolist()[:4]} do not cover {extra['n']} tokens")
+    return {
+        "prompt_ids": prompt_ids,
+        "response_ids": response_ids,
+        "logprobs": logprobs,
+        "versions": np.repeat(runs[:, 0], runs[:, 1]),
+        "loss_mask": masks.read(np.uint8, extra["n"]),
+        "text": extra["text"],
+        "turns": extra["turns"],
+        "reward_parts": extra["reward_parts"],
+        "metrics": extra["metrics"],
+    }

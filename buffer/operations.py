@@ -1,0 +1,259 @@
+"""What the writer does in a transaction: each operation takes all requests of its kind that wait, in order.
+
+An operation either does all of them or raises; the writer then repeats them one by one, so that one bad request
+fails alone. Operations hold no state, so repeating after a rollback is safe.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection
+
+from buffer import queries as q
+from buffer.codec import EncodedGroup, encode_group, encode_prompt
+from buffer.errors import IllegalTransitionError, StepError
+from buffer.policies import TakePolicy
+from buffer.queries import Deltas
+from buffer.rollout import Position, RolloutGroup, RolloutState
+from buffer.status import Status
+
+Operation = Callable[[Connection, Sequence[Any], Deltas], Sequence[Any]]
+
+_STORABLE_NEW = frozenset({Status.PENDING, Status.COMPLETED, Status.INTERRUPTED, Status.EXPIRED, Status.FILTERED, Status.FAILED})
+
+
+def put(conn: Connection, encoded: Sequence[EncodedGroup], deltas: Deltas) -> list[None]:
+    """Store what came of groups; groups that the database never saw are added and count as drawn."""
+    if len({e.group_id for e in encoded}) < len(encoded):
+        raise IllegalTransitionError("a group is stored twice at once")  # one by one, the second meets the first's result
+    stored = q.statuses(conn, [e.group_id for e in encoded])
+    known = [e for e in encoded if e.group_id in stored]
+    new = [e for e in encoded if e.group_id not in stored]
+    if known:
+        q.store_results(conn, known, stored, deltas)
+    if new:
+        _add(conn, new, deltas)
+    return [None] * len(encoded)
+
+
+def _add(conn: Connection, new: Sequence[EncodedGroup], deltas: Deltas) -> None:
+    for e in new:
+        if e.status not in _STORABLE_NEW:
+            raise IllegalTransitionError(
+                f"group {e.group_id} is new and cannot be stored as {e.status}; a new group may be {sorted(_STORABLE_NEW)}"
+            )
+    q.reserve_beyond(conn, "group", max(e.group_id for e in new))
+    for task_name in {e.task_name for e in new}:
+        q.add_drawn(conn, task_name, sum(e.task_name == task_name for e in new))
+    q.insert_groups(conn, new, deltas)
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnRow:
+    """One prompt as the dataset gave it; `error` says why it cannot be run."""
+
+    row: Any
+    position: Position
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Prompts taken from a dataset whose cursor had moved `moves` times and now stands at `cursor` (JSON)."""
+
+    task_name: str
+    rows: Sequence[DrawnRow]
+    group_size: int
+    moves: int
+    cursor: str
+
+
+def draw(conn: Connection, draws: Sequence[Draw], deltas: Deltas) -> list[list[int]]:
+    """Record drawn prompts and the cursor behind them together; gives the new groups' ids."""
+    return [_draw_one(conn, request, deltas) for request in draws]
+
+
+def _draw_one(conn: Connection, request: Draw, deltas: Deltas) -> list[int]:
+    q.move_cursor(conn, request.task_name, request.moves, request.cursor, len(request.rows))
+    if not request.rows:
+        return []
+    first = q.reserve(conn, "group", len(request.rows))
+    encoded = [_encode_drawn(first + n, drawn, request) for n, drawn in enumerate(request.rows)]
+    q.insert_groups(conn, encoded, deltas)
+    return [e.group_id for e in encoded]
+
+
+def _encode_drawn(group_id: int, drawn: DrawnRow, request: Draw) -> EncodedGroup:
+    if drawn.error is None:
+        group = RolloutGroup.from_row(
+            group_id, drawn.row, group_size=request.group_size, task_name=request.task_name, position=drawn.position
+        )
+        return encode_group(group)
+    row = drawn.row if isinstance(drawn.row, Mapping) else {"value": repr(drawn.row)}
+    rollouts = [
+        RolloutState(group_id, index, request.task_name, Status.FAILED, error=drawn.error, row=row) for index in range(request.group_size)
+    ]
+    return encode_group(RolloutGroup(group_id, rollouts, request.task_name, drawn.position))
+
+
+def check_storable(row: Any) -> None:
+    """Raise `ValueError` if the row cannot be written as JSON, before anything is drawn with it."""
+    encode_prompt([RolloutState(0, 0, row=row)])
+
+
+def cursor(conn: Connection, task_names: Sequence[str], deltas: Deltas) -> list[tuple[int, str | None]]:
+    """Where each task's dataset goes on, as of the operations before this one."""
+    return [q.cursor(conn, task_name) for task_name in task_names]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A wish for up to `limit` waiting groups of a task, from the first of `statuses` that has any, and so on."""
+
+    task_name: str
+    statuses: Sequence[Status]
+    limit: int
+    exclude: frozenset[int]
+
+
+def claim(conn: Connection, claims: Sequence[Claim], deltas: Deltas) -> list[list[int]]:
+    """Move waiting groups to running; gives their ids, each to one claimant."""
+    return [_claim_one(conn, request, deltas) for request in claims]
+
+
+def _claim_one(conn: Connection, request: Claim, deltas: Deltas) -> list[int]:
+    rows: list[Any] = []
+    for status in request.statuses:
+        if len(rows) < request.limit:
+            wanted = request.limit - len(rows)
+            waiting = q.claimable(conn, request.task_name, status, wanted + len(request.exclude))
+            rows += [row for row in waiting if row.group_id not in request.exclude][:wanted]
+    q.move(conn, rows, Status.RUNNING, deltas)
+    return [row.group_id for row in rows]
+
+
+def start(conn: Connection, requests: Sequence[Sequence[int]], deltas: Deltas) -> list[None]:
+    """Move given groups to running."""
+    for group_ids in requests:
+        q.move(conn, q.rows_of(conn, group_ids), Status.RUNNING, deltas)
+    return [None] * len(requests)
+
+
+def release(conn: Connection, requests: Sequence[Sequence[int]], deltas: Deltas) -> list[None]:
+    """Running groups that nobody runs become interrupted, with what was stored of them."""
+    for group_ids in requests:
+        rows = q.rows_of(conn, group_ids)
+        q.move(conn, rows, Status.INTERRUPTED, deltas)
+        q.count_interruption(conn, group_ids)
+    return [None] * len(requests)
+
+
+def release_all(conn: Connection, requests: Sequence[None], deltas: Deltas) -> list[int]:
+    """Release every running group: on SQLite there is one writing process, so theirs is gone. Gives how many."""
+    ids = [group_id for task in q.task_names(conn) for group_id in _running(conn, task)]
+    release(conn, [ids] if ids else [], deltas)
+    return [len(ids)] * len(requests)
+
+
+def _running(conn: Connection, task_name: str) -> list[int]:
+    limit = q.count(conn, task_name, Status.RUNNING)
+    return [row.group_id for row in q.claimable(conn, task_name, Status.RUNNING, limit)]
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """A wish for up to `limit` completed groups, consumed at `step`."""
+
+    task_name: str
+    limit: int
+    step: int
+    version: int | None
+    policy: TakePolicy
+
+
+def take(conn: Connection, requests: Sequence[Take], deltas: Deltas) -> list[list[int]]:
+    """Move completed groups to consumed; gives their ids in the order of handing out."""
+    return [_take_one(conn, request, deltas) for request in requests]
+
+
+def _take_one(conn: Connection, request: Take, deltas: Deltas) -> list[int]:
+    committed = committed_step(conn)
+    if committed is not None and request.step <= committed:
+        raise StepError(f"step={request.step} lies at or before the committed step {committed}; take at step {committed + 1} or later")
+    rows = q.first_completed(conn, request.task_name, request.limit, request.policy)
+    q.consume(conn, rows, request.step, request.version, deltas)
+    return [row.group_id for row in rows]
+
+
+def give_back(conn: Connection, requests: Sequence[Sequence[int]], deltas: Deltas) -> list[None]:
+    """Undo a take whose taker was cancelled before it had the groups."""
+    for group_ids in requests:
+        q.unconsume(conn, q.rows_of(conn, group_ids), deltas)
+    return [None] * len(requests)
+
+
+def committed_step(conn: Connection) -> int | None:
+    """The last committed step; None before the first commit."""
+    stored = q.meta_value(conn, "committed_step")
+    return None if stored is None else int(stored)
+
+
+def commit(conn: Connection, steps: Sequence[int], deltas: Deltas) -> list[int]:
+    """Archive what was consumed up to each step; gives how many groups that made final."""
+    return [_commit_one(conn, step, deltas) for step in steps]
+
+
+def _commit_one(conn: Connection, step: int, deltas: Deltas) -> int:
+    rows = q.consumed_up_to(conn, step)
+    q.move(conn, rows, Status.ARCHIVED, deltas)
+    if step > (committed_step(conn) or 0):
+        q.set_meta_value(conn, "committed_step", str(step))
+    return len(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeReport:
+    """What `resume` found and did.
+
+    Attributes:
+        step: the step that the trainer resumes from.
+        version: of the policy at that checkpoint; give it to `engine.update_weights`.
+        rewound: groups consumed after that step that will be handed out again.
+        released: groups that were running when their process died, now interrupted.
+        counts: groups by task and status, after resuming.
+    """
+
+    step: int
+    version: int
+    rewound: int
+    released: int
+    counts: Mapping[str, Mapping[Status, int]]
+
+
+def resume(conn: Connection, steps: Sequence[int], deltas: Deltas) -> list[tuple[int, int]]:
+    """Rewind to each step; gives the version at its checkpoint and how many groups were given back."""
+    return [_resume_one(conn, step, deltas) for step in steps]
+
+
+def _resume_one(conn: Connection, step: int, deltas: Deltas) -> tuple[int, int]:
+    committed = committed_step(conn)
+    if committed is not None and step < committed:
+        raise StepError(
+            f"step={step} lies before the committed step {committed}, whose batches are final; resume from a checkpoint of step "
+            f"{committed} or later, and commit only when you will not go back further"
+        )
+    version = _version_at(conn, step)
+    rows = q.consumed_after(conn, step)
+    q.unconsume(conn, rows, deltas)
+    q.drop_steps_after(conn, step)
+    return version, len(rows)
+
+
+def _version_at(conn: Connection, step: int) -> int:
+    """The policy's version after the update of `step`: what the next batch saw, else one more than this step's."""
+    after = q.step_version(conn, step + 1)
+    if after is not None:
+        return after
+    at = q.step_version(conn, step)
+    return step if at is None else at + 1

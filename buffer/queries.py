@@ -1,0 +1,416 @@
+"""Every statement, one function each. Nothing outside `buffer/` composes SQL.
+
+Functions take a connection inside a transaction. Writing ones also take `Deltas`, which collects how the counts
+by task and status change; the writer stores them once per transaction, so that they are exact at every commit.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, assert_never
+
+from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, func, insert, select, update
+from sqlalchemy.dialects import sqlite
+
+from buffer import schema as t
+from buffer.codec import EncodedGroup, decode_group
+from buffer.errors import CursorConflictError, IllegalTransitionError, UnknownGroupError
+from buffer.policies import Fifo, FreshestFirst, StalestFirst, TakePolicy
+from buffer.rollout import RolloutGroup
+from buffer.status import Status, check_transition
+
+Deltas = Counter[tuple[str, Status]]
+
+_CHUNK = 500
+"""Ids per IN list: below every driver's limit on bound parameters."""
+
+
+# -- counts and keys ------------------------------------------------------------------------------------------
+
+
+def apply_deltas(conn: Connection, deltas: Deltas) -> None:
+    """Add the deltas to the stored counts. Sorted, so that two writers lock rows in one order."""
+    rows = [{"task_name": task, "status": status.value, "n": n} for (task, status), n in sorted(deltas.items()) if n]
+    if rows:
+        statement = _insert(t.counts)
+        conn.execute(
+            statement.on_conflict_do_update(index_elements=["task_name", "status"], set_={"n": t.counts.c.n + statement.excluded.n}), rows
+        )
+
+
+def _insert(table: Any) -> sqlite.Insert:
+    return sqlite.insert(table)
+
+
+def counts(conn: Connection, task_name: str) -> dict[Status, int]:
+    """Groups of the task by status, every status present."""
+    stored = dict(conn.execute(select(t.counts.c.status, t.counts.c.n).where(t.counts.c.task_name == task_name)).tuples().all())
+    return {status: stored.get(status.value, 0) for status in Status}
+
+
+def count(conn: Connection, task_name: str, status: Status) -> int:
+    """Groups of the task with this status; one row is read, whatever the size of the buffer."""
+    found = conn.scalar(select(t.counts.c.n).where(t.counts.c.task_name == task_name, t.counts.c.status == status.value))
+    return found or 0
+
+
+def task_names(conn: Connection) -> list[str]:
+    """The tasks that ever drew or stored a group."""
+    return list(conn.scalars(select(t.tasks.c.task_name).order_by(t.tasks.c.task_name)))
+
+
+def reserve(conn: Connection, name: str, n: int) -> int:
+    """Take the next `n` numbers of a sequence and return the first; sequences start at 1 and never repeat."""
+    statement = _insert(t.sequences)
+    upsert = statement.on_conflict_do_update(index_elements=["name"], set_={"last": t.sequences.c.last + statement.excluded.last})
+    last: int | None = conn.scalar(upsert.returning(t.sequences.c.last), {"name": name, "last": n})
+    assert last is not None
+    return last - n + 1
+
+
+def reserve_beyond(conn: Connection, name: str, number: int) -> None:
+    """See to it that the sequence never gives `number` or anything below it."""
+    statement = _insert(t.sequences)
+    larger = func.max(statement.excluded.last, t.sequences.c.last)
+    conn.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"last": larger}), {"name": name, "last": number})
+
+
+def meta_value(conn: Connection, key: str) -> str | None:
+    """One entry of the table of run-wide values."""
+    return conn.scalar(select(t.meta.c.value).where(t.meta.c.key == key))
+
+
+def set_meta_value(conn: Connection, key: str, value: str) -> None:
+    """Store one run-wide value."""
+    statement = _insert(t.meta)
+    conn.execute(
+        statement.on_conflict_do_update(index_elements=["key"], set_={"value": statement.excluded.value}), {"key": key, "value": value}
+    )
+
+
+# -- drawing --------------------------------------------------------------------------------------------------
+
+
+def cursor(conn: Connection, task_name: str) -> tuple[int, str | None]:
+    """How often the task's dataset cursor moved, and where it stands (JSON; None before the first draw)."""
+    row = conn.execute(select(t.tasks.c.moves, t.tasks.c.cursor).where(t.tasks.c.task_name == task_name)).one_or_none()
+    return (0, None) if row is None else (row.moves, row.cursor)
+
+
+def move_cursor(conn: Connection, task_name: str, moves: int, new_cursor: str, drawn: int) -> None:
+    """Advance the cursor that had moved `moves` times; anything else means that somebody else draws for the task."""
+    _ensure_task(conn, task_name)
+    moved = conn.execute(
+        update(t.tasks)
+        .where(t.tasks.c.task_name == task_name, t.tasks.c.moves == moves)
+        .values(moves=moves + 1, cursor=new_cursor, drawn=t.tasks.c.drawn + drawn)
+    )
+    if moved.rowcount != 1:
+        raise CursorConflictError(
+            f"the dataset cursor of task {task_name!r} was moved by another sampler; "
+            "use one sampler for a task, and one task_name for a dataset"
+        )
+
+
+def add_drawn(conn: Connection, task_name: str, drawn: int) -> None:
+    """Account for groups that came in without a draw of ours."""
+    _ensure_task(conn, task_name)
+    conn.execute(update(t.tasks).where(t.tasks.c.task_name == task_name).values(drawn=t.tasks.c.drawn + drawn))
+
+
+def _ensure_task(conn: Connection, task_name: str) -> None:
+    conn.execute(_insert(t.tasks).on_conflict_do_nothing(), {"task_name": task_name, "drawn": 0, "moves": 0})
+
+
+# -- writing groups -------------------------------------------------------------------------------------------
+
+
+def insert_groups(conn: Connection, encoded: Sequence[EncodedGroup], deltas: Deltas) -> None:
+    """Add groups that the database does not have; its unique keys refuse a group id or a prompt that it has."""
+    now, seq = time.time(), reserve(conn, "ready", len(encoded))
+    rows = [
+        {
+            "group_id": e.group_id,
+            "task_name": e.task_name,
+            "status": e.status.value,
+            "ready_seq": seq + n,
+            "consumed_seq": t.NEVER_CONSUMED,
+            "created_at": now,
+            "updated_at": now,
+            **e.group,
+        }
+        for n, e in enumerate(encoded)
+    ]
+    conn.execute(insert(t.groups), rows)
+    conn.execute(insert(t.prompts), [{"group_id": e.group_id, "data": e.prompt} for e in encoded])
+    conn.execute(insert(t.rollouts), [member for e in encoded for member in e.rollouts])
+    _write_payloads(conn, [e for e in encoded if e.arrays])
+    deltas.update((e.task_name, e.status) for e in encoded)
+
+
+_STORE_RESULT = (
+    update(t.groups)
+    .where(t.groups.c.group_id == bindparam("id"), t.groups.c.status == bindparam("expected"))
+    .values(
+        status=bindparam("status"),
+        ready_seq=bindparam("ready_seq"),
+        min_version=bindparam("min_version"),
+        max_version=bindparam("max_version"),
+        tokens=bindparam("tokens"),
+        filter_reason=bindparam("filter_reason"),
+        updated_at=bindparam("now"),
+    )
+)
+_STORE_MEMBER = (
+    update(t.rollouts)
+    .where(t.rollouts.c.group_id == bindparam("id"), t.rollouts.c.member == bindparam("at"))
+    .values({c.name: bindparam(c.name) for c in t.rollouts.c if c.name not in ("group_id", "member")})
+)
+
+
+def store_results(conn: Connection, encoded: Sequence[EncodedGroup], stored: Mapping[int, Status], deltas: Deltas) -> None:
+    """Write what came of groups whose present statuses are `stored`; an illegal transition is refused.
+
+    The rows themselves hold the guard: the expected status stands in the WHERE.
+    """
+    for e in encoded:
+        check_transition(stored[e.group_id], e.status, f"group {e.group_id} of task {e.task_name!r}")
+    now, seq = time.time(), reserve(conn, "ready", len(encoded))
+    rows = [
+        {"id": e.group_id, "expected": stored[e.group_id].value, "status": e.status.value, "ready_seq": seq + n, "now": now}
+        | {name: e.group[name] for name in ("min_version", "max_version", "tokens", "filter_reason")}
+        for n, e in enumerate(encoded)
+    ]
+    _require_rowcount(conn.execute(_STORE_RESULT, rows).rowcount, len(rows))
+    members = [{"id": m["group_id"], "at": m["member"], **m} for e in encoded for m in e.rollouts]
+    _require_rowcount(conn.execute(_STORE_MEMBER, members).rowcount, len(members))
+    _write_payloads(conn, encoded)
+    for e in encoded:
+        deltas[e.task_name, stored[e.group_id]] -= 1
+        deltas[e.task_name, e.status] += 1
+
+
+def _write_payloads(conn: Connection, encoded: Sequence[EncodedGroup]) -> None:
+    if not encoded:
+        return
+    statement = _insert(t.payloads)
+    replace = {"extras": statement.excluded.extras, "arrays": statement.excluded.arrays}
+    conn.execute(
+        statement.on_conflict_do_update(index_elements=["group_id"], set_=replace),
+        [{"group_id": e.group_id, "extras": e.extras, "arrays": e.arrays} for e in encoded],
+    )
+
+
+def _require_rowcount(found: int, expected: int) -> None:
+    if found != expected:
+        raise IllegalTransitionError(f"{expected} rows were to change, {found} did: a group is not what it was, or has other members")
+
+
+def statuses(conn: Connection, group_ids: Iterable[int]) -> dict[int, Status]:
+    """The present statuses of those of the groups that exist."""
+    found: dict[int, Status] = {}
+    for chunk in _chunks(list(group_ids)):
+        rows = conn.execute(select(t.groups.c.group_id, t.groups.c.status).where(t.groups.c.group_id.in_(chunk)))
+        found.update({row.group_id: Status(row.status) for row in rows})
+    return found
+
+
+_MOVE = (
+    update(t.groups)
+    .where(t.groups.c.group_id == bindparam("id"), t.groups.c.status == bindparam("expected"))
+    .values(status=bindparam("status"), updated_at=bindparam("now"))
+)
+
+
+def move(conn: Connection, rows: Sequence[Row[Any]], target: Status, deltas: Deltas) -> None:
+    """Take groups (rows with group_id, task_name, status) to `target`; refused where the table does not allow it."""
+    if not rows:
+        return
+    for row in rows:
+        check_transition(Status(row.status), target, f"group {row.group_id} of task {row.task_name!r}")
+        deltas[row.task_name, Status(row.status)] -= 1
+        deltas[row.task_name, target] += 1
+    now = time.time()
+    moved = conn.execute(_MOVE, [{"id": row.group_id, "expected": row.status, "status": target.value, "now": now} for row in rows])
+    _require_rowcount(moved.rowcount, len(rows))
+
+
+def rows_of(conn: Connection, group_ids: Sequence[int]) -> list[Row[Any]]:
+    """(group_id, task_name, status) of each, in the order asked for; an unknown id is an error."""
+    found: dict[int, Row[Any]] = {}
+    for chunk in _chunks(group_ids):
+        found |= {row.group_id: row for row in conn.execute(_rows().where(t.groups.c.group_id.in_(chunk)))}
+    if missing := [group_id for group_id in group_ids if group_id not in found]:
+        raise UnknownGroupError(f"no group {missing[0]} is in the database")
+    return [found[group_id] for group_id in group_ids]
+
+
+def _rows() -> Any:
+    return select(t.groups.c.group_id, t.groups.c.task_name, t.groups.c.status)
+
+
+def claimable(conn: Connection, task_name: str, status: Status, limit: int) -> list[Row[Any]]:
+    """The oldest groups of the task that wait in `status`."""
+    statement = _rows().where(t.groups.c.task_name == task_name, t.groups.c.status == status.value)
+    return list(conn.execute(statement.order_by(t.groups.c.consumed_seq, t.groups.c.ready_seq).limit(limit)))
+
+
+def count_interruption(conn: Connection, group_ids: Sequence[int]) -> None:
+    """One more interruption for the unfinished members of groups whose producer died."""
+    for chunk in _chunks(group_ids):
+        unfinished = t.rollouts.c.status != Status.COMPLETED.value
+        conn.execute(
+            update(t.rollouts).where(t.rollouts.c.group_id.in_(chunk), unfinished).values(interruptions=t.rollouts.c.interruptions + 1)
+        )
+
+
+# -- taking, committing, rewinding ------------------------------------------------------------------------------
+
+
+def first_completed(conn: Connection, task_name: str, limit: int, policy: TakePolicy) -> list[Row[Any]]:
+    """The completed groups to hand out next: the rewound first, as they were consumed, then by policy."""
+    ready = _rows().where(t.groups.c.task_name == task_name, t.groups.c.status == Status.COMPLETED.value)
+    return list(conn.execute(ready.order_by(t.groups.c.consumed_seq, *_order(policy)).limit(limit)))
+
+
+def _order(policy: TakePolicy) -> list[ColumnElement[Any]]:
+    match policy:
+        case Fifo():
+            return [t.groups.c.ready_seq.asc()]
+        case StalestFirst():
+            return [t.groups.c.min_version.asc(), t.groups.c.ready_seq.asc()]
+        case FreshestFirst():
+            return [t.groups.c.min_version.desc(), t.groups.c.ready_seq.asc()]
+        case _:
+            assert_never(policy)
+
+
+_CONSUME = (
+    update(t.groups).where(t.groups.c.group_id == bindparam("id")).values(consumed_step=bindparam("step"), consumed_seq=bindparam("seq"))
+)
+
+
+def consume(conn: Connection, rows: Sequence[Row[Any]], step: int, version: int | None, deltas: Deltas) -> None:
+    """Mark completed groups as consumed at `step`, in this order, and remember the policy's version then."""
+    if not rows:
+        return
+    move(conn, rows, Status.CONSUMED, deltas)
+    seq = reserve(conn, "consumed", len(rows))
+    conn.execute(_CONSUME, [{"id": row.group_id, "step": step, "seq": seq + n} for n, row in enumerate(rows)])
+    statement = _insert(t.steps)
+    kept = func.coalesce(statement.excluded.version, t.steps.c.version)
+    conn.execute(statement.on_conflict_do_update(index_elements=["step"], set_={"version": kept}), {"step": step, "version": version})
+
+
+def consumed_after(conn: Connection, step: int) -> list[Row[Any]]:
+    """Consumed and not committed, at a step later than `step`."""
+    return _consumed(conn, t.groups.c.consumed_step > step)
+
+
+def consumed_up_to(conn: Connection, step: int) -> list[Row[Any]]:
+    """Consumed and not committed, at `step` or before."""
+    return _consumed(conn, t.groups.c.consumed_step <= step)
+
+
+def _consumed(conn: Connection, when: ColumnElement[bool]) -> list[Row[Any]]:
+    return list(conn.execute(_rows().where(when, t.groups.c.status == Status.CONSUMED.value).order_by(t.groups.c.consumed_seq)))
+
+
+def unconsume(conn: Connection, rows: Sequence[Row[Any]], deltas: Deltas) -> None:
+    """Give consumed groups back: completed again, to be handed out first and in the order they had."""
+    move(conn, rows, Status.COMPLETED, deltas)
+    for chunk in _chunks([row.group_id for row in rows]):
+        conn.execute(update(t.groups).where(t.groups.c.group_id.in_(chunk)).values(consumed_step=None))
+
+
+def drop_steps_after(conn: Connection, step: int) -> None:
+    """Forget the steps that a rewind undid."""
+    conn.execute(delete(t.steps).where(t.steps.c.step > step))
+
+
+def step_version(conn: Connection, step: int) -> int | None:
+    """The policy's version recorded when the batch of `step` was handed out."""
+    return conn.scalar(select(t.steps.c.version).where(t.steps.c.step == step))
+
+
+def last_step(conn: Connection) -> int:
+    """The last step at which anything was consumed; 0 before the first."""
+    return conn.scalar(select(func.max(t.steps.c.step))) or 0
+
+
+# -- reading groups -------------------------------------------------------------------------------------------
+
+
+def load_groups(conn: Connection, group_ids: Sequence[int]) -> list[RolloutGroup]:
+    """Whole groups, payloads included, in the order asked for; an unknown id is an error."""
+    loaded: dict[int, RolloutGroup] = {}
+    for chunk in _chunks(group_ids):
+        loaded |= _load_chunk(conn, chunk)
+    if missing := [group_id for group_id in group_ids if group_id not in loaded]:
+        raise UnknownGroupError(f"no group {missing[0]} is in the database")
+    return [loaded[group_id] for group_id in group_ids]
+
+
+def _load_chunk(conn: Connection, group_ids: Sequence[int]) -> dict[int, RolloutGroup]:
+    members: dict[int, list[Mapping[str, Any]]] = {}
+    order = (t.rollouts.c.group_id, t.rollouts.c.member)
+    for row in conn.execute(select(t.rollouts).where(t.rollouts.c.group_id.in_(group_ids)).order_by(*order)).mappings():
+        members.setdefault(row["group_id"], []).append(dict(row))
+    joined = t.groups.join(t.prompts).outerjoin(t.payloads, t.payloads.c.group_id == t.groups.c.group_id)
+    statement = select(t.groups, t.prompts.c.data, t.payloads.c.extras, t.payloads.c.arrays).select_from(joined)
+    rows = conn.execute(statement.where(t.groups.c.group_id.in_(group_ids))).mappings()
+    return {
+        row["group_id"]: decode_group(
+            dict(row), members.get(row["group_id"], []), row["data"], None if row["arrays"] is None else (row["extras"], row["arrays"])
+        )
+        for row in rows
+    }
+
+
+def find(conn: Connection, task_name: str | None, status: Collection[Status], limit: int, offset: int) -> list[int]:
+    """Ids of groups by task and status, oldest first."""
+    statement = select(t.groups.c.group_id)
+    if task_name is not None:
+        statement = statement.where(t.groups.c.task_name == task_name)
+    if status:
+        statement = statement.where(t.groups.c.status.in_([s.value for s in status]))
+    return list(conn.scalars(statement.order_by(t.groups.c.group_id).limit(limit).offset(offset)))
+
+
+# -- audit ----------------------------------------------------------------------------------------------------
+
+
+def drawn_by_task(conn: Connection) -> dict[str, int]:
+    """Prompts ever drawn, by task."""
+    return dict(conn.execute(select(t.tasks.c.task_name, t.tasks.c.drawn)).tuples().all())
+
+
+def counted_rows(conn: Connection) -> dict[tuple[str, Status], int]:
+    """Rows by task and status, counted one by one: what `counts` must say."""
+    rows = conn.execute(select(t.groups.c.task_name, t.groups.c.status, func.count()).group_by(t.groups.c.task_name, t.groups.c.status))
+    return {(task, Status(status)): n for task, status, n in rows.tuples()}
+
+
+def stored_counts(conn: Connection) -> dict[tuple[str, Status], int]:
+    """The counter table, zeros left out."""
+    rows = conn.execute(select(t.counts.c.task_name, t.counts.c.status, t.counts.c.n).where(t.counts.c.n != 0))
+    return {(task, Status(status)): n for task, status, n in rows.tuples()}
+
+
+def orphans(conn: Connection) -> dict[str, int]:
+    """Rows of the other tables that belong to no group, and groups that lack what they need."""
+    no_group = {
+        table.name: select(func.count())
+        .select_from(table.outerjoin(t.groups, t.groups.c.group_id == table.c.group_id))
+        .where(t.groups.c.group_id.is_(None))
+        for table in (t.rollouts, t.prompts, t.payloads)
+    }
+    found = {f"rows of {name} without a group": conn.scalar(statement) or 0 for name, statement in no_group.items()}
+    for table in (t.rollouts, t.prompts):
+        lacks = ~select(table.c.group_id).where(table.c.group_id == t.groups.c.group_id).exists()
+        found[f"groups without {table.name}"] = conn.scalar(select(func.count()).select_from(t.groups).where(lacks)) or 0
+    return {what: n for what, n in found.items() if n}
+
+
+def _chunks(ids: Sequence[int]) -> Iterable[Sequence[int]]:
+    return (ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK))

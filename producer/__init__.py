@@ -1,0 +1,18 @@
+"""What to run, when, and what the trainer receives."""
+
+from producer.asynchronous import AsyncProduceStrategy
+from producer.filters import GroupFilter, zero_variance
+from producer.prompts import PromptSampler, ReplayPromptSampler
+from producer.strategy import ProducedBatch, ProduceStrategy
+from producer.sync import SyncProduceStrategy
+
+__all__ = [
+    "AsyncProduceStrategy",
+    "GroupFilter",
+    "ProduceStrategy",
+    "ProducedBatch",
+    "PromptSampler",
+    "ReplayPromptSampler",
+    "SyncProduceStrategy",
+    "zero_variance",
+]

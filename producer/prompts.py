@@ -1,0 +1,214 @@
+"""Drawing prompts: `PromptSampler` from a dataset, `ReplayPromptSampler` first from what the buffer still holds."""
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple
+
+from agent_loop.single_turn import Tokenizer
+from buffer import DrawnRow, ReplayBuffer, RolloutGroup, Status
+from buffer.operations import check_storable
+from buffer.rollout import prompt_fields
+from producer.dataset import Cursor, SourceRow, row_source
+from producer.errors import DatasetError
+
+LEFT_BEHIND = (Status.EXPIRED, Status.INTERRUPTED, Status.PENDING)
+"""What a buffer may hold for a task beside fresh prompts, in the order in which it is offered."""
+
+
+class _CheckedRow(NamedTuple):
+    """A row and why it cannot be run (None if it can)."""
+
+    source: SourceRow
+    error: str | None
+
+
+class PromptSampler:
+    """Draws prompts from a dataset, each as a group of `group_size` rollouts.
+
+    The iterator over the dataset is made at the first `sample()`, never here: only then is the position known from
+    which it goes on, and a dataloader's workers start there. At the end of the dataset the next epoch begins, with
+    a new shuffle.
+
+    Args:
+        dataset: a list, a map-style dataset (`__len__`, `__getitem__`) of rows, or a torchdata
+            `StatefulDataLoader`. A row is a mapping with `prompt` (text or chat messages), `messages` or `prompt_ids`.
+        group_size: rollouts a prompt.
+        shuffle: a new order each epoch, from `seed`; a dataloader keeps its own order.
+        seed: of the shuffle.
+        max_prompt_tokens: longer prompts are bad rows; needs `tokenizer` unless rows have `prompt_ids`.
+        tokenizer: counts a prompt's tokens for that bound.
+        on_bad_row: "raise" stops with an error naming the row; "fail" records it as a failed group (where there is a
+            buffer) and goes on.
+
+    Raises:
+        DatasetError: a dataset that cannot be resumed; at `sample()` an empty one, or a bad row.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        group_size: int = 8,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        max_prompt_tokens: int | None = None,
+        tokenizer: Tokenizer | None = None,
+        on_bad_row: Literal["raise", "fail"] = "raise",
+    ) -> None:
+        if group_size < 1:
+            raise ValueError(f"group_size={group_size} makes no group; it must be 1 or more")
+        if max_prompt_tokens is not None and max_prompt_tokens < 1:
+            raise ValueError(f"max_prompt_tokens={max_prompt_tokens} lets no prompt through; it must be 1 or more")
+        if on_bad_row not in ("raise", "fail"):
+            raise ValueError(f"on_bad_row={on_bad_row!r} is unknown; choose 'raise' or 'fail'")
+        self.group_size = group_size
+        self._source = row_source(dataset, shuffle=shuffle, seed=seed)
+        self._max_prompt_tokens, self._tokenizer, self._on_bad_row = max_prompt_tokens, tokenizer, on_bad_row
+        self._lock = asyncio.Lock()
+        self._stream: tuple[ReplayBuffer | None, str] | None = None
+        self._moves = 0
+        self._waiting: deque[_CheckedRow] = deque()
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="millrace-dataset")
+        self._local_ids = itertools.count()
+
+    async def sample(self, task_name: str = "default", *, buffer: ReplayBuffer | None = None) -> RolloutGroup:
+        """The next group to run.
+
+        With a buffer the draw is durable and the group is running, claimed by this process; without one it is
+        pending, and known to nobody else.
+        """
+        (group,) = await self.sample_many(task_name, 1, buffer=buffer)
+        return group
+
+    async def sample_many(
+        self, task_name: str, n: int, *, buffer: ReplayBuffer | None = None, exclude: Collection[int] = ()
+    ) -> list[RolloutGroup]:
+        """The next `n` groups; see `sample`. `exclude` names groups not to be offered again."""
+        async with self._lock:
+            return await self._draw(task_name, n, buffer)
+
+    async def _draw(self, task_name: str, n: int, buffer: ReplayBuffer | None) -> list[RolloutGroup]:
+        groups: list[RolloutGroup] = []
+        bad_in_a_row = 0
+        while len(groups) < n:
+            rows = await self._read(task_name, n - len(groups), buffer)
+            groups += await self._record(task_name, rows, buffer)
+            bad_in_a_row = 0 if any(row.error is None for row in rows) else bad_in_a_row + len(rows)
+            if bad_in_a_row > _MOST_BAD_ROWS:
+                raise DatasetError(
+                    f"{bad_in_a_row} rows in a row are bad, the last because: {rows[-1].error}; look at the dataset's columns"
+                )
+        return groups
+
+    async def _read(self, task_name: str, n: int, buffer: ReplayBuffer | None) -> list[_CheckedRow]:
+        """Up to `n` rows that are not recorded yet; a bad one, where that is an error, is never passed over."""
+        if self._stream != (buffer, task_name):
+            await self._open(task_name, buffer)
+        while len(self._waiting) < n:
+            await self._on_reading_thread(self._read_one)
+        rows = list(itertools.islice(self._waiting, n))
+        if self._on_bad_row == "raise" and rows and rows[0].error is not None:
+            raise DatasetError(f"{rows[0].source.name}: {rows[0].error}; mend it, or pass on_bad_row='fail' to record it and go on")
+        return list(itertools.takewhile(lambda row: self._on_bad_row == "fail" or row.error is None, rows))
+
+    async def _open(self, task_name: str, buffer: ReplayBuffer | None) -> None:
+        cursor: Cursor | None = None
+        if buffer is not None:
+            stored = await buffer.cursor(task_name)
+            self._moves, cursor = stored.moves, stored.state
+        await self._on_reading_thread(self._source.open, cursor)
+        # After it: a read that an earlier, cancelled call left behind on the thread has ended by now.
+        self._waiting.clear()
+        self._stream = (buffer, task_name)
+
+    async def _on_reading_thread(self, function: Callable[..., None], *arguments: Any) -> None:
+        # A dataset may read from disk, a dataloader waits for its workers. One thread: calls keep their order.
+        await asyncio.get_running_loop().run_in_executor(self._reading, function, *arguments)
+
+    def _read_one(self) -> None:
+        row = self._source.read()
+        # Kept here, on the thread: were the caller cancelled, a returned row would be lost.
+        self._waiting.append(_CheckedRow(row, self._why_bad(row.row)))
+
+    async def _record(self, task_name: str, rows: Sequence[_CheckedRow], buffer: ReplayBuffer | None) -> list[RolloutGroup]:
+        if buffer is None:
+            groups = [self._local_group(task_name, row.source) for row in rows if row.error is None]
+            self._forget(len(rows))
+            return groups
+        drawn = [DrawnRow(row.source.row, row.source.position, row.error) for row in rows]
+        # If this is cut short it is not known where the dataset stands: then the database is asked again.
+        self._stream = None
+        ids = await buffer.draw(task_name, drawn, group_size=self.group_size, moves=self._moves, cursor=rows[-1].source.cursor)
+        self._stream, self._moves = (buffer, task_name), self._moves + 1
+        self._forget(len(rows))
+        return await buffer.start([group_id for group_id, row in zip(ids, rows, strict=True) if row.error is None])
+
+    def _forget(self, n: int) -> None:
+        for _ in range(n):
+            self._waiting.popleft()
+
+    def _local_group(self, task_name: str, source: SourceRow) -> RolloutGroup:
+        return RolloutGroup.from_row(
+            next(self._local_ids), source.row, group_size=self.group_size, task_name=task_name, position=source.position
+        )
+
+    def _why_bad(self, row: Any) -> str | None:
+        try:
+            fields = prompt_fields(row)
+            check_storable(row)
+            return self._why_too_long(fields)
+        except (ValueError, TypeError) as error:
+            return str(error)
+
+    def _why_too_long(self, fields: dict[str, Any]) -> str | None:
+        if self._max_prompt_tokens is None:
+            return None
+        length = self._prompt_tokens(fields)
+        return (
+            None if length <= self._max_prompt_tokens else f"the prompt has {length} tokens, max_prompt_tokens is {self._max_prompt_tokens}"
+        )
+
+    def _prompt_tokens(self, fields: dict[str, Any]) -> int:
+        if fields["prompt_ids"] is not None:
+            return len(fields["prompt_ids"])
+        if self._tokenizer is None:
+            raise ValueError("its length is unknown: max_prompt_tokens needs tokenizer= for rows without prompt_ids")
+        if fields["messages"] is not None:
+            return len(
+                self._tokenizer.apply_chat_template(fields["messages"], add_generation_prompt=True, tokenize=True, return_dict=False)
+            )
+        return len(self._tokenizer.encode(fields["prompt"]))
+
+
+_MOST_BAD_ROWS = 1000
+"""So many bad rows without a good one between them are a wrong dataset, not bad luck."""
+
+
+class ReplayPromptSampler(PromptSampler):
+    """Offers first what the buffer holds for the task, then fresh prompts.
+
+    Args:
+        dataset: as of `PromptSampler`, like the other arguments.
+        buffer: whose expired, interrupted and pending groups (in this order) are offered before fresh prompts.
+        replay: which of these are offered.
+    """
+
+    def __init__(
+        self, dataset: Any, buffer: ReplayBuffer, group_size: int = 8, *, replay: Sequence[Status] = LEFT_BEHIND, **options: Any
+    ) -> None:
+        super().__init__(dataset, group_size, **options)
+        if unknown := [status for status in replay if status not in LEFT_BEHIND]:
+            raise ValueError(f"replay={unknown[0]!r} cannot be offered again; choose among {[str(s) for s in LEFT_BEHIND]}")
+        self.buffer, self._replay = buffer, tuple(replay)
+
+    async def sample_many(
+        self, task_name: str, n: int, *, buffer: ReplayBuffer | None = None, exclude: Collection[int] = ()
+    ) -> list[RolloutGroup]:
+        if buffer is not None and buffer is not self.buffer:
+            raise ValueError("the strategy and its ReplayPromptSampler have different buffers; give both the same one")
+        async with self._lock:
+            left = await self.buffer.claim(task_name, n, statuses=self._replay, exclude=exclude)
+            return left + await self._draw(task_name, n - len(left), self.buffer)

@@ -1,0 +1,226 @@
+"""`ProduceStrategy`: the loop that fills a batch, written once; what differs between strategies is a pure decision."""
+
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from agent_loop import AgentLoop
+from agent_loop.agent_loop import first_error
+from buffer import Fifo, ReplayBuffer, RolloutGroup, Status, TakePolicy
+from producer.errors import FailureBudgetError
+from producer.filters import GroupFilter
+from producer.interrupt import settle_unfinished
+from producer.issue import Load
+from producer.metrics import Metrics, batch_metrics
+from producer.prompts import PromptSampler
+from producer.task_pool import TaskPool
+
+
+@dataclass(frozen=True, slots=True)
+class ProducedBatch:
+    """A batch for training: its groups in the order they were drawn, the step they are consumed at, and metrics."""
+
+    groups: Sequence[RolloutGroup]
+    step: int
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    group_id: int
+    status: Status
+    tokens: int
+    reason: str | None
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Where the batch that is being produced stands."""
+
+    task_name: str
+    batch_size: int
+    completed: int
+    started: set[int] = field(default_factory=set)
+    unstored: set[int] = field(default_factory=set)
+    ended: Counter[Status] = field(default_factory=Counter)
+    tokens: int = 0
+    last_reason: dict[Status, str | None] = field(default_factory=dict)
+
+    def record(self, outcome: _Outcome) -> None:
+        self.ended[outcome.status] += 1
+        self.completed += outcome.status is Status.COMPLETED
+        self.tokens += outcome.tokens
+        self.last_reason[outcome.status] = outcome.reason
+
+
+class ProduceStrategy(ABC):
+    """Fills batches: draws prompts, runs agent loops, stores what comes of them, takes what is completed.
+
+    Args:
+        buffer: where everything is kept.
+        group_filter: says why a completed group is of no use (None keeps it); what it rejects is stored with the
+            reason and replaced.
+        enable_partial_rollout: keep the tokens of interrupted responses, to be continued; without, they begin anew.
+        max_failed: groups of one batch that may fail; one more stops production. Default: the batch size.
+        max_filtered: groups of one batch that may be filtered, likewise. Default: 8 times the batch size.
+        interrupt_timeout: seconds that interrupted rollouts have to return before they are cancelled.
+        policy: which completed groups are taken first.
+        progress: show a bar of each batch; None shows it on a terminal only.
+    """
+
+    def __init__(
+        self,
+        buffer: ReplayBuffer,
+        *,
+        group_filter: GroupFilter | None = None,
+        enable_partial_rollout: bool = True,
+        max_failed: int | None = None,
+        max_filtered: int | None = None,
+        interrupt_timeout: float = 10.0,
+        policy: TakePolicy | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        for name, bound in (("max_failed", max_failed), ("max_filtered", max_filtered), ("interrupt_timeout", interrupt_timeout)):
+            if bound is not None and bound < 0:
+                raise ValueError(f"{name}={bound} is negative; it must be 0 or more")
+        self.buffer, self.group_filter, self.enable_partial_rollout = buffer, group_filter, enable_partial_rollout
+        self._max_failed, self._max_filtered = max_failed, max_filtered
+        self._interrupt_timeout, self._policy = interrupt_timeout, policy or Fifo()
+        self._no_bar = None if progress is None else not progress
+
+    @abstractmethod
+    def to_issue(self, load: Load) -> int:
+        """How many more groups to start now."""
+
+    async def produce_batch(
+        self, agent_loop: AgentLoop, sampler: PromptSampler, batch_size: int, task_name: str, *, step: int | None = None
+    ) -> ProducedBatch:
+        """Exactly `batch_size` completed groups, those that wait in the buffer included, consumed at `step`.
+
+        Nothing that was started is in flight when it returns or raises: everything is completed, interrupted,
+        filtered or failed, and stored. Cancelling it interrupts what runs and stores the tokens so far.
+
+        Args:
+            agent_loop: runs the groups.
+            sampler: draws them.
+            batch_size: groups.
+            task_name: whose prompts; one sampler a task.
+            step: of the trainer; by default one more than the last.
+
+        Raises:
+            FailureBudgetError: too many groups failed or were filtered; what is completed stays in the buffer.
+            EngineDeadError: the engine is gone.
+            DatasetError: a bad row, an empty dataset (see `PromptSampler`).
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is no batch; it must be 1 or more")
+        began = time.perf_counter()
+        step = await self.buffer.last_step() + 1 if step is None else step
+        progress = _Progress(task_name, batch_size, await self.buffer.count(task_name, Status.COMPLETED))
+        if progress.completed < batch_size:
+            await self._fill(agent_loop, sampler, progress)
+        version = 0 if agent_loop.engine is None else agent_loop.engine.version
+        groups = await self.buffer.take(task_name, batch_size, step=step, version=version, policy=self._policy)
+        metrics = batch_metrics(
+            groups,
+            progress.ended,
+            await self.buffer.counts(task_name),
+            started=len(progress.started),
+            tokens=progress.tokens,
+            seconds=time.perf_counter() - began,
+            version=version,
+        )
+        return ProducedBatch(sorted(groups, key=lambda group: group.group_id), step, metrics)
+
+    async def _fill(self, agent_loop: AgentLoop, sampler: PromptSampler, progress: _Progress) -> None:
+        """Start groups and store what comes of them until the batch is whole; then stop the rest."""
+        bar = tqdm(total=progress.batch_size, desc=progress.task_name, unit="group", leave=False, disable=self._no_bar)
+        bar.update(progress.completed)
+        try:
+            async with TaskPool[_Outcome]() as pool:
+                try:
+                    while progress.completed < progress.batch_size:
+                        await self._issue(agent_loop, sampler, pool, progress)
+                        progress.record(await pool.next())
+                        bar.update(min(progress.completed, progress.batch_size) - bar.n)
+                        self._check_budget(progress)
+                finally:
+                    # Whatever ends the batch, a cancellation too: what runs is stopped, and stored by its own task.
+                    await self._stop(agent_loop, pool, progress)
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from None
+        finally:
+            bar.close()
+            # A task that was cancelled before its first step ran no line of its own: its group is still claimed.
+            await self.buffer.release(sorted(progress.unstored))
+
+    async def _issue(self, agent_loop: AgentLoop, sampler: PromptSampler, pool: TaskPool[_Outcome], progress: _Progress) -> None:
+        load = Load(progress.batch_size, progress.completed, len(pool))
+        if wanted := self.to_issue(load):
+            # What was interrupted in this batch waits for the next one, or it could come round for ever.
+            for group in await sampler.sample_many(progress.task_name, wanted, buffer=self.buffer, exclude=progress.started):
+                progress.started.add(group.group_id)
+                progress.unstored.add(group.group_id)
+                pool.start(group.group_id, self._run_group(agent_loop, group, progress.unstored))
+
+    async def _run_group(self, agent_loop: AgentLoop, group: RolloutGroup, unstored: set[int]) -> _Outcome:
+        tokens_before = _tokens(group)
+        try:
+            group = await agent_loop.generate_group(group)
+        except BaseException:
+            # Recorded first, raised again after: even a second cancellation cannot undo a write that was asked for.
+            settle_unfinished(group, keep_tokens=self.enable_partial_rollout)
+            unstored.discard(group.group_id)
+            await self.buffer.put(group)
+            raise
+        sampled = _tokens(group) - tokens_before
+        self._decide(group)
+        unstored.discard(group.group_id)
+        await self.buffer.put(group)
+        return _Outcome(group.group_id, group.status, sampled, _reason(group))
+
+    def _decide(self, group: RolloutGroup) -> None:
+        if group.status is Status.COMPLETED and self.group_filter is not None:
+            reason = self.group_filter(group)
+            if reason is not None:
+                group.mark(Status.FILTERED, reason=str(reason))
+        elif group.status is Status.INTERRUPTED:
+            settle_unfinished(group, keep_tokens=self.enable_partial_rollout)
+
+    def _check_budget(self, progress: _Progress) -> None:
+        bounds = {
+            Status.FAILED: ("max_failed", self._max_failed, progress.batch_size),
+            Status.FILTERED: ("max_filtered", self._max_filtered, 8 * progress.batch_size),
+        }
+        for status, (name, given, default) in bounds.items():
+            bound = default if given is None else given
+            if progress.ended[status] > bound:
+                raise FailureBudgetError(
+                    f"{progress.ended[status]} groups of this batch of task {progress.task_name!r} were {status} ({name}={bound}), "
+                    f"the last because: {progress.last_reason[status]}; completed ones ({progress.completed}) are in the buffer"
+                )
+
+    async def _stop(self, agent_loop: AgentLoop, pool: TaskPool[_Outcome], progress: _Progress) -> None:
+        """Interrupt what runs; cancel what does not return in time. The tasks store their groups themselves."""
+        if pool.running:
+            await agent_loop.interrupt(pool.running)
+            if not await pool.drained(self._interrupt_timeout):
+                pool.cancel()
+                await pool.drained(self._interrupt_timeout)
+        for outcome in pool.taken():
+            progress.record(outcome)
+        progress.ended[Status.INTERRUPTED] += len(progress.started) - progress.ended.total()  # those that were cancelled
+
+
+def _tokens(group: RolloutGroup) -> int:
+    return sum(int(state.loss_mask.sum()) for state in group.rollouts)
+
+
+def _reason(group: RolloutGroup) -> str | None:
+    if group.status is Status.FILTERED:
+        return group.filter_reason
+    return next((state.error for state in group.rollouts if state.error), None)
