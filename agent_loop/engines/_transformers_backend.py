@@ -5,6 +5,8 @@ Whatever the generation thread has to say reaches a `Listener` on the event loop
 
 import asyncio
 import logging
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
@@ -138,6 +140,7 @@ class Backend:
         # The library seeds torch's global generators, which belong to the training loop.
         with torch.random.fork_rng(devices):
             self._manager.start()
+            _running.add(self)
             with self._paused():
                 pass
 
@@ -155,8 +158,14 @@ class Backend:
             copy_all(copies)
             then()
 
-    def _stop(self) -> None:
+    def end(self) -> None:
+        """Ask the generation thread to end, from any thread; does not wait."""
         # In this order: a paused loop cannot end.
+        self._release()
+        self._manager.background_thread_status.request_stop(_Ending.HARD_STOP, 0)
+
+    def _stop(self) -> None:
+        _running.discard(self)
         self._release()
         self._manager.stop(block=True, hard_stop=True)
         self._manager.destroy()
@@ -172,6 +181,19 @@ class Backend:
 
     def _death(self) -> EngineDeadError:
         return death(self._manager.background_thread_status.fatal_error)
+
+
+_running: weakref.WeakSet[Backend] = weakref.WeakSet()
+
+
+def _end_all() -> None:
+    for backend in list(_running):
+        backend.end()
+
+
+# Without this, a program that forgets to close its engine never ends: the interpreter waits for the library's thread
+# before it calls what `atexit` holds. A daemon thread instead would be torn down inside torch, which aborts the process.
+threading._register_atexit(_end_all)  # type: ignore[attr-defined]  # how concurrent.futures ends its own threads
 
 
 def death(cause: BaseException | None) -> EngineDeadError:

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -461,3 +463,27 @@ async def test_an_engine_leaves_no_thread_no_output_and_the_model_as_it_was(
     # Only the event loop's own pool, which serves every `to_thread`, may have grown.
     assert {thread.name for thread in set(threading.enumerate()) - threads if not thread.name.startswith("asyncio")} == set()
     assert capfd.readouterr() == ("", "")
+
+
+FORGETFUL = """
+import asyncio, sys
+from agent_loop.engines.transformers import TransformersEngine
+from agent_loop.sampling import SamplingParams
+
+async def main():
+    engine = TransformersEngine(sys.argv[1])
+    await engine.open()
+    asyncio.get_running_loop().create_task(engine.generate([1, 1], SamplingParams(max_tokens=500, ignore_eos=True), request_id="left"))
+    await engine.generate([1, 1], SamplingParams(max_tokens=3), request_id="one")
+    await engine.pause("keep") if sys.argv[2] == "paused" else None
+
+asyncio.run(main())
+print("over")
+"""
+
+
+@pytest.mark.parametrize("state", ["running", "paused"])
+def test_a_program_that_forgets_to_close_the_engine_ends_all_the_same(folders: tuple[Path, Path], state: str) -> None:
+    program = [sys.executable, "-c", FORGETFUL, str(folders[0]), state]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False, cwd=Path(__file__).parents[2])
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "over\n", "")
