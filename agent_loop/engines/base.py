@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.errors import RequestRefusedError, WeightUpdateError
+from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -148,12 +148,13 @@ class Engine(ABC):
         Raises:
             ValueError: `version` is below the present one.
             WeightUpdateError: the weights could not be loaded; the old ones and their version are still in force.
+            EngineDeadError: the engine is gone.
         """
         if version < self._version:
             raise ValueError(f"version={version} is below the engine's {self._version}; versions only grow: count up at each update")
         try:
             await self._load_weights(source, version)
-        except WeightUpdateError:
+        except (WeightUpdateError, EngineDeadError, EngineClosedError):
             raise
         except Exception as error:
             raise WeightUpdateError(f"weights for version {version} were not loaded, {self._version} is still in force: {error}") from error
