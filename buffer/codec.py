@@ -6,6 +6,7 @@ logprobs (float32) and the versions' runs (int32 value, int32 length); after all
 """
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -39,27 +40,39 @@ class EncodedGroup(NamedTuple):
 
 
 def encode_group(group: RolloutGroup) -> EncodedGroup:
-    """Everything the store writes of `group`; raises `ValueError` where a row or extra is not JSON-able."""
-    extras, arrays = _encode_arrays(group.rollouts)
-    versions = [rollout.versions[rollout.loss_mask == 1] for rollout in group.rollouts]
-    trainable = np.concatenate(versions)
+    """Everything the store writes of `group`.
+
+    Raises `ValueError` where a row or extra is not JSON-able, a score or reward is not finite, or the arrays of a
+    rollout do not belong together.
+    """
+    runs = [_runs(rollout.versions) for rollout in group.rollouts]
+    spans = [_trainable_span(rollout, own) for rollout, own in zip(group.rollouts, runs, strict=True)]
+    extras, arrays = _encode_arrays(group.rollouts, runs)
     hot = {
         "epoch": None if group.position is None else group.position.epoch,
         "position": None if group.position is None else group.position.offset,
-        "min_version": int(trainable.min()) if trainable.size else None,
-        "max_version": int(trainable.max()) if trainable.size else None,
+        "min_version": min((span[0] for span in spans if span), default=None),
+        "max_version": max((span[1] for span in spans if span), default=None),
+        "members": len(group.rollouts),
         "tokens": sum(rollout.response_ids.size for rollout in group.rollouts),
-        "filter_reason": group.filter_reason,
+        "filter_reason": None if group.filter_reason is None else _storable_text(group.filter_reason),
     }
-    members = [_hot_member(rollout, own) for rollout, own in zip(group.rollouts, versions, strict=True)]
+    members = [_hot_member(rollout, span) for rollout, span in zip(group.rollouts, spans, strict=True)]
     return EncodedGroup(group.group_id, group.task_name, group.status, hot, members, encode_prompt(group.rollouts), extras, arrays)
 
 
 def encode_prompt(rollouts: Sequence[RolloutState]) -> str:
     """The prompts of the members as JSON: one object where all share it, as after a draw, else one a member."""
     fields = [_prompt_of(rollout) for rollout in rollouts]
-    shared = all(own == fields[0] for own in fields[1:])
+    shared = all(_same(own, fields[0]) for own in fields[1:])
     return to_json(fields[:1] if shared else fields, f"row of group {rollouts[0].group_id}")
+
+
+def _same(own: dict[str, Any], other: dict[str, Any]) -> bool:
+    try:
+        return own == other
+    except ValueError:  # an array among the columns has no one truth value
+        return to_json(own, "row") == to_json(other, "row")
 
 
 def decode_group(
@@ -70,7 +83,7 @@ def decode_group(
         return _decode_group(group_row, member_rows, prompt, payload)
     except CorruptPayloadError as error:
         raise CorruptPayloadError(f"group {group_row['group_id']}: {error}; {_REMEDY}") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CorruptPayloadError(f"group {group_row['group_id']} does not decode ({error}); {_REMEDY}") from error
 
 
@@ -105,9 +118,24 @@ def _decode_group(
 def to_json(value: Any, what: str) -> str:
     """Compact JSON; numpy and torch values become plain ones; anything else is refused naming `what`."""
     try:
-        return json.dumps(value, default=_plain, separators=(",", ":"), ensure_ascii=False)
-    except TypeError as error:
+        text = json.dumps(value, default=_plain, separators=(",", ":"), ensure_ascii=False)
+        if not _is_utf8(text):
+            text = json.dumps(value, default=_plain, separators=(",", ":"))  # half a surrogate pair, escaped
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} cannot be stored: {error}; keep columns to text, numbers, lists and mappings") from None
+    return text
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _storable_text(text: str) -> str:
+    return text if _is_utf8(text) else text.encode(errors="backslashreplace").decode()
 
 
 def _plain(value: Any) -> Any:
@@ -122,55 +150,82 @@ def _prompt_of(rollout: RolloutState) -> dict[str, Any]:
     return {name: value for name in _PROMPT_FIELDS if (value := getattr(rollout, name))}
 
 
-def _hot_member(rollout: RolloutState, trainable_versions: NDArray[np.int32]) -> dict[str, Any]:
+def _hot_member(rollout: RolloutState, span: tuple[int, int] | None) -> dict[str, Any]:
     return {
         "group_id": rollout.group_id,
         "member": rollout.index,
         "status": rollout.status.value,
         "attempts": rollout.attempts,
         "interruptions": rollout.interruptions,
-        "tokens": int(rollout.response_ids.size),
-        "min_version": int(trainable_versions.min()) if trainable_versions.size else None,
+        "tokens": rollout.response_ids.size,
+        "min_version": span[0] if span else None,
         "finish_reason": rollout.finish_reason,
-        "score": rollout.score,
-        "reward": rollout.reward,
-        "error": rollout.error,
+        "score": _finite(rollout.score, "score", rollout),
+        "reward": _finite(rollout.reward, "reward", rollout),
+        "error": None if rollout.error is None else _storable_text(rollout.error),
     }
 
 
-def _encode_arrays(rollouts: Sequence[RolloutState]) -> tuple[str, bytes]:
-    extras, words, masks = [], [], []
-    first = rollouts[0].prompt_ids
-    for rollout in rollouts:
-        runs = _runs(rollout.versions)
-        prompt_n = None if rollout.prompt_ids is None else int(rollout.prompt_ids.size)
-        if rollout.index > 0 and prompt_n is not None and first is not None and np.array_equal(rollout.prompt_ids, first):  # type: ignore[arg-type]
-            prompt_n = _SHARED
-        elif rollout.prompt_ids is not None:
-            words.append(rollout.prompt_ids.tobytes())
-        words += [rollout.response_ids.tobytes(), rollout.logprobs.tobytes(), runs.tobytes()]
-        masks.append(rollout.loss_mask.tobytes())
+def _finite(value: float | None, name: str, rollout: RolloutState) -> float | None:
+    if value is None:
+        return None
+    number = float(value)
+    if not math.isfinite(number):
+        # SQL has no NaN: it would come back as "not judged".
+        raise ValueError(f"rollout {rollout.rollout_id}: {name} is {number}; it must be finite, or None with an error that says why")
+    return number
+
+
+def _encode_arrays(rollouts: Sequence[RolloutState], runs: Sequence[NDArray[np.int32]]) -> tuple[str, bytes]:
+    extras: list[dict[str, Any]] = []
+    words, masks = [], []
+    first = None if rollouts[0].prompt_ids is None else rollouts[0].prompt_ids.tobytes()
+    for rollout, own_runs in zip(rollouts, runs, strict=True):
+        prompt = None if rollout.prompt_ids is None else rollout.prompt_ids.tobytes()
+        shared = rollout.index > 0 and prompt is not None and prompt == first
+        n = rollout.response_ids.size
+        parts = [rollout.response_ids.tobytes(), rollout.logprobs.tobytes(), own_runs.tobytes()]
+        mask = rollout.loss_mask.tobytes()
+        if [len(part) for part in parts] != [4 * n, 4 * n, own_runs.nbytes] or len(mask) != n or rollout.versions.size != n:
+            raise ValueError(
+                f"rollout {rollout.rollout_id}: its arrays are not int32, float32, uint8 and int32 of one length; "
+                "tokens enter by append() and leave by reset() only"
+            )
+        words += parts if prompt is None or shared else [prompt, *parts]
+        masks.append(mask)
         extras.append(
             {
-                "n": int(rollout.response_ids.size),
-                "prompt_n": prompt_n,
-                "runs": len(runs),
+                "n": n,
+                "prompt_n": None if prompt is None else _SHARED if shared else len(prompt) // 4,
+                "runs": len(own_runs),
                 "text": rollout.text,
                 "turns": rollout.turns,
                 "reward_parts": rollout.reward_parts,
                 "metrics": rollout.metrics,
             }
         )
-    return to_json(extras, f"metrics of group {rollouts[0].group_id}"), b"".join(words + masks)
+    return to_json(extras, f"text or metrics of group {rollouts[0].group_id}"), b"".join(words + masks)
 
 
 def _runs(versions: NDArray[np.int32]) -> NDArray[np.int32]:
     """Run-length encoding: (value, length) rows, int32, shape (runs, 2)."""
     if versions.size == 0:
         return np.empty((0, 2), np.int32)
-    starts = np.concatenate([[0], np.flatnonzero(versions[1:] != versions[:-1]) + 1])
+    changes = np.flatnonzero(versions[1:] != versions[:-1]) + 1
+    if not changes.size:
+        return np.array([[versions[0], versions.size]], np.int32)
+    starts = np.concatenate([[0], changes])
     lengths = np.diff(starts, append=versions.size)
     return np.stack([versions[starts], lengths], axis=1).astype(np.int32)
+
+
+def _trainable_span(rollout: RolloutState, runs: NDArray[np.int32]) -> tuple[int, int] | None:
+    """The oldest and the newest version among the trainable tokens; None where there is none."""
+    if len(runs) == 1:
+        version = int(runs[0, 0])
+        return (version, version) if rollout.loss_mask.any() else None
+    trainable = rollout.versions[rollout.loss_mask == 1]
+    return (int(trainable.min()), int(trainable.max())) if trainable.size else None
 
 
 class _ArrayReader:
@@ -189,7 +244,7 @@ def _decode_arrays(extras_json: str, arrays: bytes, members: int) -> list[dict[s
     extras = json.loads(extras_json)
     if len(extras) != members:
         raise CorruptPayloadError(f"a payload of {len(extras)} members stands beside {members} rollouts")
-    if any(e["n"] < 0 or e["runs"] < 0 for e in extras):
+    if any(e["n"] < 0 or e["runs"] < 0 or (e["prompt_n"] is not None and e["prompt_n"] < _SHARED) for e in extras):
         raise CorruptPayloadError("a length is negative")
     words_total = sum(4 * (max(e["prompt_n"] or 0, 0) + 2 * e["n"] + 2 * e["runs"]) for e in extras)
     if words_total + sum(e["n"] for e in extras) != len(arrays):

@@ -3,21 +3,20 @@
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import QueuePool
 
 from buffer import queries, schema
 from buffer.errors import (
     BufferLockedError,
     DatabaseError,
-    DuplicateGroupError,
     ForeignDatabaseError,
     ReplayBufferError,
     SchemaVersionError,
@@ -29,22 +28,30 @@ _SYNCHRONOUS = ("NORMAL", "FULL")
 
 
 def parse_url(url: str) -> URL:
-    """The URL of a database we can open; anything else is refused with what is possible."""
+    """The URL of a database we can open, its path absolute and without links; anything else is refused with what is possible."""
     try:
-        parsed = make_url(url)
-    except ArgumentError:
+        backend = make_url(url).get_backend_name()
+    except (ArgumentError, ValueError):
         raise ValueError(f"{url!r} is not a database URL; give one like 'sqlite:///run.db'") from None
-    if parsed.get_backend_name() != "sqlite":
-        raise ValueError(f"{parsed.render_as_string()!r}: only SQLite is supported; give a URL like 'sqlite:///run.db'")
-    if parsed.database in (None, "", ":memory:"):
+    if backend != "sqlite":
+        shown = make_url(url).render_as_string()
+        raise ValueError(f"{shown!r}: only SQLite is supported; give a URL like 'sqlite:///run.db'")
+    # Taken as it stands: in a path '?' and '%' are letters, and cutting at one would open another file.
+    path = url.partition(":///")[2]
+    if path in ("", ":memory:"):
         raise ValueError(f"{url!r} names no file, and a buffer in memory would not be durable; give one like 'sqlite:///run.db'")
-    return parsed
+    return URL.create("sqlite", database=str(Path(path).resolve()))
 
 
-def connect(url: URL, *, read_only: bool, synchronous: str = "NORMAL", pool_size: int = 1) -> Engine:
-    """A SQLAlchemy engine whose every transaction is BEGIN IMMEDIATE when it writes, and cannot write when it reads."""
+def check_synchronous(synchronous: str) -> str:
+    """One of the ways to write that SQLite has and we promise something for."""
     if synchronous not in _SYNCHRONOUS:
         raise ValueError(f"synchronous={synchronous!r} is unknown; choose one of {_SYNCHRONOUS}")
+    return synchronous
+
+
+def connect(url: URL, *, read_only: bool, pool_size: int = 1) -> Engine:
+    """A SQLAlchemy engine whose every transaction is BEGIN IMMEDIATE when it writes, and cannot write when it reads."""
     path = Path(url.database or "")
     mode = "ro" if read_only else "rwc"
     # The path is quoted by as_uri, so that a '?' in it cannot become an option.
@@ -56,12 +63,11 @@ def connect(url: URL, *, read_only: bool, synchronous: str = "NORMAL", pool_size
         pool_size=pool_size,
         max_overflow=0,
     )
-    settings = _reader_settings() if read_only else _writer_settings(synchronous)
+    settings = _READER_SETTINGS if read_only else _WRITER_SETTINGS
 
     @event.listens_for(engine, "connect")
     def configure(connection: sqlite3.Connection, record: Any) -> None:
-        for setting in settings:
-            connection.execute(f"PRAGMA {setting}")
+        _apply(connection, settings)
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -71,45 +77,63 @@ def connect(url: URL, *, read_only: bool, synchronous: str = "NORMAL", pool_size
     return engine
 
 
-def _writer_settings(synchronous: str) -> list[str]:
-    return [
+_READER_SETTINGS = ("query_only = ON", "cache_size = -4096", "trusted_schema = OFF")
+_WRITER_SETTINGS = ("foreign_keys = ON", "cache_size = -8192", "trusted_schema = OFF")
+
+
+def _file_settings(synchronous: str) -> tuple[str, ...]:
+    """Settings that are kept in the file, and those that go with them."""
+    return (
         f"page_size = {_PAGE_SIZE}",  # before the first table, and before WAL: later it has no effect
         "journal_mode = WAL",
         f"synchronous = {synchronous}",
         f"wal_autocheckpoint = {_CHECKPOINT_PAGES}",
         f"journal_size_limit = {2 * _CHECKPOINT_PAGES * _PAGE_SIZE}",
-        "cache_size = -8192",
-        "foreign_keys = ON",
-        "trusted_schema = OFF",
-    ]
+    )
 
 
-def _reader_settings() -> list[str]:
-    return ["query_only = ON", "cache_size = -4096", "trusted_schema = OFF"]
+def _apply(connection: sqlite3.Connection, settings: Iterable[str]) -> None:
+    for setting in settings:
+        connection.execute(f"PRAGMA {setting}")
 
 
-def prepare(conn: Connection) -> None:
-    """Create the schema in an empty database, or see that it is ours and of this version; else refuse."""
+def prepare(conn: Connection, synchronous: str) -> None:
+    """Make a connection fit for writing: the database is ours and of this version, or was empty and is now; else refuse."""
+    with conn.begin():
+        is_new = not inspect(conn).get_table_names()
+        if not is_new:
+            check(conn)
+    # Only now: they change the file, and somebody else's is left as it was.
+    _apply(_driver(conn), _file_settings(synchronous))
+    if is_new:
+        with conn.begin():
+            schema.metadata.create_all(conn)
+            queries.set_meta_value(conn, "schema_version", str(schema.SCHEMA_VERSION))
+
+
+def check(conn: Connection) -> None:
+    """Refuse a database that is not ours, or of another schema version."""
     tables = set(inspect(conn).get_table_names())
-    if not tables:
-        schema.metadata.create_all(conn)
-        queries.set_meta_value(conn, "schema_version", str(schema.SCHEMA_VERSION))
-        return
     if schema.meta.name not in tables:
-        raise ForeignDatabaseError(
-            f"the database holds other tables ({', '.join(sorted(tables)[:3])}) and is no Millrace buffer; give another file"
-        )
-    check_version(conn)
-
-
-def check_version(conn: Connection) -> None:
-    """Refuse a database of another schema version."""
+        what = f"holds other tables ({', '.join(sorted(tables)[:3])})" if tables else "is empty"
+        raise ForeignDatabaseError(f"the database {what} and is no Millrace buffer; give another file")
     stored = queries.meta_value(conn, "schema_version")
     if stored != str(schema.SCHEMA_VERSION):
-        remedy = (
-            "install a newer Millrace" if stored and stored.isdigit() and int(stored) > schema.SCHEMA_VERSION else "restore it from a copy"
-        )
+        newer = stored is not None and stored.isdigit() and int(stored) > schema.SCHEMA_VERSION
+        remedy = "install a newer Millrace" if newer else "restore it from a copy"
         raise SchemaVersionError(f"the database has schema version {stored}, this Millrace knows {schema.SCHEMA_VERSION}; {remedy}")
+
+
+def abandon(conn: Connection) -> None:
+    """Leave no transaction open after a failure: a COMMIT that failed (a full disk) may not have ended its own."""
+    if _driver(conn).in_transaction:
+        _driver(conn).rollback()
+
+
+def _driver(conn: Connection) -> sqlite3.Connection:
+    connection = conn.connection.driver_connection
+    assert isinstance(connection, sqlite3.Connection)
+    return connection
 
 
 class FileLock:
@@ -126,23 +150,47 @@ class FileLock:
         except OSError as error:
             raise DatabaseError(f"{self._path} cannot be made ({error.strerror}); the folder must exist and be writable") from error
         try:
+            self._lock(handle)
+        except BaseException:
+            os.close(handle)
+            raise
+        self._handle = handle
+        _held.add(handle)
+
+    def _lock(self, handle: int) -> None:
+        name = self._path.name.removesuffix(".lock")
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
         except BlockingIOError:
             holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
-            os.close(handle)
             raise BufferLockedError(
-                f"{self._path.name.removesuffix('.lock')} is being written by process {holder}; a SQLite buffer has one writer: "
+                f"{name} is being written by process {holder}; a SQLite buffer has one writer: "
                 "close the other, or open this one with read_only=True"
             ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
-        self._handle = handle
+        except OSError as error:
+            raise DatabaseError(f"{self._path} cannot be locked ({error.strerror}); {_remedy(str(error))}") from error
 
     def release(self) -> None:
         """Give it up; the file stays, since removing it would let two processes lock two files of one name."""
         if self._handle is not None:
+            _held.discard(self._handle)
             os.close(self._handle)
             self._handle = None
+
+
+_held: set[int] = set()
+"""File descriptors of the locks of this process."""
+
+
+def _let_go_in_child() -> None:
+    # A forked child (a dataloader's worker) has a copy of the descriptor, and would hold the lock after we died.
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 @contextmanager
@@ -152,8 +200,6 @@ def translated(url: URL) -> Iterator[None]:
         yield
     except ReplayBufferError:
         raise
-    except IntegrityError as error:
-        raise DuplicateGroupError(f"the database holds this group or prompt already ({error.orig}); nothing was stored") from error
     except (DBAPIError, sqlite3.Error) as error:
         cause = getattr(error, "orig", None) or error
         raise DatabaseError(f"{url.database}: {cause}; {_remedy(str(cause))}") from error
@@ -170,6 +216,7 @@ _REMEDIES = {
     "unable to open": "the folder must exist and be writable, and a buffer opened read-only must exist",
     "readonly": "make the file and its folder writable, or open it with read_only=True; nothing was stored",
     "full": "make room on the disk; nothing of this transaction was stored",
+    "No space left": "make room on the disk",
     "disk I/O error": "look at the disk (room, limits on file size, health); nothing of this transaction was stored",
     "not a database": "the file is something else; give another one",
     "malformed": "the file is damaged: restore it from a copy",

@@ -6,7 +6,7 @@ fails alone. Operations hold no state, so repeating after a rollback is safe.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy import Connection
 
@@ -16,32 +16,67 @@ from buffer.errors import IllegalTransitionError, StepError
 from buffer.policies import TakePolicy
 from buffer.queries import Deltas
 from buffer.rollout import Position, RolloutGroup, RolloutState
-from buffer.status import Status
+from buffer.status import Status, check_transition
 
 Operation = Callable[[Connection, Sequence[Any], Deltas], Sequence[Any]]
 
 _STORABLE_NEW = frozenset({Status.PENDING, Status.COMPLETED, Status.INTERRUPTED, Status.EXPIRED, Status.FILTERED, Status.FAILED})
+
+_ONLY_BY = {Status.RUNNING: "claim() or start()", Status.CONSUMED: "take()", Status.ARCHIVED: "commit()"}
+"""Statuses that a `put` may not give: each comes with a record of its own."""
+
+
+def opened(conn: Connection, requests: Sequence[None], deltas: Deltas) -> list[tuple[bool, int]]:
+    """Release every running group: on SQLite there is one writing process, so theirs is gone.
+
+    Gives whether anything is consumed and not committed, and how many groups were released.
+    """
+    ids = [group_id for task in q.task_names(conn) for group_id in _running(conn, task)]
+    release(conn, [ids] if ids else [], deltas)
+    return [(q.any_consumed(conn), len(ids))] * len(requests)
+
+
+def _running(conn: Connection, task_name: str) -> list[int]:
+    limit = q.count(conn, task_name, Status.RUNNING)
+    return [row.group_id for row in q.claimable(conn, task_name, Status.RUNNING, limit)]
 
 
 def put(conn: Connection, encoded: Sequence[EncodedGroup], deltas: Deltas) -> list[None]:
     """Store what came of groups; groups that the database never saw are added and count as drawn."""
     if len({e.group_id for e in encoded}) < len(encoded):
         raise IllegalTransitionError("a group is stored twice at once")  # one by one, the second meets the first's result
-    stored = q.statuses(conn, [e.group_id for e in encoded])
+    stored = q.known(conn, [e.group_id for e in encoded])
     known = [e for e in encoded if e.group_id in stored]
     new = [e for e in encoded if e.group_id not in stored]
     if known:
+        _check_results(known, stored)
         q.store_results(conn, known, stored, deltas)
     if new:
         _add(conn, new, deltas)
     return [None] * len(encoded)
 
 
+def _check_results(known: Sequence[EncodedGroup], stored: Mapping[int, Any]) -> None:
+    for e in known:
+        row, what = stored[e.group_id], f"group {e.group_id} of task {e.task_name!r}"
+        if (row.task_name, row.members) != (e.task_name, len(e.rollouts)):
+            raise IllegalTransitionError(
+                f"{what} with {len(e.rollouts)} rollouts is stored as one of task {row.task_name!r} with {row.members}; "
+                "give another group an id of its own"
+            )
+        if row.status == Status.CONSUMED:
+            raise IllegalTransitionError(f"{what} is consumed: resume() gives it back, commit() makes it final, put() does neither")
+        if e.status in _ONLY_BY:
+            raise IllegalTransitionError(f"{what} cannot be stored as {e.status}: that is done by {_ONLY_BY[e.status]}")
+        check_transition(Status(row.status), e.status, what)
+
+
 def _add(conn: Connection, new: Sequence[EncodedGroup], deltas: Deltas) -> None:
     for e in new:
         if e.status not in _STORABLE_NEW:
             raise IllegalTransitionError(
-                f"group {e.group_id} is new and cannot be stored as {e.status}; a new group may be {sorted(_STORABLE_NEW)}"
+                f"group {e.group_id} of task {e.task_name!r} is new and cannot be stored as {e.status}; "
+                f"a new group may be {sorted(_STORABLE_NEW)}"
             )
     q.reserve_beyond(conn, "group", max(e.group_id for e in new))
     for task_name in {e.task_name for e in new}:
@@ -124,7 +159,7 @@ def claim(conn: Connection, claims: Sequence[Claim], deltas: Deltas) -> list[lis
 
 def _claim_one(conn: Connection, request: Claim, deltas: Deltas) -> list[int]:
     rows: list[Any] = []
-    for status in request.statuses:
+    for status in dict.fromkeys(request.statuses):
         if len(rows) < request.limit:
             wanted = request.limit - len(rows)
             waiting = q.claimable(conn, request.task_name, status, wanted + len(request.exclude))
@@ -133,11 +168,11 @@ def _claim_one(conn: Connection, request: Claim, deltas: Deltas) -> list[int]:
     return [row.group_id for row in rows]
 
 
-def start(conn: Connection, requests: Sequence[Sequence[int]], deltas: Deltas) -> list[None]:
-    """Move given groups to running."""
+def start(conn: Connection, requests: Sequence[Sequence[int]], deltas: Deltas) -> list[Sequence[int]]:
+    """Move given groups to running; gives their ids."""
     for group_ids in requests:
         q.move(conn, q.rows_of(conn, group_ids), Status.RUNNING, deltas)
-    return [None] * len(requests)
+    return list(requests)
 
 
 def release(conn: Connection, requests: Sequence[Sequence[int]], deltas: Deltas) -> list[None]:
@@ -149,16 +184,19 @@ def release(conn: Connection, requests: Sequence[Sequence[int]], deltas: Deltas)
     return [None] * len(requests)
 
 
-def release_all(conn: Connection, requests: Sequence[None], deltas: Deltas) -> list[int]:
-    """Release every running group: on SQLite there is one writing process, so theirs is gone. Gives how many."""
-    ids = [group_id for task in q.task_names(conn) for group_id in _running(conn, task)]
-    release(conn, [ids] if ids else [], deltas)
-    return [len(ids)] * len(requests)
+class HandedOut(Protocol):
+    """A request that named groups, as the writer's thread knows it; `outcome` is None where nothing came of it."""
+
+    outcome: Any
 
 
-def _running(conn: Connection, task_name: str) -> list[int]:
-    limit = q.count(conn, task_name, Status.RUNNING)
-    return [row.group_id for row in q.claimable(conn, task_name, Status.RUNNING, limit)]
+def release_claimed(conn: Connection, requests: Sequence[HandedOut], deltas: Deltas) -> list[None]:
+    """Undo a claim whose claimant was cancelled before it had the groups."""
+    for request in requests:
+        found = q.known(conn, list(request.outcome or ()))
+        still = [group_id for group_id, row in found.items() if row.status == Status.RUNNING]
+        release(conn, [still], deltas)
+    return [None] * len(requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,24 +210,27 @@ class Take:
     policy: TakePolicy
 
 
-def take(conn: Connection, requests: Sequence[Take], deltas: Deltas) -> list[list[int]]:
-    """Move completed groups to consumed; gives their ids in the order of handing out."""
+def take(conn: Connection, requests: Sequence[Take], deltas: Deltas) -> list[dict[int, int]]:
+    """Move completed groups to consumed; gives id -> number of the consumption, in the order of handing out."""
     return [_take_one(conn, request, deltas) for request in requests]
 
 
-def _take_one(conn: Connection, request: Take, deltas: Deltas) -> list[int]:
+def _take_one(conn: Connection, request: Take, deltas: Deltas) -> dict[int, int]:
     committed = committed_step(conn)
     if committed is not None and request.step <= committed:
         raise StepError(f"step={request.step} lies at or before the committed step {committed}; take at step {committed + 1} or later")
     rows = q.first_completed(conn, request.task_name, request.limit, request.policy)
-    q.consume(conn, rows, request.step, request.version, deltas)
-    return [row.group_id for row in rows]
+    return q.consume(conn, rows, request.step, request.version, deltas)
 
 
-def give_back(conn: Connection, requests: Sequence[Sequence[int]], deltas: Deltas) -> list[None]:
+def give_back(conn: Connection, requests: Sequence[HandedOut], deltas: Deltas) -> list[None]:
     """Undo a take whose taker was cancelled before it had the groups."""
-    for group_ids in requests:
-        q.unconsume(conn, q.rows_of(conn, group_ids), deltas)
+    for request in requests:
+        numbers: Mapping[int, int] = request.outcome or {}
+        found = q.known(conn, list(numbers))
+        # Only this consumption: a rewind may have come between, and the groups may be another taker's by now.
+        still = [row for row in found.values() if row.status == Status.CONSUMED and row.consumed_seq == numbers[row.group_id]]
+        q.unconsume(conn, sorted(still, key=lambda row: numbers[row.group_id]), deltas)
     return [None] * len(requests)
 
 
@@ -246,7 +287,8 @@ def _resume_one(conn: Connection, step: int, deltas: Deltas) -> tuple[int, int]:
     version = _version_at(conn, step)
     rows = q.consumed_after(conn, step)
     q.unconsume(conn, rows, deltas)
-    q.drop_steps_after(conn, step)
+    # What the next step saw stays: resuming from here once more must give the same version.
+    q.drop_steps_after(conn, step + 1)
     return version, len(rows)
 
 

@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, assert_never
 
-from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, func, insert, literal, select, update
 from sqlalchemy.dialects import sqlite
+from sqlalchemy.exc import IntegrityError
 
 from buffer import schema as t
 from buffer.codec import EncodedGroup, decode_group
-from buffer.errors import CursorConflictError, IllegalTransitionError, UnknownGroupError
+from buffer.errors import CursorConflictError, DuplicateGroupError, IllegalTransitionError, UnknownGroupError
 from buffer.policies import Fifo, FreshestFirst, StalestFirst, TakePolicy
 from buffer.rollout import RolloutGroup
 from buffer.status import Status, check_transition
@@ -141,16 +142,33 @@ def insert_groups(conn: Connection, encoded: Sequence[EncodedGroup], deltas: Del
         }
         for n, e in enumerate(encoded)
     ]
-    conn.execute(insert(t.groups), rows)
+    try:
+        conn.execute(insert(t.groups), rows)
+    except IntegrityError as error:
+        raise DuplicateGroupError(
+            f"{_named(encoded)} cannot be added: the database has a group of this id or position already; "
+            "draw prompts through the buffer, or give every group an id and position of its own"
+        ) from error
     conn.execute(insert(t.prompts), [{"group_id": e.group_id, "data": e.prompt} for e in encoded])
     conn.execute(insert(t.rollouts), [member for e in encoded for member in e.rollouts])
     _write_payloads(conn, [e for e in encoded if e.arrays])
     deltas.update((e.task_name, e.status) for e in encoded)
 
 
+def _named(encoded: Sequence[EncodedGroup]) -> str:
+    first = encoded[0]
+    others = f" (or one of {len(encoded) - 1} beside it)" if len(encoded) > 1 else ""
+    return f"group {first.group_id} of task {first.task_name!r} at (epoch {first.group['epoch']}, {first.group['position']}){others}"
+
+
 _STORE_RESULT = (
     update(t.groups)
-    .where(t.groups.c.group_id == bindparam("id"), t.groups.c.status == bindparam("expected"))
+    .where(
+        t.groups.c.group_id == bindparam("id"),
+        t.groups.c.status == bindparam("expected"),
+        t.groups.c.task_name == bindparam("task"),
+        t.groups.c.members == bindparam("size"),
+    )
     .values(
         status=bindparam("status"),
         ready_seq=bindparam("ready_seq"),
@@ -168,16 +186,15 @@ _STORE_MEMBER = (
 )
 
 
-def store_results(conn: Connection, encoded: Sequence[EncodedGroup], stored: Mapping[int, Status], deltas: Deltas) -> None:
-    """Write what came of groups whose present statuses are `stored`; an illegal transition is refused.
+def store_results(conn: Connection, encoded: Sequence[EncodedGroup], stored: Mapping[int, Row[Any]], deltas: Deltas) -> None:
+    """Write what came of groups that stand in the database as `stored`.
 
-    The rows themselves hold the guard: the expected status stands in the WHERE.
+    The rows themselves hold the guard: the expected status, task and size stand in the WHERE.
     """
-    for e in encoded:
-        check_transition(stored[e.group_id], e.status, f"group {e.group_id} of task {e.task_name!r}")
     now, seq = time.time(), reserve(conn, "ready", len(encoded))
     rows = [
-        {"id": e.group_id, "expected": stored[e.group_id].value, "status": e.status.value, "ready_seq": seq + n, "now": now}
+        {"id": e.group_id, "expected": stored[e.group_id].status, "task": e.task_name, "size": len(e.rollouts), "now": now}
+        | {"status": e.status.value, "ready_seq": seq + n}
         | {name: e.group[name] for name in ("min_version", "max_version", "tokens", "filter_reason")}
         for n, e in enumerate(encoded)
     ]
@@ -186,7 +203,7 @@ def store_results(conn: Connection, encoded: Sequence[EncodedGroup], stored: Map
     _require_rowcount(conn.execute(_STORE_MEMBER, members).rowcount, len(members))
     _write_payloads(conn, encoded)
     for e in encoded:
-        deltas[e.task_name, stored[e.group_id]] -= 1
+        deltas[e.task_name, Status(stored[e.group_id].status)] -= 1
         deltas[e.task_name, e.status] += 1
 
 
@@ -206,12 +223,11 @@ def _require_rowcount(found: int, expected: int) -> None:
         raise IllegalTransitionError(f"{expected} rows were to change, {found} did: a group is not what it was, or has other members")
 
 
-def statuses(conn: Connection, group_ids: Iterable[int]) -> dict[int, Status]:
-    """The present statuses of those of the groups that exist."""
-    found: dict[int, Status] = {}
-    for chunk in _chunks(list(group_ids)):
-        rows = conn.execute(select(t.groups.c.group_id, t.groups.c.status).where(t.groups.c.group_id.in_(chunk)))
-        found.update({row.group_id: Status(row.status) for row in rows})
+def known(conn: Connection, group_ids: Sequence[int]) -> dict[int, Row[Any]]:
+    """(group_id, task_name, status, members) of those of the groups that exist."""
+    found: dict[int, Row[Any]] = {}
+    for chunk in _chunks(group_ids):
+        found |= {row.group_id: row for row in conn.execute(_rows().where(t.groups.c.group_id.in_(chunk)))}
     return found
 
 
@@ -236,17 +252,19 @@ def move(conn: Connection, rows: Sequence[Row[Any]], target: Status, deltas: Del
 
 
 def rows_of(conn: Connection, group_ids: Sequence[int]) -> list[Row[Any]]:
-    """(group_id, task_name, status) of each, in the order asked for; an unknown id is an error."""
-    found: dict[int, Row[Any]] = {}
-    for chunk in _chunks(group_ids):
-        found |= {row.group_id: row for row in conn.execute(_rows().where(t.groups.c.group_id.in_(chunk)))}
+    """What `known` gives of each, in the order asked for; an unknown id is an error."""
+    found = known(conn, group_ids)
+    return [found[group_id] for group_id in _all_of(group_ids, found)]
+
+
+def _all_of(group_ids: Sequence[int], found: Mapping[int, Any]) -> Sequence[int]:
     if missing := [group_id for group_id in group_ids if group_id not in found]:
-        raise UnknownGroupError(f"no group {missing[0]} is in the database")
-    return [found[group_id] for group_id in group_ids]
+        raise UnknownGroupError(f"no group {missing[0]} is in the database; query() lists those that are")
+    return group_ids
 
 
 def _rows() -> Any:
-    return select(t.groups.c.group_id, t.groups.c.task_name, t.groups.c.status)
+    return select(t.groups.c.group_id, t.groups.c.task_name, t.groups.c.status, t.groups.c.members, t.groups.c.consumed_seq)
 
 
 def claimable(conn: Connection, task_name: str, status: Status, limit: int) -> list[Row[Any]]:
@@ -269,7 +287,9 @@ def count_interruption(conn: Connection, group_ids: Sequence[int]) -> None:
 
 def first_completed(conn: Connection, task_name: str, limit: int, policy: TakePolicy) -> list[Row[Any]]:
     """The completed groups to hand out next: the rewound first, as they were consumed, then by policy."""
-    ready = _rows().where(t.groups.c.task_name == task_name, t.groups.c.status == Status.COMPLETED.value)
+    # Literally, not as a parameter: only then does the planner see that the partial indexes hold what it needs.
+    completed = literal(Status.COMPLETED.value, literal_execute=True)
+    ready = _rows().where(t.groups.c.task_name == task_name, t.groups.c.status == completed)
     return list(conn.execute(ready.order_by(t.groups.c.consumed_seq, *_order(policy)).limit(limit)))
 
 
@@ -290,16 +310,21 @@ _CONSUME = (
 )
 
 
-def consume(conn: Connection, rows: Sequence[Row[Any]], step: int, version: int | None, deltas: Deltas) -> None:
-    """Mark completed groups as consumed at `step`, in this order, and remember the policy's version then."""
+def consume(conn: Connection, rows: Sequence[Row[Any]], step: int, version: int | None, deltas: Deltas) -> dict[int, int]:
+    """Mark completed groups as consumed at `step`, in this order, and remember the policy's version then.
+
+    Gives group id -> number of this consumption, which no other consumption ever has.
+    """
     if not rows:
-        return
+        return {}
     move(conn, rows, Status.CONSUMED, deltas)
-    seq = reserve(conn, "consumed", len(rows))
-    conn.execute(_CONSUME, [{"id": row.group_id, "step": step, "seq": seq + n} for n, row in enumerate(rows)])
+    first = reserve(conn, "consumed", len(rows))
+    numbers = {row.group_id: first + n for n, row in enumerate(rows)}
+    conn.execute(_CONSUME, [{"id": group_id, "step": step, "seq": seq} for group_id, seq in numbers.items()])
     statement = _insert(t.steps)
     kept = func.coalesce(statement.excluded.version, t.steps.c.version)
     conn.execute(statement.on_conflict_do_update(index_elements=["step"], set_={"version": kept}), {"step": step, "version": version})
+    return numbers
 
 
 def consumed_after(conn: Connection, step: int) -> list[Row[Any]]:
@@ -316,6 +341,11 @@ def _consumed(conn: Connection, when: ColumnElement[bool]) -> list[Row[Any]]:
     return list(conn.execute(_rows().where(when, t.groups.c.status == Status.CONSUMED.value).order_by(t.groups.c.consumed_seq)))
 
 
+def any_consumed(conn: Connection) -> bool:
+    """Whether any group is consumed and not committed."""
+    return conn.scalar(select(t.groups.c.group_id).where(t.groups.c.status == Status.CONSUMED.value).limit(1)) is not None
+
+
 def unconsume(conn: Connection, rows: Sequence[Row[Any]], deltas: Deltas) -> None:
     """Give consumed groups back: completed again, to be handed out first and in the order they had."""
     move(conn, rows, Status.COMPLETED, deltas)
@@ -324,7 +354,7 @@ def unconsume(conn: Connection, rows: Sequence[Row[Any]], deltas: Deltas) -> Non
 
 
 def drop_steps_after(conn: Connection, step: int) -> None:
-    """Forget the steps that a rewind undid."""
+    """Forget the versions at steps later than `step`."""
     conn.execute(delete(t.steps).where(t.steps.c.step > step))
 
 
@@ -334,8 +364,13 @@ def step_version(conn: Connection, step: int) -> int | None:
 
 
 def last_step(conn: Connection) -> int:
-    """The last step at which anything was consumed; 0 before the first."""
-    return conn.scalar(select(func.max(t.steps.c.step))) or 0
+    """The last step at which anything was consumed and not given back; 0 before the first."""
+    return max(_last_step_of(conn, Status.CONSUMED), _last_step_of(conn, Status.ARCHIVED))
+
+
+def _last_step_of(conn: Connection, status: Status) -> int:
+    reached = t.groups.c.consumed_step
+    return conn.scalar(select(func.max(reached)).where(t.groups.c.status == status.value, reached.is_not(None))) or 0
 
 
 # -- reading groups -------------------------------------------------------------------------------------------
@@ -346,9 +381,7 @@ def load_groups(conn: Connection, group_ids: Sequence[int]) -> list[RolloutGroup
     loaded: dict[int, RolloutGroup] = {}
     for chunk in _chunks(group_ids):
         loaded |= _load_chunk(conn, chunk)
-    if missing := [group_id for group_id in group_ids if group_id not in loaded]:
-        raise UnknownGroupError(f"no group {missing[0]} is in the database")
-    return [loaded[group_id] for group_id in group_ids]
+    return [loaded[group_id] for group_id in _all_of(group_ids, loaded)]
 
 
 def _load_chunk(conn: Connection, group_ids: Sequence[int]) -> dict[int, RolloutGroup]:
@@ -409,6 +442,11 @@ def orphans(conn: Connection) -> dict[str, int]:
     for table in (t.rollouts, t.prompts):
         lacks = ~select(table.c.group_id).where(table.c.group_id == t.groups.c.group_id).exists()
         found[f"groups without {table.name}"] = conn.scalar(select(func.count()).select_from(t.groups).where(lacks)) or 0
+    consumed = t.groups.c.status.in_([Status.CONSUMED.value, Status.ARCHIVED.value])
+    without_step = consumed != t.groups.c.consumed_step.is_not(None)
+    found["groups whose status and step of consumption disagree"] = (
+        conn.scalar(select(func.count()).select_from(t.groups).where(without_step)) or 0
+    )
     return {what: n for what, n in found.items() if n}
 
 

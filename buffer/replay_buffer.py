@@ -2,11 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, SupportsIndex, TypeVar
 
 from buffer import database, operations, queries
 from buffer.codec import encode_group, to_json
@@ -15,7 +16,7 @@ from buffer.operations import Claim, Draw, DrawnRow, Operation, ResumeReport, Ta
 from buffer.policies import Fifo, TakePolicy
 from buffer.rollout import RolloutGroup
 from buffer.status import CLAIMABLE, Status, parse_status
-from buffer.store import Reader, Writer
+from buffer.store import Reader, Request, Writer, uninterrupted
 
 T = TypeVar("T")
 
@@ -44,6 +45,9 @@ class AuditReport:
         return not self.problems
 
 
+_NOT_OPEN = "the buffer is not open; use `async with ReplayBuffer.open(url) as buffer`"
+
+
 class ReplayBuffer:
     """Groups of rollouts in a database, each with a status; everything it says is stored is durable.
 
@@ -57,10 +61,13 @@ class ReplayBuffer:
 
     def __init__(self, url: str, *, read_only: bool = False, synchronous: str = "NORMAL") -> None:
         self._url = database.parse_url(url)
-        self._read_only, self._synchronous = read_only, synchronous
+        self._read_only, self._synchronous = read_only, database.check_synchronous(synchronous)
         self._lock = database.FileLock(Path(self._url.database or ""))
         self._writer: Writer | None = None
         self._reader: Reader | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing = False
+        self._handing_out: set[asyncio.Future[None]] = set()
         self._needs_resume = False
         self._released = 0
 
@@ -81,50 +88,51 @@ class ReplayBuffer:
         return cls(url, read_only=read_only, synchronous=synchronous)
 
     async def __aenter__(self) -> Self:
-        if self._reader is not None:
+        if self._loop is not None:
             raise ReplayBufferError("this buffer is open already; open another ReplayBuffer for another use")
-        if not self._read_only:
-            await self._open_writer()
-        engine = database.connect(self._url, read_only=True, pool_size=_READER_THREADS)
-        self._reader = Reader(engine, self._url, _READER_THREADS)
+        self._loop, self._closing = asyncio.get_running_loop(), False
         try:
-            await self._reader.read(lambda conn: database.check_version(conn))
+            if not self._read_only:
+                await self._open_writer(self._loop)
+            self._reader = Reader(database.connect(self._url, read_only=True, pool_size=_READER_THREADS), self._url, _READER_THREADS)
+            await self._read(database.check)
         except BaseException:
             await self.close()
             raise
         return self
 
-    async def _open_writer(self) -> None:
+    async def _open_writer(self, loop: asyncio.AbstractEventLoop) -> None:
         self._lock.acquire()
-        try:
-            engine = database.connect(self._url, read_only=False, synchronous=self._synchronous)
-            await asyncio.to_thread(self._prepare, engine)
-        except BaseException:
-            self._lock.release()
-            raise
-        self._writer = Writer(engine, self._url, asyncio.get_running_loop())
-        self._writer.start()
-        self._released = await self._write(operations.release_all, None)
-
-    def _prepare(self, engine: Any) -> None:
-        with database.translated(self._url), engine.connect() as conn, conn.begin():
-            database.prepare(conn)
-            self._needs_resume = bool(queries.consumed_after(conn, -1))
+        self._writer = Writer(database.connect(self._url, read_only=False), self._url, loop, self._synchronous)
+        await self._writer.start()
+        self._needs_resume, self._released = await self._write(operations.opened, None)
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
 
     async def close(self) -> None:
-        """Finish what was asked for and let go of the file; closing twice is fine."""
+        """Finish what was asked for and let go of the file; closing twice is fine.
+
+        A cancellation meanwhile does not keep it from being finished: it is raised at the end.
+        """
+        if not self._closing and self._loop is not None:
+            self._closing = True
+            await uninterrupted(self._close())
+
+    async def _close(self) -> None:
+        while self._handing_out:
+            # Those that are cancelled now still give back what they took, which needs the writer.
+            await next(iter(self._handing_out))
         writer, self._writer = self._writer, None
         reader, self._reader = self._reader, None
         try:
             if reader is not None:
                 await reader.close()
-        finally:
             if writer is not None:
                 await writer.close()
+        finally:
             self._lock.release()
+            self._loop = None
 
     # -- storing and handing out --------------------------------------------------------------------------------
 
@@ -157,8 +165,8 @@ class ReplayBuffer:
             StepError: `step` is committed.
         """
         _require_task(task_name)
-        if n < 0:
-            raise ValueError(f"n={n} groups cannot be taken; it must be 0 or more")
+        n, step = _whole("n", n, at_least=0), _whole("step", step, at_least=1, hint="steps count from 1, 0 is the state before training")
+        self._check_open()
         if self._needs_resume:
             raise ResumeRequiredError(
                 "batches of this run were consumed but never committed; call resume(step=...) with the step of the checkpoint "
@@ -166,12 +174,12 @@ class ReplayBuffer:
             )
         if n == 0:
             return []
-        request = Take(task_name, n, step, version, policy or Fifo())
+        request = Take(task_name, n, step, None if version is None else operator.index(version), policy or Fifo())
         return await self._hand_out(operations.take, request, operations.give_back)
 
     async def commit(self, step: int) -> int:
         """Make everything consumed up to `step` final: the trainer's checkpoint is on disk. Gives the number of groups."""
-        committed: int = await self._write(operations.commit, step)
+        committed: int = await self._write(operations.commit, _whole("step", step, at_least=0))
         return committed
 
     async def resume(self, step: int) -> ResumeReport:
@@ -180,6 +188,7 @@ class ReplayBuffer:
         Raises:
             StepError: a later step is committed.
         """
+        step = _whole("step", step, at_least=0, hint="0 where there is no checkpoint yet")
         version, rewound = await self._write(operations.resume, step)
         self._needs_resume = False
         return ResumeReport(step, version, rewound, self._released, await self._all_counts())
@@ -220,21 +229,22 @@ class ReplayBuffer:
         `exclude` names groups that are not wanted now.
         """
         _require_task(task_name)
+        n = _whole("n", n, at_least=0)
         wanted = [parse_status(status) for status in statuses]
         if refused := [status for status in wanted if status not in CLAIMABLE]:
             raise ValueError(f"groups that are {refused[0]} cannot be run; those that can are {sorted(CLAIMABLE)}")
         request = Claim(task_name, wanted, n, frozenset(exclude))
-        return await self._hand_out(operations.claim, request, operations.release) if n > 0 else []
+        return await self._hand_out(operations.claim, request, operations.release_claimed) if n > 0 else []
 
     async def start(self, group_ids: Sequence[int]) -> list[RolloutGroup]:
         """Move given groups to running and hand them out."""
-        ids = list(group_ids)
-        return await self._hand_out(_start_and_name, ids, operations.release) if ids else []
+        ids = _ids(group_ids)
+        return await self._hand_out(operations.start, ids, operations.release_claimed) if ids else []
 
     async def release(self, group_ids: Sequence[int]) -> None:
         """Running groups that will not be run after all become interrupted, with what was stored of them."""
-        if group_ids:
-            await self._write(operations.release, list(group_ids))
+        if ids := _ids(group_ids):
+            await self._write(operations.release, ids)
 
     # -- asking -------------------------------------------------------------------------------------------------
 
@@ -258,15 +268,14 @@ class ReplayBuffer:
 
     async def get(self, group_id: int) -> RolloutGroup:
         """One group, payload included; `UnknownGroupError` if there is none."""
-        (group,) = await self._read(queries.load_groups, [group_id])
+        (group,) = await self._read(queries.load_groups, _ids([group_id]))
         return group
 
     async def query(
         self, *, task_name: str | None = None, status: Status | str | Collection[Status | str] = (), limit: int = 100, offset: int = 0
     ) -> list[RolloutGroup]:
         """Groups by task and status, oldest first, payloads included."""
-        if limit < 0 or offset < 0:
-            raise ValueError(f"limit={limit} and offset={offset} must be 0 or more")
+        limit, offset = _whole("limit", limit, at_least=0), _whole("offset", offset, at_least=0)
         wanted = [parse_status(s) for s in ([status] if isinstance(status, str) else status)]
         return await self._read(_find_and_load, task_name, wanted, limit, offset)
 
@@ -277,34 +286,52 @@ class ReplayBuffer:
     # -- inside -------------------------------------------------------------------------------------------------
 
     async def _write(self, operation: Operation, argument: Any) -> Any:
-        # Shielded: the writer does what it was asked for, whether or not the asker waits.
-        return await asyncio.shield(self._submit(operation, argument))
+        return await self._submit(operation, argument).answer
 
-    def _submit(self, operation: Operation, argument: Any) -> "asyncio.Future[Any]":
+    def _submit(self, operation: Operation, argument: Any) -> Request:
         if self._read_only:
             raise ReplayBufferError("this buffer was opened with read_only=True; open it without to write")
+        self._check_open()
         if self._writer is None:
-            raise BufferClosedError("the buffer is not open; use `async with ReplayBuffer.open(url) as buffer`")
+            raise BufferClosedError(_NOT_OPEN)
         return self._writer.submit(operation, argument)
 
     async def _hand_out(self, operation: Operation, argument: Any, undo: Operation) -> list[RolloutGroup]:
         """Groups that `operation` names, loaded; if the caller is cancelled before it has them, `undo` gives them back."""
-        answer = self._submit(operation, argument)
+        request, loop = self._submit(operation, argument), asyncio.get_running_loop()
+        handed_out = loop.create_future()
+        self._handing_out.add(handed_out)
         try:
-            ids = await asyncio.shield(answer)
-            return await self._read(queries.load_groups, ids) if ids else []
+            ids = list(await request.answer)
+            return await self._read_on(queries.load_groups, ids) if ids else []
         except BaseException:
-            answer.add_done_callback(lambda done: self._undo(done, undo))
+            self._undo(request, undo)
             raise
+        finally:
+            self._handing_out.discard(handed_out)
+            if not handed_out.done():
+                handed_out.set_result(None)
 
-    def _undo(self, done: "asyncio.Future[Any]", undo: Operation) -> None:
-        if not done.cancelled() and done.exception() is None and done.result() and self._writer is not None:
-            self._submit(undo, done.result())
+    def _undo(self, request: Request, undo: Operation) -> None:
+        failed = request.answer.done() and not request.answer.cancelled() and request.answer.exception() is not None
+        if self._writer is not None and not failed:
+            # It stands behind the request in the mailbox, so the writer knows by then what came of it.
+            self._writer.submit(undo, request)
 
     async def _read(self, query: Callable[..., T], *arguments: Any) -> T:
+        self._check_open()
+        return await self._read_on(query, *arguments)
+
+    async def _read_on(self, query: Callable[..., T], *arguments: Any) -> T:
         if self._reader is None:
-            raise BufferClosedError("the buffer is not open; use `async with ReplayBuffer.open(url) as buffer`")
+            raise BufferClosedError(_NOT_OPEN)
         return await self._reader.read(query, *arguments)
+
+    def _check_open(self) -> None:
+        if self._loop is None or self._closing:
+            raise BufferClosedError(_NOT_OPEN)
+        if asyncio.get_running_loop() is not self._loop:
+            raise ReplayBufferError("this buffer was opened on another event loop; use it there, or open one read_only=True here")
 
     async def _all_counts(self) -> dict[str, dict[Status, int]]:
         return await self._read(_counts_by_task)
@@ -315,9 +342,20 @@ def _require_task(task_name: str) -> None:
         raise ValueError(f"task_name={task_name!r} names no task; give the name of one, as text")
 
 
-def _start_and_name(conn: Any, requests: Sequence[Sequence[int]], deltas: queries.Deltas) -> list[list[int]]:
-    operations.start(conn, requests, deltas)
-    return [list(group_ids) for group_ids in requests]
+def _whole(name: str, value: SupportsIndex, *, at_least: int, hint: str = "") -> int:
+    """`value` as a plain int: drivers do not know numpy's."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = at_least - 1
+    if number < at_least:
+        raise ValueError(f"{name}={value!r} must be a whole number, {at_least} or more" + (f"; {hint}" if hint else ""))
+    return number
+
+
+def _ids(group_ids: Iterable[SupportsIndex]) -> list[int]:
+    """Each id once, as a plain int."""
+    return list(dict.fromkeys(operator.index(group_id) for group_id in group_ids))
 
 
 def _find_and_load(conn: Any, task_name: str | None, status: Sequence[Status], limit: int, offset: int) -> list[RolloutGroup]:

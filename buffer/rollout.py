@@ -30,7 +30,10 @@ class Turn(NamedTuple):
 
 def _array(values: ArrayLike | None, dtype: type[np.generic]) -> NDArray[Any]:
     """A private read-only copy: arrays are replaced, never written to, so that a snapshot may share them."""
-    array = np.array([] if values is None else values, dtype=dtype).reshape(-1)
+    given = np.asarray([] if values is None else values)
+    array = given.astype(dtype).reshape(-1)
+    if given.size and dtype is not np.float32 and given.dtype != dtype and not np.array_equal(array, given.reshape(-1)):
+        raise ValueError(f"{given.reshape(-1)[:4].tolist()}... are not whole numbers within the range of {np.dtype(dtype)}")
     array.flags.writeable = False
     return array
 
@@ -85,7 +88,12 @@ class RolloutState:
         self.loss_mask = _array(self.loss_mask, np.uint8)
         self.versions = _array(self.versions, np.int32)
         self.turns = [Turn(*turn) for turn in self.turns]
+        # Lists of its own: siblings come from one row, and what one of them appends is not the others'.
+        self.messages = None if self.messages is None else [dict(message) for message in self.messages]
+        self.media = None if self.media is None else list(self.media)
         self._check_lengths()
+        if (self.loss_mask > 1).any():
+            raise ValueError(f"rollout {self.rollout_id}: loss_mask holds {self.loss_mask.max()}; it is 1 where trainable, else 0")
         _check_logprobs(self.logprobs, self.loss_mask, self.rollout_id)
 
     @property
@@ -123,17 +131,15 @@ class RolloutState:
         Raises:
             ValueError: unequal lengths, or a trainable token without a finite log-probability. Nothing is added.
         """
-        ids = np.asarray(token_ids, dtype=np.int32).reshape(-1)
+        ids = _array(token_ids, np.int32)
         if ids.size == 0:
             return
         if logprobs is None and trainable:
             raise ValueError(f"rollout {self.rollout_id}: trainable tokens need logprobs; pass them, or trainable=False")
         new_logprobs = np.zeros(ids.size, np.float32) if logprobs is None else np.asarray(logprobs, dtype=np.float32).reshape(-1)
-        new_versions = (
-            np.broadcast_to(np.asarray(version, dtype=np.int32), ids.shape)
-            if np.ndim(version) == 0
-            else np.asarray(version, dtype=np.int32)
-        )
+        new_versions = _array(version, np.int32)
+        if np.ndim(version) == 0:
+            new_versions = np.broadcast_to(new_versions, ids.shape)
         new_mask = np.full(ids.size, 1 if trainable else 0, np.uint8)
         for name, values in (("logprobs", new_logprobs), ("version", new_versions)):
             if values.shape != ids.shape:

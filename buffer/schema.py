@@ -1,12 +1,34 @@
 """The tables. Hot metadata lies in narrow rows; prompts and token arrays lie apart, loaded only when handed out."""
 
-from sqlalchemy import BigInteger, Column, Float, ForeignKey, Index, Integer, LargeBinary, MetaData, String, Table, Text, UniqueConstraint
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    text,
+)
 
 SCHEMA_VERSION = 1
 
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
 metadata = MetaData()
+
+
+def _where(condition: str) -> dict[str, Any]:
+    """A partial index: rows that no hand-out looks at cost it nothing. Queries must state the condition, literally."""
+    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
+
 
 meta = Table(
     "millrace_meta",
@@ -51,6 +73,7 @@ groups = Table(
     Column("consumed_step", Integer),
     Column("min_version", Integer),
     Column("max_version", Integer),
+    Column("members", Integer, nullable=False),
     Column("tokens", Integer, nullable=False),
     Column("filter_reason", Text),
     Column("created_at", Float, nullable=False),
@@ -58,8 +81,9 @@ groups = Table(
     UniqueConstraint("task_name", "epoch", "position", name="one_group_per_prompt"),
     # Hand-out reads one of these from its start: the rewound first, in their old order, then by policy.
     Index("groups_fifo", "task_name", "status", "consumed_seq", "ready_seq"),
-    Index("groups_by_version", "task_name", "status", "consumed_seq", "min_version", "ready_seq"),
-    Index("groups_consumed", "consumed_step"),
+    Index("groups_stalest", "task_name", "consumed_seq", "min_version", "ready_seq", **_where("status = 'completed'")),
+    Index("groups_freshest", "task_name", "consumed_seq", text("min_version DESC"), "ready_seq", **_where("status = 'completed'")),
+    Index("groups_consumed", "status", "consumed_step", **_where("consumed_step IS NOT NULL")),
 )
 
 NEVER_CONSUMED = 2**62

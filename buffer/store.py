@@ -1,9 +1,10 @@
 """The writer, an actor that owns the writing connection and its thread, and the reader beside it."""
 
 import asyncio
+import atexit
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,9 +13,9 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Engine
 from sqlalchemy.engine import URL
 
-from buffer import queries
+from buffer import database, queries
 from buffer.database import translated
-from buffer.errors import BufferClosedError
+from buffer.errors import BufferClosedError, ReplayBufferError
 from buffer.operations import Operation
 
 _GROUP_COMMIT = 64
@@ -22,12 +23,22 @@ _GROUP_COMMIT = 64
 
 T = TypeVar("T")
 
+Answer = tuple["asyncio.Future[Any]", Any, BaseException | None]
+"""A future of the loop, and what it is to be resolved with: a result, or an error."""
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Request:
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """An operation that was asked for.
+
+    `outcome` is written by the writer's thread, and read there by an operation that undoes this one: it is known
+    even when the asker was cancelled and no longer waits for `answer`.
+    """
+
     operation: Operation
     argument: Any
     answer: "asyncio.Future[Any]"
+    outcome: Any = None
 
 
 class Writer:
@@ -36,38 +47,65 @@ class Writer:
     Lives from `start` to `close`. Requests come from one event loop; the thread wakes it once per transaction.
     """
 
-    def __init__(self, engine: Engine, url: URL, loop: asyncio.AbstractEventLoop) -> None:
-        self._engine, self._url, self._loop = engine, url, loop
-        self._mailbox: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
-        # Not a daemon: what was asked for before the program ends is still written.
-        self._thread = threading.Thread(target=self._run, name="millrace-writer")
+    def __init__(self, engine: Engine, url: URL, loop: asyncio.AbstractEventLoop, synchronous: str) -> None:
+        self._engine, self._url, self._loop, self._synchronous = engine, url, loop, synchronous
+        self._mailbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        # A daemon, or a buffer that was never closed would keep the program from ending. `_finish` runs at exit, while
+        # threads still live: what was asked for before the program ends is written.
+        self._thread = threading.Thread(target=self._run, name="millrace-writer", daemon=True)
+        self._opened: asyncio.Future[None] = loop.create_future()
         self._closed = False
 
-    def start(self) -> None:
-        """Start the thread."""
+    def start(self) -> "asyncio.Future[None]":
+        """Start the thread; the future tells when the database is open, or why it cannot be."""
+        atexit.register(self._finish)
         self._thread.start()
+        return self._opened
 
-    def submit(self, operation: Operation, argument: Any) -> "asyncio.Future[Any]":
-        """Ask for an operation. The future is not cancelled with its waiter: what is asked for is done."""
+    def submit(self, operation: Operation, argument: Any) -> Request:
+        """Ask for an operation. It is done even if whoever waits for its answer is cancelled."""
         if self._closed:
             raise BufferClosedError("the buffer is closed; open it again with ReplayBuffer.open(url)")
-        answer: asyncio.Future[Any] = self._loop.create_future()
-        self._mailbox.put(_Request(operation, argument, answer))
-        return answer
+        request = Request(operation, argument, self._loop.create_future())
+        self._mailbox.put(request)
+        return request
 
     async def close(self) -> None:
         """Do what was asked for, then end the thread."""
-        if not self._closed:
-            self._closed = True
-            self._mailbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        self._closed = True
+        self._mailbox.put(None)
+        await _in_a_thread(self._thread.join)
+        atexit.unregister(self._finish)
+
+    def _finish(self) -> None:
+        self._mailbox.put(None)
+        self._thread.join()
 
     def _run(self) -> None:
-        with self._engine.connect() as conn:
-            while (batch := self._next_batch()) is not None:
-                self._answer(self._transact(conn, batch))
+        """Connect, serve, let go. Whatever ends it, everyone who waits is told."""
+        error: BaseException | None = None
+        try:
+            with translated(self._url), self._engine.connect() as conn:
+                database.prepare(conn, self._synchronous)
+                self._answer([(self._opened, None, None)])
+                while (batch := self._next_batch()) is not None:
+                    self._answer(self._transact(conn, batch))
+        except BaseException as failure:  # noqa: BLE001 - the thread's last words go to those who wait
+            error = failure
+        self._engine.dispose()
+        self._post(self._end, error)
 
-    def _next_batch(self) -> list[_Request] | None:
+    def _end(self, error: BaseException | None) -> None:
+        """On the loop: nothing is taken any more, and what still waits in the mailbox will not be done."""
+        self._closed = True
+        _resolve([(self._opened, None, error)])
+        while not self._mailbox.empty():
+            if request := self._mailbox.get():
+                refused = BufferClosedError(f"the buffer's writer has ended ({error}); open the buffer again")
+                refused.__cause__ = error
+                _resolve([(request.answer, None, refused)])
+
+    def _next_batch(self) -> list[Request] | None:
         """Everything that waits, up to the limit; None at the end."""
         first = self._mailbox.get()
         if first is None:
@@ -84,42 +122,66 @@ class Writer:
             batch.append(request)
         return batch
 
-    def _transact(self, conn: Connection, batch: Sequence[_Request]) -> list[tuple[_Request, Any, BaseException | None]]:
+    def _transact(self, conn: Connection, batch: Sequence[Request]) -> list[Answer]:
+        begun = False
         try:
             with translated(self._url), conn.begin():
+                begun = True
                 return self._perform(conn, batch)
-        except Exception as error:  # noqa: BLE001 - the one place where an operation's failure becomes its caller's
-            if len(batch) == 1:
-                return [(batch[0], None, error)]
+        except BaseException as error:  # noqa: BLE001 - the one place where an operation's failure becomes its caller's
+            failure = error
+        _forget(conn, batch)
+        if len(batch) == 1 or not begun:
+            # A transaction that does not begin (another program holds the file) would not begin for each alone either.
+            return [(request.answer, None, _presentable(failure)) for request in batch]
         # One request among many was bad. The transaction is rolled back; alone, each gets its own answer.
-        return [outcome for request in batch for outcome in self._transact(conn, [request])]
+        return [answer for request in batch for answer in self._transact(conn, [request])]
 
-    def _perform(self, conn: Connection, batch: Sequence[_Request]) -> list[tuple[_Request, Any, BaseException | None]]:
+    def _perform(self, conn: Connection, batch: Sequence[Request]) -> list[Answer]:
         deltas: queries.Deltas = queries.Deltas()
-        outcomes: list[tuple[_Request, Any, BaseException | None]] = []
         for operation, requests in groupby(batch, key=lambda request: request.operation):
             same = list(requests)
             results = operation(conn, [request.argument for request in same], deltas)
-            outcomes += [(request, result, None) for request, result in zip(same, results, strict=True)]
+            for request, result in zip(same, results, strict=True):
+                request.outcome = result
         queries.apply_deltas(conn, deltas)
-        return outcomes
+        return [(request.answer, request.outcome, None) for request in batch]
 
-    def _answer(self, outcomes: Sequence[tuple[_Request, Any, BaseException | None]]) -> None:
+    def _answer(self, answers: Sequence[Answer]) -> None:
+        self._post(_resolve, answers)
+
+    def _post(self, callback: Callable[..., None], *arguments: Any) -> None:
         try:
-            self._loop.call_soon_threadsafe(_resolve, outcomes)
+            self._loop.call_soon_threadsafe(callback, *arguments)
         except RuntimeError:
             # The loop is closed, nobody waits any more; what was asked for is stored all the same.
             return
 
 
-def _resolve(outcomes: Sequence[tuple[_Request, Any, BaseException | None]]) -> None:
-    for request, result, error in outcomes:
-        if request.answer.done():
+def _forget(conn: Connection, batch: Sequence[Request]) -> None:
+    """After a rollback nothing has come of these requests, and no transaction may be left open."""
+    for request in batch:
+        request.outcome = None
+    database.abandon(conn)
+
+
+def _presentable(error: BaseException) -> Exception:
+    """An error that a future accepts and that does not end its caller's program."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    wrapped = ReplayBufferError(f"the writer met {error!r}; nothing of this request was stored")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _resolve(answers: Sequence[Answer]) -> None:
+    for future, result, error in answers:
+        if future.done():
             continue
         if error is None:
-            request.answer.set_result(result)
+            future.set_result(result)
         else:
-            request.answer.set_exception(error)
+            future.set_exception(error)
 
 
 class Reader:
@@ -139,5 +201,33 @@ class Reader:
 
     async def close(self) -> None:
         """Wait for reads under way and end the threads."""
-        await asyncio.to_thread(self._pool.shutdown)
+        await _in_a_thread(self._pool.shutdown)
         self._engine.dispose()
+
+
+async def _in_a_thread(function: Callable[[], object]) -> None:
+    """Do a short wait in a thread of its own: the loop's own threads may all be busy for long."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def work() -> None:
+        try:
+            function()
+        finally:
+            loop.call_soon_threadsafe(done.set_result, None)
+
+    threading.Thread(target=work, name="millrace-close").start()
+    await done
+
+
+async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
+    """Do it to the end, come what may; a cancellation meanwhile is raised then."""
+    future, cancelled = asyncio.shield(work), None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    future.result()
+    if cancelled is not None:
+        raise cancelled
