@@ -5,19 +5,22 @@ import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Collection
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agent_loop.engines.base import Completion, Engine, FinishReason
-from agent_loop.errors import EngineDeadError, RequestRefusedError, RewardError
-from agent_loop.rewards import Reward, judge
+from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError, RewardError
+from agent_loop.rewards import REWARD_THREADS, Reward, judge
 from agent_loop.sampling import SamplingParams
 from buffer.rollout import RolloutGroup, RolloutState
 from buffer.status import Status
 
 _BACK_OFF = 0.1
 """Seconds before the second attempt; doubled for each further one."""
+
+_FINISH_REASONS = get_args(FinishReason)
 
 
 class AgentLoop(ABC):
@@ -60,19 +63,31 @@ class AgentLoop(ABC):
         self._stopping: set[int] = set()
         self._requests: dict[int, set[str]] = {}
         self._request_numbers = itertools.count()
+        self._threads = asyncio.Semaphore(REWARD_THREADS)
 
     @abstractmethod
     async def generate(self, state: RolloutState) -> RolloutState:
         """Extend the response of `state` until it is whole, or until `extend` says "abort"; set `finish_reason`.
 
-        A continued rollout arrives with its earlier tokens in place. Raising fails this attempt.
+        A continued rollout, and one that is tried again, arrives with its earlier tokens in place. Raising fails this attempt.
         """
+
+    def check_initialised(self) -> None:
+        """Raise `TypeError` if a subclass has an `__init__` that does not call ours."""
+        if not hasattr(self, "_running"):
+            name = type(self).__name__
+            raise TypeError(f"{name}.__init__ does not call super().__init__(engine, reward, ...); call it, even with nothing to pass")
 
     async def generate_group(self, group: RolloutGroup) -> RolloutGroup:
         """Run every member that is not completed; each ends completed, interrupted or failed.
 
-        Cancelling it interrupts the members; their tokens so far stay in `group`. `EngineDeadError` is raised.
+        Cancelling it interrupts the members; their tokens so far stay in `group`.
+
+        Raises:
+            EngineDeadError: the engine is gone; unfinished members are interrupted.
+            EngineClosedError: it is not open, likewise.
         """
+        self.check_initialised()
         self._running.add(group.group_id)
         try:
             async with asyncio.TaskGroup() as members:
@@ -81,7 +96,8 @@ class AgentLoop(ABC):
                         state.status = Status.RUNNING
                         members.create_task(self._run_member(group, index))
         except BaseExceptionGroup as errors:
-            raise first_error(errors) from None
+            error = first_error(errors)
+            raise error from error.__cause__
         finally:
             self._running.discard(group.group_id)
             self._stopping.discard(group.group_id)
@@ -112,7 +128,7 @@ class AgentLoop(ABC):
             raise RuntimeError("this agent loop has no engine to extend a rollout with; pass engine=")
         if state.prompt_ids is None:
             raise RequestRefusedError(f"rollout {state.rollout_id} has no prompt_ids; encode its prompt first")
-        params = (sampling or self.sampling).overridden(state.sampling)
+        params = self._params(state, sampling or self.sampling)
         ended = self._ended_already(state, params)
         if ended is not None:
             return ended
@@ -121,6 +137,12 @@ class AgentLoop(ABC):
         completion = await self._request(state, np.concatenate([state.prompt_ids, state.response_ids]), params)
         state.append(completion.token_ids, logprobs=completion.logprobs, version=completion.versions)
         return completion.finish_reason
+
+    def _params(self, state: RolloutState, sampling: SamplingParams) -> SamplingParams:
+        try:
+            return sampling.overridden(state.sampling)
+        except (TypeError, ValueError) as error:
+            raise RequestRefusedError(f"the `sampling` of this prompt's row: {error}") from error
 
     def _ended_already(self, state: RolloutState, params: SamplingParams) -> FinishReason | None:
         assert self.engine is not None
@@ -151,10 +173,10 @@ class AgentLoop(ABC):
         while True:
             try:
                 if not state.finished:
-                    state = group.rollouts[index] = _same_rollout(state, await self.generate(state))
+                    state = group.rollouts[index] = await self._generated(state)
                 state.status = await self._settled(state)
                 return
-            except (EngineDeadError, asyncio.CancelledError):
+            except (EngineDeadError, EngineClosedError, asyncio.CancelledError):
                 _interrupt(state)
                 raise
             except Exception as error:  # noqa: BLE001 - the one place where an exception becomes a failed rollout
@@ -162,13 +184,28 @@ class AgentLoop(ABC):
                     return
             await asyncio.sleep(self._back_off * 2 ** (state.attempts - 1))
 
+    async def _generated(self, state: RolloutState) -> RolloutState:
+        """What `generate` made of `state`; only one that returns, and says why the response ends, can have finished it."""
+        state.finish_reason = None
+        try:
+            returned = _same_rollout(state, await self.generate(state))
+        except BaseException:
+            state.finish_reason = None  # as of a first turn, after which another was to come
+            raise
+        if returned.finish_reason not in _FINISH_REASONS and not self.interrupted(state):
+            given, returned.finish_reason = returned.finish_reason, None
+            raise ValueError(
+                f"generate left finish_reason={given!r}; it must set one of {_FINISH_REASONS} ('abort' where it was interrupted)"
+            )
+        return returned
+
     async def _settled(self, state: RolloutState) -> Status:
         """The status of a member whose `generate` returned; a whole response is judged first."""
         if not state.finished:
             _interrupt(state)
             return state.status
         if self.reward is not None:
-            state.score = await judge(self.reward, state, timeout=self._reward_timeout)
+            state.score = await judge(self.reward, state, timeout=self._reward_timeout, threads=self._threads)
             state.reward = state.score
         state.error = None
         return Status.COMPLETED
@@ -176,7 +213,8 @@ class AgentLoop(ABC):
     def _failed_for_good(self, state: RolloutState, error: Exception) -> bool:
         """Write the failure down; whether the rollout is failed for good, or interrupted meanwhile."""
         state.attempts += 1
-        state.error = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+        said = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+        state.error = said.encode(errors="backslashreplace").decode()  # a message may hold what no database stores
         if isinstance(error, RequestRefusedError) or state.attempts >= self._max_attempts:
             state.status = Status.FAILED
             return True

@@ -55,10 +55,11 @@ class SingleTurnAgentLoop(AgentLoop):
         """One response, continued where it was left."""
         if state.prompt_ids is None:
             state.prompt_ids = self._encode(state)
-        state.finish_reason = await self.extend(state)
+        reason = await self.extend(state)
         if self.tokenizer is not None:
             # From all ids at once: a character may be split over two continuations.
             state.text = self.tokenizer.decode(state.response_ids.tolist(), skip_special_tokens=True)
+        state.finish_reason = reason
         return state
 
     def _encode(self, state: RolloutState) -> NDArray[np.int32]:

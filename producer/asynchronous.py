@@ -1,5 +1,6 @@
 """`AsyncProduceStrategy`: start more than the batch needs, so that no slow prompt holds it up."""
 
+import math
 from typing import Any
 
 from buffer import ReplayBuffer
@@ -17,8 +18,8 @@ class AsyncProduceStrategy(ProduceStrategy):
     """
 
     def __init__(self, buffer: ReplayBuffer, *, staleness_threshold: float = 0.5, **options: Any) -> None:
-        if not staleness_threshold >= 0:
-            raise ValueError(f"staleness_threshold={staleness_threshold} is below 0; 0 issues no more than the batch needs")
+        if not 0 <= staleness_threshold < math.inf:
+            raise ValueError(f"staleness_threshold={staleness_threshold} must be finite and 0 or more; 0 issues no more than a batch needs")
         super().__init__(buffer, **options)
         self.staleness_threshold = staleness_threshold
 

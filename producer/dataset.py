@@ -4,17 +4,19 @@ A source is opened at a cursor (JSON-able, as a database kept it) and then gives
 """
 
 import base64
-import itertools
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from buffer.rollout import Position
 from producer.errors import DatasetError
+
+T = TypeVar("T")
 
 Cursor = Mapping[str, Any]
 
@@ -38,7 +40,7 @@ class RowSource(ABC):
 
     @abstractmethod
     def read(self) -> SourceRow:
-        """The next row; `DatasetError` if the dataset is empty."""
+        """The next row; `DatasetError` if there is none, or it cannot be read: it is then tried again, never passed over."""
 
 
 def row_source(dataset: Any, *, shuffle: bool, seed: int) -> RowSource:
@@ -47,9 +49,11 @@ def row_source(dataset: Any, *, shuffle: bool, seed: int) -> RowSource:
         return LoaderSource(dataset)
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         return MapSource(dataset, shuffle=shuffle, seed=seed)
+    remedy = "pass a list, a map-style dataset, or a torchdata StatefulDataLoader"
+    if hasattr(dataset, "batch_size") and hasattr(dataset, "dataset"):  # a plain torch DataLoader, without importing torch
+        remedy = "use torchdata's StatefulDataLoader, which takes the same arguments, or pass the map-style dataset itself"
     raise DatasetError(
-        f"a {type(dataset).__name__} cannot be resumed: it has neither __getitem__ and __len__ nor state_dict and load_state_dict; "
-        "pass a list, a map-style dataset, or a torchdata StatefulDataLoader"
+        f"a {type(dataset).__name__} cannot be resumed: it has neither __getitem__ and __len__ nor state_dict and load_state_dict; {remedy}"
     )
 
 
@@ -57,9 +61,12 @@ class MapSource(RowSource):
     """A list or map-style dataset; resumes by (epoch, offset), each epoch with a shuffle of its own."""
 
     def __init__(self, dataset: Any, *, shuffle: bool, seed: int) -> None:
+        if seed < 0:
+            raise ValueError(f"seed={seed} is negative; it must be 0 or more")
         self._dataset, self._shuffle, self._seed = dataset, shuffle, seed
-        self._order: Iterator[tuple[Position, int]] = iter(())
+        self._at = Position(0, 0)
         self._size = 0
+        self._order: NDArray[np.int64] = np.arange(0)
 
     def open(self, cursor: Cursor | None) -> None:
         self._size = len(self._dataset)
@@ -67,21 +74,21 @@ class MapSource(RowSource):
             raise DatasetError("the dataset is empty; give one with at least one row")
         if cursor is not None:
             self._refuse_change(cursor)
-        start = Position(0, 0) if cursor is None else Position(cursor["epoch"], cursor["offset"])
-        self._order = self._indices(start)
+        self._go_to(Position(0, 0) if cursor is None else Position(cursor["epoch"], cursor["offset"]))
 
     def read(self) -> SourceRow:
-        position, index = next(self._order)
-        name = f"row {index} (epoch {position.epoch}, offset {position.offset})"
-        cursor = {"epoch": position.epoch, "offset": position.offset + 1, **self._identity()}
-        return SourceRow(self._dataset[index], position, name, cursor)
+        if self._at.offset == self._size:
+            self._go_to(Position(self._at.epoch + 1, 0))
+        at, index = self._at, int(self._order[self._at.offset])
+        name = f"row {index} (epoch {at.epoch}, offset {at.offset})"
+        row = _readable(name, lambda: self._dataset[index])
+        self._at = at._replace(offset=at.offset + 1)  # only now: a row that could not be read is read again
+        return SourceRow(row, at, name, {"epoch": at.epoch, "offset": at.offset + 1, **self._identity()})
 
-    def _indices(self, start: Position) -> Iterator[tuple[Position, int]]:
-        for epoch in itertools.count(start.epoch):
-            order = np.random.default_rng([self._seed, epoch]).permutation(self._size) if self._shuffle else np.arange(self._size)
-            first = start.offset if epoch == start.epoch else 0
-            for offset in range(first, self._size):
-                yield Position(epoch, offset), int(order[offset])
+    def _go_to(self, position: Position) -> None:
+        self._at = position
+        generator = np.random.default_rng([self._seed, position.epoch])
+        self._order = generator.permutation(self._size) if self._shuffle else np.arange(self._size)
 
     def _identity(self) -> dict[str, Any]:
         return {"size": self._size, "seed": self._seed, "shuffle": self._shuffle}
@@ -106,48 +113,99 @@ class LoaderSource(RowSource):
         self._loader = loader
         self._batches: Iterator[Any] | None = None
         self._rows: deque[Any] = deque()
-        self._state: Any = None
-        self._taken = 0
-        self._epoch = self._offset = 0
+        self._cursor: Cursor | None = None
+        self._start: Any = None
 
     def open(self, cursor: Cursor | None) -> None:
-        self._rows.clear()
+        if cursor is not None and "loader" not in cursor:
+            raise DatasetError("the run was begun with a map-style dataset, not a dataloader; pass it again, or another task_name")
         if cursor is None:
-            self._state, self._taken, self._epoch, self._offset = None, 0, 0, 0
-            self._batches = iter(self._loader)
-            return
-        self._epoch, self._offset = cursor["epoch"], cursor["offset"]
-        self._state = cursor["loader"]
-        if self._state is not None:
-            self._loader.load_state_dict(_from_json(self._state))
-        self._batches = iter(self._loader)
-        skip = cursor["taken"]
-        if skip:
-            self._next_batch()
-            for _ in range(skip):
-                self._rows.popleft()
-        self._taken = skip
+            # The state before the first batch, too: a loader that shuffles would else start in another order next time.
+            self._start = self._start or _to_json(self._loader.state_dict())
+            cursor = {"epoch": 0, "offset": 0, "loader": self._start, "taken": 0}
+        self._batches, self._cursor = None, cursor
+        self._reopen()
 
     def read(self) -> SourceRow:
+        if self._batches is None:
+            self._reopen()
         while not self._rows:
             self._next_batch()
-        row, position = self._rows.popleft(), Position(self._epoch, self._offset)
-        self._taken, self._offset = self._taken + 1, self._offset + 1
+        cursor, row = self._opened(), self._rows.popleft()
+        position = Position(cursor["epoch"], cursor["offset"])
+        behind = {**cursor, "offset": position.offset + 1, "taken": cursor["taken"] + 1}
         if not self._rows:
-            self._state, self._taken = _to_json(self._loader.state_dict()), 0
-        cursor = {"epoch": self._epoch, "offset": self._offset, "loader": self._state, "taken": self._taken}
-        return SourceRow(row, position, f"the row at epoch {position.epoch}, offset {position.offset}", cursor)
+            behind |= {"loader": _to_json(self._loader.state_dict()), "taken": 0}
+        self._cursor = behind
+        return SourceRow(row, position, f"the row at epoch {position.epoch}, offset {position.offset}", behind)
+
+    def _opened(self) -> Cursor:
+        assert self._cursor is not None, "read before open"
+        return self._cursor
+
+    def _reopen(self) -> None:
+        cursor = self._opened()
+        self._rows.clear()
+        batches = self._iterate(cursor["loader"])
+        if cursor["taken"]:
+            self._rows.extend(_rows_of(self._loader, _readable("the batch in hand", lambda: next(batches, ()))))
+            if len(self._rows) <= cursor["taken"]:
+                raise DatasetError(
+                    "the dataloader gives fewer rows than it did; pass the same dataset and batch_size, or another task_name"
+                )
+            for _ in range(cursor["taken"]):
+                self._rows.popleft()
+        self._batches = batches
+
+    def _iterate(self, state: Any) -> Iterator[Any]:
+        def start() -> Iterator[Any]:
+            self._loader.load_state_dict(_from_json(state))
+            return iter(self._loader)
+
+        return _readable("the dataloader's stored state", start)
 
     def _next_batch(self) -> None:
         assert self._batches is not None
-        batch = next(self._batches, None)
-        if batch is None:
-            if self._offset == 0:
-                raise DatasetError("the dataloader gave no row in a whole epoch; give one with at least one row")
-            self._epoch, self._offset = self._epoch + 1, 0
-            self._batches = iter(self._loader)
-            return
-        self._rows.extend(batch if isinstance(batch, list | tuple) else [batch])
+        batches, cursor = iter(self._batches), self._opened()
+        # Until it is read: a loader that raised has passed over the batch, and must be set back to the cursor.
+        self._batches = None
+        name = f"the batch at epoch {cursor['epoch']}, offset {cursor['offset']}"
+        batch = _readable(name, lambda: next(batches, _END))
+        if batch is _END:
+            batches = self._next_epoch(cursor)
+        else:
+            self._rows.extend(_rows_of(self._loader, batch))
+        self._batches = batches
+
+    def _next_epoch(self, cursor: Cursor) -> Iterator[Any]:
+        if cursor["offset"] == 0:
+            raise DatasetError("the dataloader gave no row in a whole epoch; give one with at least one row")
+        # Through the state, as after a restart: in one process a sampler's generator is elsewhere by now, and the next
+        # epoch would be shuffled otherwise than it is when the run is resumed in this one.
+        for _ in self._iterate(cursor["loader"]):
+            raise DatasetError("the dataloader gives rows behind the end of its epoch; its state_dict must say that it is at the end")
+        batches: Iterator[Any] = iter(self._loader)
+        self._cursor = {"epoch": cursor["epoch"] + 1, "offset": 0, "loader": _to_json(self._loader.state_dict()), "taken": 0}
+        return batches
+
+
+_END = object()
+
+
+def _readable(what: str, read: Callable[[], T]) -> T:
+    """What `read` gives; its error, which may be any, as one that says what was being read."""
+    try:
+        return read()
+    except Exception as error:
+        raise DatasetError(f"{what} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _rows_of(loader: Any, batch: Any) -> Sequence[Any]:
+    if isinstance(batch, list | tuple):
+        return batch
+    if isinstance(batch, Mapping) and (getattr(loader, "batch_size", None) or 1) > 1:
+        raise DatasetError("the dataloader puts its rows together into one mapping of columns; pass it collate_fn=list, to keep them rows")
+    return [batch]
 
 
 def _to_json(state: Any) -> Any:

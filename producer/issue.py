@@ -27,4 +27,4 @@ def over_issue(load: Load, staleness_threshold: float) -> int:
 
 def issue_limit(batch_size: int, staleness_threshold: float) -> int:
     """`ceil((1 + staleness_threshold) * batch_size)`, safe against 1.1 * 10 = 11.000000000000002."""
-    return math.ceil((1 + staleness_threshold) * batch_size - 1e-9)
+    return math.ceil((1 + staleness_threshold) * batch_size * (1 - 1e-12))

@@ -7,9 +7,11 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from agent_loop.single_turn import Tokenizer
-from buffer import DrawnRow, ReplayBuffer, RolloutGroup, Status
-from buffer.operations import check_storable
+from buffer import DrawnRow, Position, ReplayBuffer, RolloutGroup, RolloutState, Status
+from buffer.codec import encode_group, encode_prompt
 from buffer.rollout import prompt_fields
 from producer.dataset import Cursor, SourceRow, row_source
 from producer.errors import DatasetError
@@ -86,22 +88,38 @@ class PromptSampler:
     async def sample_many(
         self, task_name: str, n: int, *, buffer: ReplayBuffer | None = None, exclude: Collection[int] = ()
     ) -> list[RolloutGroup]:
-        """The next `n` groups; see `sample`. `exclude` names groups not to be offered again."""
+        """The next `n` groups; see `sample`. `exclude` names groups not to be offered again.
+
+        All of them or none: when it raises or is cancelled, what it had claimed already is given back.
+        """
         async with self._lock:
-            return await self._draw(task_name, n, buffer)
+            return await self._fill([], task_name, n, buffer)
+
+    async def _fill(self, groups: list[RolloutGroup], task_name: str, n: int, buffer: ReplayBuffer | None) -> list[RolloutGroup]:
+        """Add fresh prompts to `groups` until there are `n`."""
+        try:
+            while len(groups) < n:
+                groups += await self._draw(task_name, n - len(groups), buffer)
+        except BaseException:
+            if buffer is not None:
+                # Nobody will ever hear of these: running for good, if they were not released.
+                await buffer.release([group.group_id for group in groups])
+            raise
+        return groups
 
     async def _draw(self, task_name: str, n: int, buffer: ReplayBuffer | None) -> list[RolloutGroup]:
-        groups: list[RolloutGroup] = []
-        bad_in_a_row = 0
-        while len(groups) < n:
-            rows = await self._read(task_name, n - len(groups), buffer)
-            groups += await self._record(task_name, rows, buffer)
-            bad_in_a_row = 0 if any(row.error is None for row in rows) else bad_in_a_row + len(rows)
-            if bad_in_a_row > _MOST_BAD_ROWS:
-                raise DatasetError(
-                    f"{bad_in_a_row} rows in a row are bad, the last because: {rows[-1].error}; look at the dataset's columns"
-                )
-        return groups
+        """At least one group and at most `n`."""
+        first: Position | None = None
+        bad = 0
+        while True:
+            rows = await self._read(task_name, n, buffer)
+            groups = await self._record(task_name, rows, buffer)
+            if groups:
+                return groups
+            last = rows[-1].source
+            first, bad = first or rows[0].source.position, bad + len(rows)
+            if bad > _MOST_BAD_ROWS or last.position >= (first.epoch + 1, first.offset):
+                raise DatasetError(f"{bad} rows in a row are bad, the last, {last.name}, because: {rows[-1].error}; look at the columns")
 
     async def _read(self, task_name: str, n: int, buffer: ReplayBuffer | None) -> list[_CheckedRow]:
         """Up to `n` rows that are not recorded yet; a bad one, where that is an error, is never passed over."""
@@ -109,9 +127,10 @@ class PromptSampler:
             await self._open(task_name, buffer)
         while len(self._waiting) < n:
             await self._on_reading_thread(self._read_one)
-        rows = list(itertools.islice(self._waiting, n))
+        # By index: a read whose caller was cancelled may add a row right now, which an iterator would not stand.
+        rows = [self._waiting[index] for index in range(n)]
         if self._on_bad_row == "raise" and rows and rows[0].error is not None:
-            raise DatasetError(f"{rows[0].source.name}: {rows[0].error}; mend it, or pass on_bad_row='fail' to record it and go on")
+            raise DatasetError(f"{rows[0].source.name} is bad: {rows[0].error}; mend it, or pass on_bad_row='fail' to record it and go on")
         return list(itertools.takewhile(lambda row: self._on_bad_row == "fail" or row.error is None, rows))
 
     async def _open(self, task_name: str, buffer: ReplayBuffer | None) -> None:
@@ -138,7 +157,7 @@ class PromptSampler:
             groups = [self._local_group(task_name, row.source) for row in rows if row.error is None]
             self._forget(len(rows))
             return groups
-        drawn = [DrawnRow(row.source.row, row.source.position, row.error) for row in rows]
+        drawn = [DrawnRow(_recordable(row), row.source.position, row.error) for row in rows]
         # If this is cut short it is not known where the dataset stands: then the database is asked again.
         self._stream = None
         ids = await buffer.draw(task_name, drawn, group_size=self.group_size, moves=self._moves, cursor=rows[-1].source.cursor)
@@ -157,10 +176,9 @@ class PromptSampler:
 
     def _why_bad(self, row: Any) -> str | None:
         try:
-            fields = prompt_fields(row)
-            check_storable(row)
-            return self._why_too_long(fields)
-        except (ValueError, TypeError) as error:
+            _check_storable(row)
+            return self._why_too_long(prompt_fields(row))
+        except _BAD_ROW as error:
             return str(error)
 
     def _why_too_long(self, fields: dict[str, Any]) -> str | None:
@@ -185,6 +203,29 @@ class PromptSampler:
 
 _MOST_BAD_ROWS = 1000
 """So many bad rows without a good one between them are a wrong dataset, not bad luck."""
+
+_BAD_ROW = (ValueError, TypeError, OverflowError, RecursionError)
+
+
+def _check_storable(row: Any) -> None:
+    """Raise one of `_BAD_ROW` if the row makes no group that can be written, before anything is drawn with it."""
+    group = RolloutGroup.from_row(0, row, group_size=1, task_name="check", position=Position(0, 0))
+    if (given := row.get("prompt_ids")) is not None:
+        ids = np.asarray(given)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(f"prompt_ids is an array of {ids.dtype} of shape {ids.shape}; it must be one list of whole numbers")
+    encode_group(group).prompt.encode()  # text with a lone surrogate is no UTF-8
+
+
+def _recordable(checked: _CheckedRow) -> Any:
+    """The row; a bad one that is not JSON is recorded as what Python shows of it."""
+    row = checked.source.row
+    if checked.error is not None:
+        try:
+            encode_prompt([RolloutState(0, 0, row=row)]).encode()
+        except _BAD_ROW:
+            return {"value": ascii(row)[:1000]}
+    return row
 
 
 class ReplayPromptSampler(PromptSampler):
@@ -211,4 +252,4 @@ class ReplayPromptSampler(PromptSampler):
             raise ValueError("the strategy and its ReplayPromptSampler have different buffers; give both the same one")
         async with self._lock:
             left = await self.buffer.claim(task_name, n, statuses=self._replay, exclude=exclude)
-            return left + await self._draw(task_name, n - len(left), self.buffer)
+            return await self._fill(left, task_name, n, self.buffer)

@@ -1,9 +1,11 @@
 """`ProduceStrategy`: the loop that fills a batch, written once; what differs between strategies is a pure decision."""
 
+import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -11,13 +13,16 @@ from tqdm import tqdm
 from agent_loop import AgentLoop
 from agent_loop.agent_loop import first_error
 from buffer import Fifo, ReplayBuffer, RolloutGroup, Status, TakePolicy
-from producer.errors import FailureBudgetError
-from producer.filters import GroupFilter
+from producer.errors import FailureBudgetError, ProducerError
+from producer.filters import GroupFilter, checked_reason
 from producer.interrupt import settle_unfinished
 from producer.issue import Load
 from producer.metrics import Metrics, batch_metrics
 from producer.prompts import PromptSampler
 from producer.task_pool import TaskPool
+
+_MOST_INTERRUPTED = 16
+"""Groups for each one of the batch that may be interrupted from outside while it is produced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,8 @@ class _Progress:
 
     task_name: str
     batch_size: int
-    completed: int
+    completed: int = 0
+    stopping: bool = False
     started: set[int] = field(default_factory=set)
     unstored: set[int] = field(default_factory=set)
     ended: Counter[Status] = field(default_factory=Counter)
@@ -91,6 +97,7 @@ class ProduceStrategy(ABC):
         self._max_failed, self._max_filtered = max_failed, max_filtered
         self._interrupt_timeout, self._policy = interrupt_timeout, policy or Fifo()
         self._no_bar = None if progress is None else not progress
+        self._producing: set[str] = set()
 
     @abstractmethod
     def to_issue(self, load: Load) -> int:
@@ -112,23 +119,39 @@ class ProduceStrategy(ABC):
             step: of the trainer; by default one more than the last.
 
         Raises:
-            FailureBudgetError: too many groups failed or were filtered; what is completed stays in the buffer.
+            FailureBudgetError: too many groups failed, were filtered or interrupted; what is completed stays in the buffer.
             EngineDeadError: the engine is gone.
             DatasetError: a bad row, an empty dataset (see `PromptSampler`).
+            ResumeRequiredError: see `ReplayBuffer.take`.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is no batch; it must be 1 or more")
-        began = time.perf_counter()
+        agent_loop.check_initialised()
+        if task_name in self._producing:
+            raise ProducerError(f"a batch of task {task_name!r} is being produced already; await it first")
+        self._producing.add(task_name)
+        try:
+            return await self._produce(agent_loop, sampler, _Progress(task_name, batch_size), step)
+        finally:
+            self._producing.discard(task_name)
+
+    async def _produce(self, agent_loop: AgentLoop, sampler: PromptSampler, progress: _Progress, step: int | None) -> ProducedBatch:
+        task_name, batch_size, began = progress.task_name, progress.batch_size, time.perf_counter()
+        await self.buffer.take(task_name, 0, step=0)  # takes nothing: a forgotten `resume` is refused now, not after all the sampling
         step = await self.buffer.last_step() + 1 if step is None else step
-        progress = _Progress(task_name, batch_size, await self.buffer.count(task_name, Status.COMPLETED))
+        progress.completed = await self.buffer.count(task_name, Status.COMPLETED)
         if progress.completed < batch_size:
             await self._fill(agent_loop, sampler, progress)
+        counts = await self.buffer.counts(task_name)
         version = 0 if agent_loop.engine is None else agent_loop.engine.version
+        # Nothing is awaited after it: what is taken when the caller is cancelled would be consumed, and reach nobody.
         groups = await self.buffer.take(task_name, batch_size, step=step, version=version, policy=self._policy)
+        counts[Status.COMPLETED] -= len(groups)
+        counts[Status.CONSUMED] += len(groups)
         metrics = batch_metrics(
             groups,
             progress.ended,
-            await self.buffer.counts(task_name),
+            counts,
             started=len(progress.started),
             tokens=progress.tokens,
             seconds=time.perf_counter() - began,
@@ -152,7 +175,8 @@ class ProduceStrategy(ABC):
                     # Whatever ends the batch, a cancellation too: what runs is stopped, and stored by its own task.
                     await self._stop(agent_loop, pool, progress)
         except BaseExceptionGroup as errors:
-            raise first_error(errors) from None
+            error = first_error(errors)
+            raise error from error.__cause__
         finally:
             bar.close()
             # A task that was cancelled before its first step ran no line of its own: its group is still claimed.
@@ -160,41 +184,55 @@ class ProduceStrategy(ABC):
 
     async def _issue(self, agent_loop: AgentLoop, sampler: PromptSampler, pool: TaskPool[_Outcome], progress: _Progress) -> None:
         load = Load(progress.batch_size, progress.completed, len(pool))
-        if wanted := self.to_issue(load):
+        if (wanted := self.to_issue(load)) > 0:
             # What was interrupted in this batch waits for the next one, or it could come round for ever.
             for group in await sampler.sample_many(progress.task_name, wanted, buffer=self.buffer, exclude=progress.started):
                 progress.started.add(group.group_id)
                 progress.unstored.add(group.group_id)
-                pool.start(group.group_id, self._run_group(agent_loop, group, progress.unstored))
+                pool.start(group.group_id, self._run_group(agent_loop, group, progress))
+        if len(pool) == 0:
+            raise ProducerError(
+                f"nothing runs and nothing was started for {load}: {type(self).__name__}.to_issue said {wanted}, and a batch that "
+                "is not whole needs 1 or more then"
+            )
 
-    async def _run_group(self, agent_loop: AgentLoop, group: RolloutGroup, unstored: set[int]) -> _Outcome:
+    async def _run_group(self, agent_loop: AgentLoop, group: RolloutGroup, progress: _Progress) -> _Outcome:
         tokens_before = _tokens(group)
         try:
-            group = await agent_loop.generate_group(group)
+            if not progress.stopping:  # else it was started in the turn of the loop in which the batch was stopped
+                group = await agent_loop.generate_group(group)
+            self._decide(group)
         except BaseException:
             # Recorded first, raised again after: even a second cancellation cannot undo a write that was asked for.
+            if group.status is Status.COMPLETED and self.group_filter is not None:
+                for state in group.rollouts:  # not completed before it went through the filter: judged again next time
+                    state.status = Status.RUNNING
             settle_unfinished(group, keep_tokens=self.enable_partial_rollout)
-            unstored.discard(group.group_id)
-            await self.buffer.put(group)
+            await self._store(group, progress)
             raise
         sampled = _tokens(group) - tokens_before
-        self._decide(group)
-        unstored.discard(group.group_id)
-        await self.buffer.put(group)
+        if group.status in (Status.RUNNING, Status.INTERRUPTED):
+            settle_unfinished(group, keep_tokens=self.enable_partial_rollout)
+        await self._store(group, progress)
         return _Outcome(group.group_id, group.status, sampled, _reason(group))
 
+    async def _store(self, group: RolloutGroup, progress: _Progress) -> None:
+        progress.unstored.discard(group.group_id)
+        await self.buffer.put(group)
+
     def _decide(self, group: RolloutGroup) -> None:
-        if group.status is Status.COMPLETED and self.group_filter is not None:
-            reason = self.group_filter(group)
-            if reason is not None:
-                group.mark(Status.FILTERED, reason=str(reason))
-        elif group.status is Status.INTERRUPTED:
-            settle_unfinished(group, keep_tokens=self.enable_partial_rollout)
+        if group.status is not Status.COMPLETED or self.group_filter is None:
+            return
+        reason = checked_reason(self.group_filter, group)
+        if reason is not None:
+            group.mark(Status.FILTERED, reason=reason)
 
     def _check_budget(self, progress: _Progress) -> None:
         bounds = {
             Status.FAILED: ("max_failed", self._max_failed, progress.batch_size),
             Status.FILTERED: ("max_filtered", self._max_filtered, 8 * progress.batch_size),
+            # An engine that ends every request early would else use up the dataset, for ever.
+            Status.INTERRUPTED: ("most", None, _MOST_INTERRUPTED * progress.batch_size),
         }
         for status, (name, given, default) in bounds.items():
             bound = default if given is None else given
@@ -206,8 +244,11 @@ class ProduceStrategy(ABC):
 
     async def _stop(self, agent_loop: AgentLoop, pool: TaskPool[_Outcome], progress: _Progress) -> None:
         """Interrupt what runs; cancel what does not return in time. The tasks store their groups themselves."""
+        progress.stopping = True
         if pool.running:
-            await agent_loop.interrupt(pool.running)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._interrupt_timeout):
+                    await agent_loop.interrupt(pool.running)
             if not await pool.drained(self._interrupt_timeout):
                 pool.cancel()
                 await pool.drained(self._interrupt_timeout)
@@ -223,4 +264,6 @@ def _tokens(group: RolloutGroup) -> int:
 def _reason(group: RolloutGroup) -> str | None:
     if group.status is Status.FILTERED:
         return group.filter_reason
+    if group.status is Status.INTERRUPTED:
+        return "the engine ended its requests early"
     return next((state.error for state in group.rollouts if state.error), None)

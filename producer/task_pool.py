@@ -41,10 +41,15 @@ class TaskPool(Generic[T]):
         if key in self._running:
             coroutine.close()
             raise ValueError(f"{key!r} is running already")
-        task = self._group.create_task(self._run(key, coroutine))
-        self._running[key] = task
-        # By callback, since a task that is cancelled before its first step never runs a line of its own.
-        task.add_done_callback(lambda _: self._running.pop(key, None))
+        task = self._running[key] = self._group.create_task(self._run(key, coroutine))
+
+        def ended(_: asyncio.Task[None]) -> None:
+            # By callback, since a task that is cancelled before its first step never runs a line of its own.
+            coroutine.close()
+            if self._running.get(key) is task:  # by now the key may belong to another
+                del self._running[key]
+
+        task.add_done_callback(ended)
 
     async def _run(self, key: Hashable, coroutine: Coroutine[Any, Any, T]) -> None:
         result = await coroutine
