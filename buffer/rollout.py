@@ -267,21 +267,21 @@ def prompt_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     present = [key for key in PROMPT_KEYS if row.get(key) is not None]
     if not present:
         raise ValueError(f"the row has no prompt: its columns are {sorted(map(str, row))}, and one of {PROMPT_KEYS} is needed")
-    if any(len(row[key]) == 0 for key in present):
-        raise ValueError(f"the row's prompt is empty: {', '.join(key for key in present if len(row[key]) == 0)}")
-    prompt = row.get("prompt")
-    fields: dict[str, Any] = {"prompt_ids": row.get("prompt_ids"), "messages": row.get("messages"), "media": row.get("media")}
+    if empty := [key for key in present if hasattr(row[key], "__len__") and len(row[key]) == 0]:
+        raise ValueError(f"the row's prompt is empty: {', '.join(empty)}")
+    prompt, messages = row.get("prompt"), row.get("messages")
+    fields: dict[str, Any] = {"prompt_ids": row.get("prompt_ids"), "media": row.get("media")}
     if isinstance(prompt, str):
-        fields["prompt"] = prompt
-    elif prompt is not None:
-        fields["messages"] = _messages(prompt)
+        fields["prompt"], prompt = prompt, None
+    chat = messages if prompt is None else prompt
+    fields["messages"] = None if chat is None else _messages(chat)
     if row.get("sampling"):
         fields["sampling"] = dict(row["sampling"])
     return fields
 
 
-def _messages(prompt: Iterable[Any]) -> list[dict[str, Any]]:
-    messages = list(prompt)
-    if not all(isinstance(message, Mapping) and "role" in message for message in messages):
+def _messages(prompt: Any) -> list[dict[str, Any]]:
+    messages = list(prompt) if isinstance(prompt, Iterable) else []
+    if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
         raise ValueError(f"a prompt must be text or a list of chat messages with a role each, not {prompt!r:.100}")
     return [dict(message) for message in messages]
