@@ -106,23 +106,25 @@ class LoaderSource(RowSource):
     """A dataloader with `state_dict` and `load_state_dict` (torchdata's StatefulDataLoader); resumes by its state.
 
     A batch is a list of rows, or one row (a mapping). Rows that the loader's workers prefetched are not delivered
-    yet: the cursor is the loader's state before the batch in hand, and how many of its rows were delivered.
+    yet: the cursor is the loader's state before the batch in hand, and how many of its rows were delivered. It also
+    holds where the random generators stood when the epoch began: most samplers have no state of their own, and
+    those that do leave a shared generator elsewhere after a restart, so that the next epoch would come in another order.
     """
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
+        self._generators = _generators(loader)
         self._batches: Iterator[Any] | None = None
         self._rows: deque[Any] = deque()
         self._cursor: Cursor | None = None
-        self._start: Any = None
+        self._start: Cursor | None = None
 
     def open(self, cursor: Cursor | None) -> None:
         if cursor is not None and "loader" not in cursor:
             raise DatasetError("the run was begun with a map-style dataset, not a dataloader; pass it again, or another task_name")
-        if cursor is None:
-            # The state before the first batch, too: a loader that shuffles would else start in another order next time.
-            self._start = self._start or _to_json(self._loader.state_dict())
-            cursor = {"epoch": 0, "offset": 0, "loader": self._start, "taken": 0}
+        if self._start is None:
+            self._start = self._epoch_start(0)
+        cursor = cursor or self._start
         self._batches, self._cursor = None, cursor
         self._reopen()
 
@@ -143,10 +145,15 @@ class LoaderSource(RowSource):
         assert self._cursor is not None, "read before open"
         return self._cursor
 
+    def _epoch_start(self, epoch: int) -> Cursor:
+        generators = _to_json([generator.get_state() for generator in self._generators])
+        return {"epoch": epoch, "offset": 0, "generators": generators, "loader": _to_json(self._loader.state_dict()), "taken": 0}
+
     def _reopen(self) -> None:
+        """Go to the cursor; in one process too, so that whatever comes is a function of the cursor alone."""
         cursor = self._opened()
         self._rows.clear()
-        batches = self._iterate(cursor["loader"])
+        batches = _readable("the dataloader's stored state", lambda: self._iterate(cursor))
         if cursor["taken"]:
             self._rows.extend(_rows_of(self._loader, _readable("the batch in hand", lambda: next(batches, ()))))
             if len(self._rows) <= cursor["taken"]:
@@ -157,36 +164,33 @@ class LoaderSource(RowSource):
                 self._rows.popleft()
         self._batches = batches
 
-    def _iterate(self, state: Any) -> Iterator[Any]:
-        def start() -> Iterator[Any]:
-            self._loader.load_state_dict(_from_json(state))
-            return iter(self._loader)
-
-        return _readable("the dataloader's stored state", start)
+    def _iterate(self, cursor: Cursor) -> Iterator[Any]:
+        for generator, state in zip(self._generators, _from_json(cursor["generators"]), strict=True):
+            generator.set_state(state)
+        self._loader.load_state_dict(_from_json(cursor["loader"]))
+        return iter(self._loader)
 
     def _next_batch(self) -> None:
         assert self._batches is not None
-        batches, cursor = iter(self._batches), self._opened()
+        batches, cursor = self._batches, self._opened()
         # Until it is read: a loader that raised has passed over the batch, and must be set back to the cursor.
         self._batches = None
         name = f"the batch at epoch {cursor['epoch']}, offset {cursor['offset']}"
         batch = _readable(name, lambda: next(batches, _END))
         if batch is _END:
-            batches = self._next_epoch(cursor)
+            self._next_epoch(cursor)
         else:
             self._rows.extend(_rows_of(self._loader, batch))
-        self._batches = batches
+            self._batches = batches
 
-    def _next_epoch(self, cursor: Cursor) -> Iterator[Any]:
+    def _next_epoch(self, cursor: Cursor) -> None:
         if cursor["offset"] == 0:
             raise DatasetError("the dataloader gave no row in a whole epoch; give one with at least one row")
-        # Through the state, as after a restart: in one process a sampler's generator is elsewhere by now, and the next
-        # epoch would be shuffled otherwise than it is when the run is resumed in this one.
-        for _ in self._iterate(cursor["loader"]):
+        for _ in self._iterate(cursor):  # back to the end of the epoch, from where the generators go on
             raise DatasetError("the dataloader gives rows behind the end of its epoch; its state_dict must say that it is at the end")
-        batches: Iterator[Any] = iter(self._loader)
-        self._cursor = {"epoch": cursor["epoch"] + 1, "offset": 0, "loader": _to_json(self._loader.state_dict()), "taken": 0}
-        return batches
+        iter(self._loader)  # its state is that of the next epoch now
+        self._cursor = self._epoch_start(cursor["epoch"] + 1)
+        self._reopen()
 
 
 _END = object()
@@ -198,6 +202,20 @@ def _readable(what: str, read: Callable[[], T]) -> T:
         return read()
     except Exception as error:
         raise DatasetError(f"{what} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _generators(loader: Any) -> list[Any]:
+    """The random generators that the loader's order may come from; a random sampler without one is refused."""
+    sampler = getattr(loader, "sampler", None)
+    samplers: list[Any] = [sampler, getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
+    for each in samplers:
+        if getattr(each, "generator", each) is None:
+            raise DatasetError(
+                f"the dataloader's {type(each).__name__} has no generator, so that its order cannot be resumed; give it generator=, "
+                "or give the dataloader shuffle=True and no sampler"
+            )
+    found = [getattr(owner, "generator", None) for owner in (loader, *samplers)]
+    return list({id(generator): generator for generator in found if hasattr(generator, "set_state")}.values())
 
 
 def _rows_of(loader: Any, batch: Any) -> Sequence[Any]:
