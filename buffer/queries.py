@@ -45,8 +45,8 @@ def _insert(table: Any) -> sqlite.Insert:
 
 def counts(conn: Connection, task_name: str) -> dict[Status, int]:
     """Groups of the task by status, every status present."""
-    stored = dict(conn.execute(select(t.counts.c.status, t.counts.c.n).where(t.counts.c.task_name == task_name)).tuples().all())
-    return {status: stored.get(status.value, 0) for status in Status}
+    rows = conn.execute(select(t.counts.c.status, t.counts.c.n).where(t.counts.c.task_name == task_name))
+    return dict.fromkeys(Status, 0) | {Status(status): n for status, n in rows}
 
 
 def count(conn: Connection, task_name: str, status: Status) -> int:
@@ -415,19 +415,19 @@ def find(conn: Connection, task_name: str | None, status: Collection[Status], li
 
 def drawn_by_task(conn: Connection) -> dict[str, int]:
     """Prompts ever drawn, by task."""
-    return dict(conn.execute(select(t.tasks.c.task_name, t.tasks.c.drawn)).tuples().all())
+    return {row.task_name: row.drawn for row in conn.execute(select(t.tasks.c.task_name, t.tasks.c.drawn))}
 
 
 def counted_rows(conn: Connection) -> dict[tuple[str, Status], int]:
     """Rows by task and status, counted one by one: what `counts` must say."""
     rows = conn.execute(select(t.groups.c.task_name, t.groups.c.status, func.count()).group_by(t.groups.c.task_name, t.groups.c.status))
-    return {(task, Status(status)): n for task, status, n in rows.tuples()}
+    return {(task, Status(status)): n for task, status, n in rows}
 
 
 def stored_counts(conn: Connection) -> dict[tuple[str, Status], int]:
     """The counter table, zeros left out."""
     rows = conn.execute(select(t.counts.c.task_name, t.counts.c.status, t.counts.c.n).where(t.counts.c.n != 0))
-    return {(task, Status(status)): n for task, status, n in rows.tuples()}
+    return {(task, Status(status)): n for task, status, n in rows}
 
 
 def orphans(conn: Connection) -> dict[str, int]:

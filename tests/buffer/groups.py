@@ -1,6 +1,7 @@
 """Groups for the buffer's tests: made by hand, compared field by field."""
 
 import asyncio
+import copy
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -84,4 +85,4 @@ def plain(group: RolloutGroup) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return (value.dtype.str, value.tobytes()) if isinstance(value, np.ndarray) else value
+    return (value.dtype.str, value.tobytes()) if isinstance(value, np.ndarray) else copy.deepcopy(value)
