@@ -58,7 +58,7 @@ def connect(url: URL, *, read_only: bool, pool_size: int = 1) -> Engine:
     address = f"{path.absolute().as_uri()}?mode={mode}"
     engine = create_engine(
         "sqlite+pysqlite://",
-        creator=lambda: sqlite3.connect(address, uri=True, timeout=30, isolation_level=None, check_same_thread=False),
+        creator=lambda: _connect(path, address),
         poolclass=QueuePool,
         pool_size=pool_size,
         max_overflow=0,
@@ -77,14 +77,24 @@ def connect(url: URL, *, read_only: bool, pool_size: int = 1) -> Engine:
     return engine
 
 
+def _connect(path: Path, address: str) -> sqlite3.Connection:
+    if path.is_dir():
+        raise DatabaseError(f"{path} is a folder; give the name of a file in it")
+    return sqlite3.connect(address, uri=True, timeout=30, isolation_level=None, check_same_thread=False)
+
+
 _READER_SETTINGS = ("query_only = ON", "cache_size = -4096", "trusted_schema = OFF")
-_WRITER_SETTINGS = ("foreign_keys = ON", "cache_size = -8192", "trusted_schema = OFF")
+_WRITER_SETTINGS = (
+    f"page_size = {_PAGE_SIZE}",  # of a file that is still empty: before the first transaction, later it has no effect
+    "foreign_keys = ON",
+    "cache_size = -8192",
+    "trusted_schema = OFF",
+)
 
 
 def _file_settings(synchronous: str) -> tuple[str, ...]:
     """Settings that are kept in the file, and those that go with them."""
     return (
-        f"page_size = {_PAGE_SIZE}",  # before the first table, and before WAL: later it has no effect
         "journal_mode = WAL",
         f"synchronous = {synchronous}",
         f"wal_autocheckpoint = {_CHECKPOINT_PAGES}",

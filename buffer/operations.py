@@ -6,6 +6,7 @@ fails alone. Operations hold no state, so repeating after a rollback is safe.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from sqlalchemy import Connection
@@ -31,6 +32,8 @@ def opened(conn: Connection, requests: Sequence[None], deltas: Deltas) -> list[t
 
     Gives whether anything is consumed and not committed, and how many groups were released.
     """
+    # Written at every opening: a file or disk that takes nothing is found out now, not at the first result.
+    q.set_meta_value(conn, "opened_at", datetime.now(UTC).isoformat())
     ids = [group_id for task in q.task_names(conn) for group_id in _running(conn, task)]
     release(conn, [ids] if ids else [], deltas)
     return [(q.any_consumed(conn), len(ids))] * len(requests)

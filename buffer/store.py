@@ -216,8 +216,10 @@ async def _in_a_thread(function: Callable[[], object]) -> None:
         finally:
             loop.call_soon_threadsafe(done.set_result, None)
 
-    threading.Thread(target=work, name="millrace-close").start()
+    thread = threading.Thread(target=work, name="millrace-close")
+    thread.start()
     await done
+    thread.join()
 
 
 async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
