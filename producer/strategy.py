@@ -13,6 +13,7 @@ from tqdm import tqdm
 from agent_loop import AgentLoop
 from agent_loop.agent_loop import first_error
 from buffer import Fifo, ReplayBuffer, RolloutGroup, Status, TakePolicy
+from buffer.errors import BufferClosedError
 from producer.errors import FailureBudgetError, ProducerError
 from producer.filters import GroupFilter, checked_reason
 from producer.interrupt import settle_unfinished
@@ -132,12 +133,21 @@ class ProduceStrategy(ABC):
         self._producing.add(task_name)
         try:
             return await self._produce(agent_loop, sampler, _Progress(task_name, batch_size), step)
+        except BaseException:
+            await self._all_stored(task_name)
+            raise
         finally:
             self._producing.discard(task_name)
 
+    async def _all_stored(self, task_name: str) -> None:
+        """Wait until what was asked for before is stored, also by tasks that were cancelled while they waited for it."""
+        with suppress(BufferClosedError):  # closing waits for it as well; and the error that brought us here is the one to raise
+            for _ in range(2):  # a claim that was cut short is first made, and then given back
+                await self.buffer.cursor(task_name)
+
     async def _produce(self, agent_loop: AgentLoop, sampler: PromptSampler, progress: _Progress, step: int | None) -> ProducedBatch:
         task_name, batch_size, began = progress.task_name, progress.batch_size, time.perf_counter()
-        await self.buffer.take(task_name, 0, step=0)  # takes nothing: a forgotten `resume` is refused now, not after all the sampling
+        await self.buffer.take(task_name, 0, step=1)  # takes nothing: a forgotten `resume` is refused now, not after all the sampling
         step = await self.buffer.last_step() + 1 if step is None else step
         progress.completed = await self.buffer.count(task_name, Status.COMPLETED)
         if progress.completed < batch_size:
@@ -180,7 +190,8 @@ class ProduceStrategy(ABC):
         finally:
             bar.close()
             # A task that was cancelled before its first step ran no line of its own: its group is still claimed.
-            await self.buffer.release(sorted(progress.unstored))
+            with suppress(BufferClosedError):  # then opening it again will release them
+                await self.buffer.release(sorted(progress.unstored))
 
     async def _issue(self, agent_loop: AgentLoop, sampler: PromptSampler, pool: TaskPool[_Outcome], progress: _Progress) -> None:
         load = Load(progress.batch_size, progress.completed, len(pool))
