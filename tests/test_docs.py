@@ -1,0 +1,386 @@
+"""Shows that README and docs say what is true: every block runs, every output is as printed, every table and link agrees with the code.
+
+How blocks are run, one page after the other, each in a folder of its own where the blocks of the page share files and names:
+
+- `python` runs in the page's namespace, with top-level `await`; `python run.py` writes the block to that file instead.
+- `bash` runs, except for `make`, `pip` and paths of the repository: of those the targets, extras and files must exist.
+- `sql` runs against the page's run.db, or else against that of a small run made here.
+- `text` is what the block right above it prints; `...` stands for anything.
+- A block without a language is a drawing.
+
+Names that a page takes from its reader (a trainer, a model) are made in `READERS` below, by page.
+"""
+
+import ast
+import contextlib
+import importlib
+import inspect
+import io
+import os
+import re
+import shlex
+import sqlite3
+import subprocess
+import sys
+import tomllib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+import agent_loop
+import agent_loop.errors
+import agent_loop.testing
+import buffer
+import buffer.errors
+import producer
+import producer.errors
+import producer.experience
+from agent_loop import SamplingParams, SingleTurnAgentLoop
+from agent_loop.engines.simulated import SimulatedEngine
+from buffer import ReplayBuffer, RolloutGroup, RolloutState, Status
+from buffer.schema import metadata
+from buffer.status import TRANSITIONS
+from producer import ProducedBatch, ReplayPromptSampler, SyncProduceStrategy
+from producer.experience import make_experience
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+LANGUAGES = {"python", "bash", "sql", "text", ""}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: language, what follows it on the fence (a file name), content, first line, and whether it follows another at once."""
+
+    page: Path
+    language: str
+    file: str
+    content: str
+    line: int
+    after_block: bool
+
+    @property
+    def place(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+FENCE = re.compile(r"^```(\w*)[ ]?([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text, end, blocks = page.read_text(), -1, list[Block]()
+    for found in FENCE.finditer(text):
+        at_once = end >= 0 and not text[end : found.start()].strip()
+        line = text.count("\n", 0, found.start()) + 2
+        blocks.append(Block(page, found[1], found[2], found[3], line, at_once))
+        end = found.end()
+    return blocks
+
+
+# --- what readers bring
+
+
+async def training(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A trainer over a small model and its prompts: the demo's, without its warm-up."""
+    patch.syspath_prepend(str(ROOT / "examples"))
+    trainer_module = importlib.import_module("arithmetic_trainer")
+    trainer = trainer_module.Trainer(folder)
+    dataset = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10) for b in range(10)]
+    return {"trainer": trainer, "tokenizer": trainer.tokenizer, "dataset": dataset, "steps": 2}
+
+
+async def tiny_model(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A model in Hugging Face's format, as a folder."""
+    from tests.tiny_model import make_tiny_model
+
+    return {"model": make_tiny_model(folder / "model"), "trained": make_tiny_model(folder / "trained", seed=1)}
+
+
+async def small_run(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """run.db in the page's folder, as a run with failures leaves it."""
+    await make_run(folder / "run.db")
+    return {}
+
+
+READERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Awaitable[dict[str, Any]]]] = {
+    "README.md": training,
+    "docs/how-to/choose-an-engine.md": tiny_model,
+    "docs/how-to/resume-a-run.md": small_run,
+}
+
+
+def score(state: RolloutState) -> float:
+    return float(state.response_ids.size % 2)
+
+
+def only_long(group: RolloutGroup) -> str | None:
+    return "row 3 is not wanted" if group.rollouts[0].row["number"] == 3 else None
+
+
+async def make_run(path: Path) -> ProducedBatch:
+    """A database with groups of many statuses: two steps, the first committed, a bad row, a filtered group, and one left running."""
+    rows: list[Any] = [{"prompt_ids": [1 + number, 5], "number": number} for number in range(40)]
+    rows[5] = {"answer": "a row without a prompt"}
+    async with ReplayBuffer.open(f"sqlite:///{path}") as store, SimulatedEngine(seed=1) as engine:
+        loop = SingleTurnAgentLoop(engine, reward=score, sampling=SamplingParams(max_tokens=16, seed=1))
+        sampler = ReplayPromptSampler(rows, store, group_size=4, shuffle=False, on_bad_row="fail")
+        strategy = SyncProduceStrategy(store, group_filter=only_long, progress=False)
+        await strategy.produce_batch(loop, sampler, 4, "demo", step=1)
+        await store.commit(step=1)
+        await engine.update_weights({"seed": 1}, version=1)
+        batch = await strategy.produce_batch(loop, sampler, 4, "demo", step=2)
+        waiting = await sampler.sample_many("demo", 2, buffer=store)
+        await store.put(await loop.generate_group(waiting[0]))
+        return batch
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ProducedBatch]:
+    """A small run's database and its last batch."""
+    path = tmp_path_factory.mktemp("run") / "run.db"
+    return path, await make_run(path)
+
+
+@pytest_asyncio.fixture
+async def names(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[dict[str, Any]]:
+    """The namespace of a page, in its folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    reader = READERS.get(request.node.callspec.params["page"])
+    yield {"__name__": "docs"} | ({} if reader is None else await reader(tmp_path, monkeypatch))
+
+
+# --- running blocks
+
+
+@pytest.mark.parametrize("page", [name for name, page in zip(NAMES, PAGES, strict=True) if blocks_of(page)])
+async def test_every_block_runs(page: str, names: dict[str, Any], tmp_path: Path, run: tuple[Path, ProducedBatch]) -> None:
+    printed: str | None = None
+    for block in blocks_of(ROOT / page):
+        assert block.language in LANGUAGES, f"{block.place}: blocks in {block.language!r} are not run; see the top of this file"
+        if block.language == "text":
+            assert block.after_block, f"{block.place}: no block right above it printed this"
+            assert_printed(block, printed)
+            printed = None
+        elif block.language == "python":
+            printed = await run_python(block, names)
+        elif block.language == "bash":
+            printed = run_bash(block)
+        elif block.language == "sql":
+            own = tmp_path / "run.db"
+            printed = run_sql(block, own if own.exists() else run[0])
+
+
+async def run_python(block: Block, names: dict[str, Any]) -> str:
+    # Line numbers of the page, so that a traceback points into it.
+    source = "\n" * (block.line - 1) + block.content
+    code = compile(source, str(block.page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    if block.file:
+        save(block)
+        return ""
+    assert "__main__" not in block.content, f"{block.place}: a script needs a file name behind ```python, and a bash block that runs it"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        result = eval(code, names)  # noqa: S307 - the pages of this repository
+        if code.co_flags & inspect.CO_COROUTINE:
+            await result
+    return out.getvalue()
+
+
+def save(block: Block) -> None:
+    Path(block.file).write_text(block.content)
+
+
+def run_bash(block: Block) -> str | None:
+    """Run the block, unless it is one whose commands are only looked up; what it printed."""
+    checked = [line_is_real(block, line) for line in commands(block)]
+    if all(checked):
+        return None
+    assert not any(checked), f"{block.place}: split the block: some of its lines are run, some only looked up"
+    done = subprocess.run(["bash", "-ec", block.content], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, f"{block.place}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def commands(block: Block) -> list[list[str]]:
+    lines = block.content.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def line_is_real(block: Block, words: list[str]) -> bool:
+    """Whether the line is one that is not run but looked up; fails if what it names does not exist."""
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words = words[1:]
+    match words:
+        case ["make", *arguments]:
+            targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            variables = re.findall(r"^([A-Z_]+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            for argument in arguments:
+                assert argument in targets or argument.partition("=")[0] in variables, f"{block.place}: make has no {argument}"
+        case ["pip", "install", *arguments]:
+            for argument in arguments:
+                assert_installable(block, argument)
+        case ["python", "-m", "pytest", *_, path] if not Path(path).exists():
+            assert (ROOT / path).exists(), f"{block.place}: there is no {path}"
+        case ["python", path, *_] if path != "-m" and not Path(path).exists():
+            assert (ROOT / path).is_file(), f"{block.place}: there is no {path}"
+        case ["python", *_]:
+            return False
+        case _:
+            pytest.fail(f"{block.place}: no rule says how {shlex.join(words)} is checked; add one to this file")
+    return True
+
+
+def assert_installable(block: Block, argument: str) -> None:
+    """Of `pip install`: this folder with extras that exist, a file, or a package that the project names."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    named = " ".join([*project["dependencies"], *(one for extra in extras.values() for one in extra)])
+    if found := re.fullmatch(r"(?:\.|millrace)(?:\[(.*)\])?", argument):
+        wanted = set((found[1] or "").split(",")) - {""}
+        assert wanted <= set(extras), f"{block.place}: extras {wanted - set(extras)} do not exist"
+    elif (ROOT / argument).is_file() or argument in ("-r", "-e"):
+        return
+    else:
+        assert re.search(rf"\b{re.escape(argument)}\b", named), f"{block.place}: {argument} is no dependency of the project"
+
+
+def run_sql(block: Block, database: Path) -> str:
+    connection = sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)
+    with contextlib.closing(connection):
+        rows = [row for statement in block.content.split(";") if statement.strip() for row in connection.execute(statement)]
+    return "".join("|".join("" if value is None else str(value) for value in row) + "\n" for row in rows)
+
+
+def assert_printed(block: Block, printed: str | None) -> None:
+    assert printed is not None, f"{block.place}: the block above it is not run, so its output cannot be known"
+    pattern = ".*".join(map(re.escape, block.content.strip().split("...")))
+    assert re.fullmatch(pattern, printed.strip(), re.DOTALL), f"{block.place} says\n{block.content}\nand printed was\n{printed}"
+
+
+# --- tables and links agree with the code
+
+
+def table(page: str, heading: str | None = None) -> list[list[str]]:
+    """The cells of the page's first table, or of the first one below a heading; without the head."""
+    text = (ROOT / "docs" / page).read_text()
+    if heading is not None:
+        text = text[re.search(rf"^#+ {re.escape(heading)}$", text, re.MULTILINE).end() :]  # type: ignore[union-attr]  # absent: a failure
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    rows = [line for line in lines[start:] if line.startswith("|") or not line.strip()]
+    end = next((number for number, line in enumerate(rows) if not line.strip()), len(rows))
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip("|"))] for row in rows[2:end]]
+
+
+def code(cell: str) -> list[str]:
+    """What stands in backticks."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_statuses_and_transitions_are_those_of_the_code() -> None:
+    documented = {status: set(code(goes_to)) for (status,), goes_to in ((code(row[0]), row[2]) for row in table("reference/statuses.md"))}
+    assert documented == {status.value: {target.value for target in targets} for status, targets in TRANSITIONS.items()}
+
+
+async def test_metrics_of_a_batch_are_those_it_has(run: tuple[Path, ProducedBatch]) -> None:
+    documented = {name for row in table("reference/metrics.md", "Of a batch") for name in code(row[0])}
+    assert documented == set(run[1].metrics)
+
+
+async def test_metrics_of_an_experience_are_those_it_has(run: tuple[Path, ProducedBatch]) -> None:
+    documented = {name for row in table("reference/metrics.md", "Of an experience") for name in code(row[0])}
+    lacking: list[dict[str, Any]] = [{"reward": None}, {"prompt_ids": None}, {"response_ids": None}, {"loss_mask": [0, 0]}]
+    rollouts = []
+    for index, fields in enumerate([{}, *lacking]):
+        whole = {"reward": 1.0, "score": 1.0, "prompt_ids": [1, 2], "response_ids": [3, 4], "loss_mask": [1, 1]} | fields
+        size = 2 if whole["response_ids"] else 0
+        arrays = {"logprobs": [-0.5] * size, "versions": [0] * size, "loss_mask": whole["loss_mask"][:size]}
+        rollouts.append(RolloutState(1, index, "default", Status.COMPLETED, **whole | arrays))
+    assert documented == set(make_experience([RolloutGroup(1, rollouts)]).metrics)
+
+
+@pytest.mark.parametrize("name", list(metadata.tables))
+def test_tables_and_columns_are_those_of_the_schema(name: str) -> None:
+    documented = [column for row in table("reference/database.md", f"`{name}`") for column in code(row[0])]
+    assert documented == [column.name for column in metadata.tables[name].columns]
+
+
+def test_no_table_is_documented_that_is_not_there() -> None:
+    headings = re.findall(r"^### `(\w+)`$", (ROOT / "docs/reference/database.md").read_text(), re.MULTILINE)
+    assert sorted(headings) == sorted(metadata.tables)
+
+
+async def test_every_query_of_the_database_page_finds_something(run: tuple[Path, ProducedBatch]) -> None:
+    queries = [block for block in blocks_of(ROOT / "docs/reference/database.md") if block.language == "sql"]
+    assert len(queries) >= 5
+    for block in queries:
+        assert run_sql(block, run[0]), f"{block.place}: no row"
+
+
+@pytest.mark.parametrize(
+    "module", [buffer, agent_loop, producer, producer.experience, agent_loop.testing], ids=lambda module: module.__name__
+)
+def test_every_public_name_is_listed_with_a_sentence(module: Any) -> None:
+    listed = {row[0].strip("`"): row[1] for row in table("reference/api.md", f"`{module.__name__}`")}
+    assert sorted(listed) == sorted(module.__all__)
+    assert all(sentence.endswith(".") for sentence in listed.values())
+
+
+def test_names_listed_by_their_modules_exist() -> None:
+    for heading in ("Engines", "Beside them"):
+        for row in table("reference/api.md", heading):
+            (module,), (name,) = code(row[0]), code(row[1])
+            assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
+
+
+@pytest.mark.parametrize("module", [buffer.errors, agent_loop.errors, producer.errors], ids=lambda module: module.__name__)
+def test_every_error_is_listed_with_what_it_is(module: Any) -> None:
+    documented = {code(row[0])[0]: set(code(row[1])) for row in table("reference/errors.md", f"`{module.__name__}`")}
+    assert documented == {error.__name__: {base.__name__ for base in error.__bases__} for error in errors_of(module)}
+
+
+def errors_of(module: Any) -> Iterator[type[Exception]]:
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Exception) and value.__module__ == module.__name__:
+            yield value
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = FENCE.sub("", (ROOT / page).read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (ROOT / page).parent / path if path else ROOT / page
+        assert linked.exists(), f"{page} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}, (
+                f"{page}: {target}"
+            )
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_files_and_tests_that_are_named_exist(page: str) -> None:
+    """Paths in backticks; `tests/a.py::test_b` names a test, as `EngineSuite.test_b` does."""
+    for name in code(FENCE.sub("", (ROOT / page).read_text())):
+        if found := re.fullmatch(r"([\w./-]+/[\w-]+\.(?:py|md|txt|jsonl))(?:::(\w+))?", name):
+            path = ROOT / found[1]
+            assert path.exists(), f"{page} names {name}"
+            assert found[2] is None or f"def {found[2]}(" in path.read_text(), f"{page} names {name}"
+        if name.startswith("EngineSuite."):
+            assert hasattr(agent_loop.testing.EngineSuite, name.partition(".")[2]), f"{page} names {name}"
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    index = (ROOT / "docs/index.md").read_text()
+    pages = [path for path in (ROOT / "docs").rglob("*.md") if path.name != "index.md" and path.parent.name != "decisions"]
+    assert [str(path) for path in pages if f"({path.relative_to(ROOT / 'docs')})" not in index] == []
