@@ -213,27 +213,35 @@ class Take:
     policy: TakePolicy
 
 
-def take(conn: Connection, requests: Sequence[Take], deltas: Deltas) -> list[dict[int, int]]:
-    """Move completed groups to consumed; gives id -> number of the consumption, in the order of handing out."""
+class Taken(list[int]):
+    """Ids of groups in the order of handing out, and the number of the take that consumed them."""
+
+    number: int | None = None
+
+
+def take(conn: Connection, requests: Sequence[Take], deltas: Deltas) -> list[Taken]:
+    """Move completed groups to consumed."""
     return [_take_one(conn, request, deltas) for request in requests]
 
 
-def _take_one(conn: Connection, request: Take, deltas: Deltas) -> dict[int, int]:
+def _take_one(conn: Connection, request: Take, deltas: Deltas) -> Taken:
     committed = committed_step(conn)
     if committed is not None and request.step <= committed:
         raise StepError(f"step={request.step} lies at or before the committed step {committed}; take at step {committed + 1} or later")
     rows = q.first_completed(conn, request.task_name, request.limit, request.policy)
-    return q.consume(conn, rows, request.step, request.version, deltas)
+    taken = Taken(row.group_id for row in rows)
+    taken.number = q.consume(conn, rows, request.step, request.version, deltas)
+    return taken
 
 
 def give_back(conn: Connection, requests: Sequence[HandedOut], deltas: Deltas) -> list[None]:
     """Undo a take whose taker was cancelled before it had the groups."""
     for request in requests:
-        numbers: Mapping[int, int] = request.outcome or {}
-        found = q.known(conn, list(numbers))
-        # Only this consumption: a rewind may have come between, and the groups may be another taker's by now.
-        still = [row for row in found.values() if row.status == Status.CONSUMED and row.consumed_seq == numbers[row.group_id]]
-        q.unconsume(conn, sorted(still, key=lambda row: numbers[row.group_id]), deltas)
+        taken: Taken = request.outcome or Taken()
+        found = q.known(conn, taken)
+        # Only this take: a rewind may have come between, and the groups may be another taker's by now.
+        still = [found[group_id] for group_id in taken if found[group_id].take == taken.number]
+        q.unconsume(conn, [row for row in still if row.status == Status.CONSUMED], deltas)
     return [None] * len(requests)
 
 

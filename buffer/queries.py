@@ -224,7 +224,7 @@ def _require_rowcount(found: int, expected: int) -> None:
 
 
 def known(conn: Connection, group_ids: Sequence[int]) -> dict[int, Row[Any]]:
-    """(group_id, task_name, status, members) of those of the groups that exist."""
+    """What `_rows` selects, of those of the groups that exist."""
     found: dict[int, Row[Any]] = {}
     for chunk in _chunks(group_ids):
         found |= {row.group_id: row for row in conn.execute(_rows().where(t.groups.c.group_id.in_(chunk)))}
@@ -264,7 +264,9 @@ def _all_of(group_ids: Sequence[int], found: Mapping[int, Any]) -> Sequence[int]
 
 
 def _rows() -> Any:
-    return select(t.groups.c.group_id, t.groups.c.task_name, t.groups.c.status, t.groups.c.members, t.groups.c.consumed_seq)
+    return select(
+        t.groups.c.group_id, t.groups.c.task_name, t.groups.c.status, t.groups.c.members, t.groups.c.consumed_seq, t.groups.c.take
+    )
 
 
 def claimable(conn: Connection, task_name: str, status: Status, limit: int) -> list[Row[Any]]:
@@ -306,25 +308,28 @@ def _order(policy: TakePolicy) -> list[ColumnElement[Any]]:
 
 
 _CONSUME = (
-    update(t.groups).where(t.groups.c.group_id == bindparam("id")).values(consumed_step=bindparam("step"), consumed_seq=bindparam("seq"))
+    update(t.groups)
+    .where(t.groups.c.group_id == bindparam("id"))
+    .values(consumed_step=bindparam("step"), consumed_seq=bindparam("seq"), take=bindparam("number"))
 )
 
 
-def consume(conn: Connection, rows: Sequence[Row[Any]], step: int, version: int | None, deltas: Deltas) -> dict[int, int]:
+def consume(conn: Connection, rows: Sequence[Row[Any]], step: int, version: int | None, deltas: Deltas) -> int | None:
     """Mark completed groups as consumed at `step`, in this order, and remember the policy's version then.
 
-    Gives group id -> number of this consumption, which no other consumption ever has.
+    Gives the number of this take, which no other has.
     """
     if not rows:
-        return {}
+        return None
     move(conn, rows, Status.CONSUMED, deltas)
-    first = reserve(conn, "consumed", len(rows))
-    numbers = {row.group_id: first + n for n, row in enumerate(rows)}
-    conn.execute(_CONSUME, [{"id": group_id, "step": step, "seq": seq} for group_id, seq in numbers.items()])
+    number, first = reserve(conn, "take", 1), reserve(conn, "consumed", len(rows))
+    # A rewound group keeps its place: however often a run is rewound, its batches come again in one order.
+    seqs = [first + n if row.consumed_seq == t.NEVER_CONSUMED else row.consumed_seq for n, row in enumerate(rows)]
+    conn.execute(_CONSUME, [{"id": row.group_id, "step": step, "seq": seq, "number": number} for row, seq in zip(rows, seqs, strict=True)])
     statement = _insert(t.steps)
     kept = func.coalesce(statement.excluded.version, t.steps.c.version)
     conn.execute(statement.on_conflict_do_update(index_elements=["step"], set_={"version": kept}), {"step": step, "version": version})
-    return numbers
+    return number
 
 
 def consumed_after(conn: Connection, step: int) -> list[Row[Any]]:
@@ -350,7 +355,7 @@ def unconsume(conn: Connection, rows: Sequence[Row[Any]], deltas: Deltas) -> Non
     """Give consumed groups back: completed again, to be handed out first and in the order they had."""
     move(conn, rows, Status.COMPLETED, deltas)
     for chunk in _chunks([row.group_id for row in rows]):
-        conn.execute(update(t.groups).where(t.groups.c.group_id.in_(chunk)).values(consumed_step=None))
+        conn.execute(update(t.groups).where(t.groups.c.group_id.in_(chunk)).values(consumed_step=None, take=None))
 
 
 def drop_steps_after(conn: Connection, step: int) -> None:

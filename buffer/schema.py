@@ -40,7 +40,7 @@ meta = Table(
 sequences = Table(
     "sequences",
     metadata,
-    Column("name", String, primary_key=True),  # "group", "ready", "consumed"
+    Column("name", String, primary_key=True),  # "group", "ready", "consumed", "take"
     Column("last", _Id, nullable=False),
 )
 
@@ -69,8 +69,9 @@ groups = Table(
     Column("position", Integer),
     Column("status", String, nullable=False),
     Column("ready_seq", _Id, nullable=False),  # order of completion: first in, first out
-    Column("consumed_seq", _Id, nullable=False),  # order of consumption; kept by a rewind, NEVER_CONSUMED before
+    Column("consumed_seq", _Id, nullable=False),  # order of first consumption, kept for good; NEVER_CONSUMED before
     Column("consumed_step", Integer),
+    Column("take", _Id),  # which `take` consumed it: so that one that was cancelled undoes itself and no other
     Column("min_version", Integer),
     Column("max_version", Integer),
     Column("members", Integer, nullable=False),

@@ -322,6 +322,18 @@ async def test_a_rewound_batch_mixes_with_fresh_groups_only_at_its_end(buffer: R
     assert ids(await buffer.take("math", 5, step=1, policy=StalestFirst())) == [*first, 4, 5]
 
 
+async def test_rewinding_again_gives_the_same_order_again(buffer: ReplayBuffer) -> None:
+    await put_all(buffer, [a_group(n, version=9 - n) for n in range(1, 7)])
+    taken = {step: ids(await buffer.take("math", 2, step=step, policy=StalestFirst())) for step in (1, 2, 3)}
+    for retaken in (1, 2, 0, 3):  # each time the run gets less or more far before it is rewound again
+        await buffer.resume(step=0)
+        for step in range(1, retaken + 1):
+            assert ids(await buffer.take("math", 2, step=step)) == taken[step]
+    await buffer.resume(step=1)
+    await buffer.put(a_group(7))
+    assert ids(await buffer.take("math", 9, step=2)) == [*taken[2], *taken[3], 7]
+
+
 async def test_the_version_at_a_checkpoint_is_what_its_next_batch_saw(buffer: ReplayBuffer) -> None:
     await put_all(buffer, [a_group(n) for n in range(1, 5)])
     await buffer.take("math", 1, step=1, version=0)
