@@ -209,7 +209,7 @@ def _generators(loader: Any) -> list[Any]:
     sampler = getattr(loader, "sampler", None)
     samplers: list[Any] = [sampler, getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
     for each in samplers:
-        if getattr(each, "generator", each) is None:
+        if each is not None and getattr(each, "generator", each) is None:
             raise DatasetError(
                 f"the dataloader's {type(each).__name__} has no generator, so that its order cannot be resumed; give it generator=, "
                 "or give the dataloader shuffle=True and no sampler"

@@ -214,7 +214,7 @@ def _check_storable(row: Any) -> None:
         ids = np.asarray(given)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise ValueError(f"prompt_ids is an array of {ids.dtype} of shape {ids.shape}; it must be one list of whole numbers")
-    encode_group(group).prompt.encode()  # text with a lone surrogate is no UTF-8
+    encode_group(group)
 
 
 def _recordable(checked: _CheckedRow) -> Any:
@@ -222,7 +222,7 @@ def _recordable(checked: _CheckedRow) -> Any:
     row = checked.source.row
     if checked.error is not None:
         try:
-            encode_prompt([RolloutState(0, 0, row=row)]).encode()
+            encode_prompt([RolloutState(0, 0, row=row)])
         except _BAD_ROW:
             return {"value": ascii(row)[:1000]}
     return row

@@ -171,7 +171,7 @@ async def test_over_issuing_keeps_the_tokens_of_the_slow_and_goes_on_with_them(b
 
     class Watching(SingleTurnAgentLoop):
         async def generate(self, state: RolloutState) -> RolloutState:
-            if state.row["answer"] == 0:
+            if state.group_id == 1:
                 sizes.append(int(state.response_ids.size))
             return await super().generate(state)
 
