@@ -348,7 +348,8 @@ def _consumed(conn: Connection, when: ColumnElement[bool]) -> list[Row[Any]]:
 
 def any_consumed(conn: Connection) -> bool:
     """Whether any group is consumed and not committed."""
-    return conn.scalar(select(t.groups.c.group_id).where(t.groups.c.status == Status.CONSUMED.value).limit(1)) is not None
+    consumed = (t.groups.c.status == Status.CONSUMED.value, t.groups.c.consumed_step.is_not(None))
+    return conn.scalar(select(t.groups.c.group_id).where(*consumed).limit(1)) is not None
 
 
 def unconsume(conn: Connection, rows: Sequence[Row[Any]], deltas: Deltas) -> None:

@@ -1,0 +1,76 @@
+"""Shows that the hot statements read through an index, in its order, whatever the size of the buffer."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, event
+
+from buffer import Fifo, FreshestFirst, ReplayBuffer, StalestFirst, Status, database, queries
+from tests.buffer.groups import a_group, draw, put_all, url
+
+HOT: dict[str, tuple[Callable[[Connection], Any], str]] = {
+    "take, first in first out": (lambda c: queries.first_completed(c, "math", 8, Fifo()), "groups_fifo"),
+    "take, stalest first": (lambda c: queries.first_completed(c, "math", 8, StalestFirst()), "groups_stalest"),
+    "take, freshest first": (lambda c: queries.first_completed(c, "math", 8, FreshestFirst()), "groups_freshest"),
+    "claim": (lambda c: queries.claimable(c, "math", Status.INTERRUPTED, 8), "groups_fifo"),
+    "count": (lambda c: queries.count(c, "math", Status.COMPLETED), "sqlite_autoindex_counts_1"),
+    "what is there": (lambda c: queries.known(c, [1, 2, 3]), "INTEGER PRIMARY KEY"),
+    "load": (lambda c: queries.load_groups(c, [1, 2, 3]), "INTEGER PRIMARY KEY"),
+    "commit": (lambda c: queries.consumed_up_to(c, 2), "groups_consumed"),
+    "rewind": (lambda c: queries.consumed_after(c, 2), "groups_consumed"),
+    "last step": (lambda c: queries.last_step(c), "groups_consumed"),
+    "open": (lambda c: queries.any_consumed(c), "groups_consumed"),
+}
+MAY_SORT = {"commit", "rewind"}
+"""They sort what they change, which is what was consumed since the last commit."""
+
+
+@pytest.fixture(scope="module", params=["as it comes", "analyzed"])
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database of a few hundred groups in all the statuses that hot statements look for."""
+    folder = tmp_path_factory.mktemp("plans")
+
+    async def fill() -> None:
+        async with ReplayBuffer.open(url(folder)) as buffer:
+            await draw(buffer, *range(200))
+            await put_all(buffer, [a_group(1000 + n, ("completed", "interrupted", "failed")[n % 3], version=n % 7) for n in range(150)])
+            for step in range(1, 5):
+                await buffer.take("math", 5, step=step)
+            await buffer.commit(2)
+
+    asyncio.run(fill())
+    if request.param == "analyzed":
+        connection = sqlite3.connect(folder / "run.db")
+        connection.execute("ANALYZE")
+        connection.close()
+    return folder / "run.db"
+
+
+@pytest.mark.parametrize("name", HOT)
+def test_hot_statements_read_through_an_index(path: Path, name: str) -> None:
+    statement, index = HOT[name]
+    plan = _plan(path, statement)
+    assert any(index in line for line in plan), plan
+    assert not any(line.startswith("SCAN") and "USING" not in line for line in plan), plan
+    if name not in MAY_SORT:
+        assert not any("TEMP B-TREE" in line for line in plan), plan
+
+
+def _plan(path: Path, statement: Callable[[Connection], Any]) -> list[str]:
+    """What SQLite says of every statement that the function executes."""
+    engine = database.connect(database.parse_url(f"sqlite:///{path}"), read_only=True)
+    lines: list[str] = []
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def explain(conn: Connection, cursor: sqlite3.Cursor, sql: str, parameters: Any, *_: Any) -> None:
+        if sql.startswith("SELECT"):
+            lines.extend(row[3] for row in cursor.execute(f"EXPLAIN QUERY PLAN {sql}", parameters))
+
+    with engine.connect() as conn, conn.begin():
+        statement(conn)
+    engine.dispose()
+    return lines
