@@ -92,7 +92,7 @@ _WRITER_SETTINGS = (
 )
 
 
-def _file_settings(synchronous: str) -> tuple[str, ...]:
+def file_settings(synchronous: str) -> tuple[str, ...]:
     """Settings that are kept in the file, and those that go with them."""
     return (
         "journal_mode = WAL",
@@ -114,7 +114,7 @@ def prepare(conn: Connection, synchronous: str) -> None:
         if not is_new:
             check(conn)
     # Only now: they change the file, and somebody else's is left as it was.
-    _apply(_driver(conn), _file_settings(synchronous))
+    _apply(_driver(conn), file_settings(synchronous))
     if is_new:
         with conn.begin():
             schema.metadata.create_all(conn)

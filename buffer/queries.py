@@ -6,10 +6,10 @@ by task and status change; the writer stores them once per transaction, so that 
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, assert_never
 
-from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Table, bindparam, delete, func, insert, literal, select, update
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import IntegrityError
 
@@ -29,18 +29,23 @@ _CHUNK = 500
 # -- counts and keys ------------------------------------------------------------------------------------------
 
 
+def _upsert(table: Table, keys: Sequence[str], change: Callable[[Any], dict[str, Any]]) -> sqlite.Insert:
+    """INSERT that changes the row of the same keys where there is one; `change` is given what would be inserted.
+
+    Statements are built once, here or below: to build one costs several times what SQLite needs for it.
+    """
+    statement = sqlite.insert(table)
+    return statement.on_conflict_do_update(index_elements=keys, set_=change(statement.excluded))
+
+
+_ADD_COUNTS = _upsert(t.counts, ["task_name", "status"], lambda new: {"n": t.counts.c.n + new.n})
+
+
 def apply_deltas(conn: Connection, deltas: Deltas) -> None:
     """Add the deltas to the stored counts. Sorted, so that two writers lock rows in one order."""
     rows = [{"task_name": task, "status": status.value, "n": n} for (task, status), n in sorted(deltas.items()) if n]
     if rows:
-        statement = _insert(t.counts)
-        conn.execute(
-            statement.on_conflict_do_update(index_elements=["task_name", "status"], set_={"n": t.counts.c.n + statement.excluded.n}), rows
-        )
-
-
-def _insert(table: Any) -> sqlite.Insert:
-    return sqlite.insert(table)
+        conn.execute(_ADD_COUNTS, rows)
 
 
 def counts(conn: Connection, task_name: str) -> dict[Status, int]:
@@ -60,20 +65,20 @@ def task_names(conn: Connection) -> list[str]:
     return list(conn.scalars(select(t.tasks.c.task_name).order_by(t.tasks.c.task_name)))
 
 
+_RESERVE = _upsert(t.sequences, ["name"], lambda new: {"last": t.sequences.c.last + new.last}).returning(t.sequences.c.last)
+_RESERVE_BEYOND = _upsert(t.sequences, ["name"], lambda new: {"last": func.max(new.last, t.sequences.c.last)})
+
+
 def reserve(conn: Connection, name: str, n: int) -> int:
     """Take the next `n` numbers of a sequence and return the first; sequences start at 1 and never repeat."""
-    statement = _insert(t.sequences)
-    upsert = statement.on_conflict_do_update(index_elements=["name"], set_={"last": t.sequences.c.last + statement.excluded.last})
-    last: int | None = conn.scalar(upsert.returning(t.sequences.c.last), {"name": name, "last": n})
+    last: int | None = conn.scalar(_RESERVE, {"name": name, "last": n})
     assert last is not None
     return last - n + 1
 
 
 def reserve_beyond(conn: Connection, name: str, number: int) -> None:
     """See to it that the sequence never gives `number` or anything below it."""
-    statement = _insert(t.sequences)
-    larger = func.max(statement.excluded.last, t.sequences.c.last)
-    conn.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"last": larger}), {"name": name, "last": number})
+    conn.execute(_RESERVE_BEYOND, {"name": name, "last": number})
 
 
 def meta_value(conn: Connection, key: str) -> str | None:
@@ -81,12 +86,12 @@ def meta_value(conn: Connection, key: str) -> str | None:
     return conn.scalar(select(t.meta.c.value).where(t.meta.c.key == key))
 
 
+_SET_META = _upsert(t.meta, ["key"], lambda new: {"value": new.value})
+
+
 def set_meta_value(conn: Connection, key: str, value: str) -> None:
     """Store one run-wide value."""
-    statement = _insert(t.meta)
-    conn.execute(
-        statement.on_conflict_do_update(index_elements=["key"], set_={"value": statement.excluded.value}), {"key": key, "value": value}
-    )
+    conn.execute(_SET_META, {"key": key, "value": value})
 
 
 # -- drawing --------------------------------------------------------------------------------------------------
@@ -113,17 +118,26 @@ def move_cursor(conn: Connection, task_name: str, moves: int, new_cursor: str, d
         )
 
 
+_ADD_DRAWN = update(t.tasks).where(t.tasks.c.task_name == bindparam("task")).values(drawn=t.tasks.c.drawn + bindparam("n"))
+
+
 def add_drawn(conn: Connection, task_name: str, drawn: int) -> None:
     """Account for groups that came in without a draw of ours."""
     _ensure_task(conn, task_name)
-    conn.execute(update(t.tasks).where(t.tasks.c.task_name == task_name).values(drawn=t.tasks.c.drawn + drawn))
+    conn.execute(_ADD_DRAWN, {"task": task_name, "n": drawn})
+
+
+_ENSURE_TASK = sqlite.insert(t.tasks).on_conflict_do_nothing()
 
 
 def _ensure_task(conn: Connection, task_name: str) -> None:
-    conn.execute(_insert(t.tasks).on_conflict_do_nothing(), {"task_name": task_name, "drawn": 0, "moves": 0})
+    conn.execute(_ENSURE_TASK, {"task_name": task_name, "drawn": 0, "moves": 0})
 
 
 # -- writing groups -------------------------------------------------------------------------------------------
+
+
+_INSERT_GROUP, _INSERT_PROMPT, _INSERT_MEMBER = insert(t.groups), insert(t.prompts), insert(t.rollouts)
 
 
 def insert_groups(conn: Connection, encoded: Sequence[EncodedGroup], deltas: Deltas) -> None:
@@ -143,14 +157,14 @@ def insert_groups(conn: Connection, encoded: Sequence[EncodedGroup], deltas: Del
         for n, e in enumerate(encoded)
     ]
     try:
-        conn.execute(insert(t.groups), rows)
+        conn.execute(_INSERT_GROUP, rows)
     except IntegrityError as error:
         raise DuplicateGroupError(
             f"{_named(encoded)} cannot be added: the database has a group of this id or position already; "
             "draw prompts through the buffer, or give every group an id and position of its own"
         ) from error
-    conn.execute(insert(t.prompts), [{"group_id": e.group_id, "data": e.prompt} for e in encoded])
-    conn.execute(insert(t.rollouts), [member for e in encoded for member in e.rollouts])
+    conn.execute(_INSERT_PROMPT, [{"group_id": e.group_id, "data": e.prompt} for e in encoded])
+    conn.execute(_INSERT_MEMBER, [member for e in encoded for member in e.rollouts])
     _write_payloads(conn, [e for e in encoded if e.arrays])
     deltas.update((e.task_name, e.status) for e in encoded)
 
@@ -207,15 +221,12 @@ def store_results(conn: Connection, encoded: Sequence[EncodedGroup], stored: Map
         deltas[e.task_name, e.status] += 1
 
 
+_WRITE_PAYLOAD = _upsert(t.payloads, ["group_id"], lambda new: {"extras": new.extras, "arrays": new.arrays})
+
+
 def _write_payloads(conn: Connection, encoded: Sequence[EncodedGroup]) -> None:
-    if not encoded:
-        return
-    statement = _insert(t.payloads)
-    replace = {"extras": statement.excluded.extras, "arrays": statement.excluded.arrays}
-    conn.execute(
-        statement.on_conflict_do_update(index_elements=["group_id"], set_=replace),
-        [{"group_id": e.group_id, "extras": e.extras, "arrays": e.arrays} for e in encoded],
-    )
+    if encoded:
+        conn.execute(_WRITE_PAYLOAD, [{"group_id": e.group_id, "extras": e.extras, "arrays": e.arrays} for e in encoded])
 
 
 def _require_rowcount(found: int, expected: int) -> None:
@@ -223,11 +234,15 @@ def _require_rowcount(found: int, expected: int) -> None:
         raise IllegalTransitionError(f"{expected} rows were to change, {found} did: a group is not what it was, or has other members")
 
 
+_ROWS = select(t.groups.c.group_id, t.groups.c.task_name, t.groups.c.status, t.groups.c.members, t.groups.c.consumed_seq, t.groups.c.take)
+_KNOWN = _ROWS.where(t.groups.c.group_id.in_(bindparam("ids", expanding=True)))
+
+
 def known(conn: Connection, group_ids: Sequence[int]) -> dict[int, Row[Any]]:
-    """What `_rows` selects, of those of the groups that exist."""
+    """What `_ROWS` selects, of those of the groups that exist."""
     found: dict[int, Row[Any]] = {}
     for chunk in _chunks(group_ids):
-        found |= {row.group_id: row for row in conn.execute(_rows().where(t.groups.c.group_id.in_(chunk)))}
+        found |= {row.group_id: row for row in conn.execute(_KNOWN, {"ids": chunk})}
     return found
 
 
@@ -263,15 +278,9 @@ def _all_of(group_ids: Sequence[int], found: Mapping[int, Any]) -> Sequence[int]
     return group_ids
 
 
-def _rows() -> Any:
-    return select(
-        t.groups.c.group_id, t.groups.c.task_name, t.groups.c.status, t.groups.c.members, t.groups.c.consumed_seq, t.groups.c.take
-    )
-
-
 def claimable(conn: Connection, task_name: str, status: Status, limit: int) -> list[Row[Any]]:
     """The oldest groups of the task that wait in `status`."""
-    statement = _rows().where(t.groups.c.task_name == task_name, t.groups.c.status == status.value)
+    statement = _ROWS.where(t.groups.c.task_name == task_name, t.groups.c.status == status.value)
     return list(conn.execute(statement.order_by(t.groups.c.consumed_seq, t.groups.c.ready_seq).limit(limit)))
 
 
@@ -291,7 +300,7 @@ def first_completed(conn: Connection, task_name: str, limit: int, policy: TakePo
     """The completed groups to hand out next: the rewound first, as they were consumed, then by policy."""
     # Literally, not as a parameter: only then does the planner see that the partial indexes hold what it needs.
     completed = literal(Status.COMPLETED.value, literal_execute=True)
-    ready = _rows().where(t.groups.c.task_name == task_name, t.groups.c.status == completed)
+    ready = _ROWS.where(t.groups.c.task_name == task_name, t.groups.c.status == completed)
     return list(conn.execute(ready.order_by(t.groups.c.consumed_seq, *_order(policy)).limit(limit)))
 
 
@@ -314,6 +323,9 @@ _CONSUME = (
 )
 
 
+_REMEMBER_VERSION = _upsert(t.steps, ["step"], lambda new: {"version": func.coalesce(new.version, t.steps.c.version)})
+
+
 def consume(conn: Connection, rows: Sequence[Row[Any]], step: int, version: int | None, deltas: Deltas) -> int | None:
     """Mark completed groups as consumed at `step`, in this order, and remember the policy's version then.
 
@@ -326,9 +338,7 @@ def consume(conn: Connection, rows: Sequence[Row[Any]], step: int, version: int 
     # A rewound group keeps its place: however often a run is rewound, its batches come again in one order.
     seqs = [first + n if row.consumed_seq == t.NEVER_CONSUMED else row.consumed_seq for n, row in enumerate(rows)]
     conn.execute(_CONSUME, [{"id": row.group_id, "step": step, "seq": seq, "number": number} for row, seq in zip(rows, seqs, strict=True)])
-    statement = _insert(t.steps)
-    kept = func.coalesce(statement.excluded.version, t.steps.c.version)
-    conn.execute(statement.on_conflict_do_update(index_elements=["step"], set_={"version": kept}), {"step": step, "version": version})
+    conn.execute(_REMEMBER_VERSION, {"step": step, "version": version})
     return number
 
 
@@ -343,7 +353,7 @@ def consumed_up_to(conn: Connection, step: int) -> list[Row[Any]]:
 
 
 def _consumed(conn: Connection, when: ColumnElement[bool]) -> list[Row[Any]]:
-    return list(conn.execute(_rows().where(when, t.groups.c.status == Status.CONSUMED.value).order_by(t.groups.c.consumed_seq)))
+    return list(conn.execute(_ROWS.where(when, t.groups.c.status == Status.CONSUMED.value).order_by(t.groups.c.consumed_seq)))
 
 
 def any_consumed(conn: Connection) -> bool:
