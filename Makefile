@@ -20,6 +20,7 @@ endif
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
+demo: export VLLM_CPU_KVCACHE_SPACE ?= 1
 demo: $(DEMO_NEEDS)  ## train a small model end to end; ENGINE=vllm for vLLM, DEMO_ARGS="--steps 20" and the like
 	$(BIN)/python examples/train_arithmetic.py --engine $(ENGINE) --out .demo/$(ENGINE) $(DEMO_ARGS)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -16,8 +16,8 @@ from producer.experience import Experience
 
 logging.disable_progress_bar()
 
-WARM_UP_STEPS = 50
-WARM_UP_LEARNING_RATE = 2e-3
+WARM_UP_STEPS = 40
+WARM_UP_LEARNING_RATE = 5e-4
 LEARNING_RATE = 5e-4
 CLIP = 0.2
 
@@ -108,6 +108,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     characters = [*"0123456789+=", "<eos>", "<pad>"]
     tokenizer = Tokenizer(models.WordLevel({character: index for index, character in enumerate(characters)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()  # or two digits would decode with a space between them
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", clean_up_tokenization_spaces=False)
 
 
@@ -122,6 +123,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         num_key_value_heads=4,
         max_position_embeddings=64,
         tie_word_embeddings=True,
+        initializer_range=0.05,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

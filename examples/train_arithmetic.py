@@ -33,7 +33,7 @@ def create_engine(name: str, model: Path) -> Engine:
     if name == "vllm":
         from agent_loop.engines.vllm import VLLMEngine
 
-        return VLLMEngine(model, max_model_len=32, max_num_seqs=256, enforce_eager=True)
+        return VLLMEngine(model, max_model_len=32, max_num_seqs=256, enforce_eager=True, gpu_memory_utilization=0.3)
     from agent_loop.engines.transformers import TransformersEngine
 
     return TransformersEngine(model, max_length=32)
@@ -91,7 +91,7 @@ if __name__ == "__main__":
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--prompts", type=Path, default=here / "arithmetic.jsonl", help="JSON lines with prompt and answer")
     parser.add_argument("--out", type=Path, default=Path(".demo/transformers"), help="folder of the run: database, checkpoints, plot")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=64, help="prompts a step")
     parser.add_argument("--group-size", type=int, default=16, help="responses a prompt")
     parser.add_argument("--checkpoint-every", type=int, default=5, help="steps")

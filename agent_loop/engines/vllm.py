@@ -166,8 +166,10 @@ class VLLMEngine(Engine):
             self._release(list(self._held), False)
             if not llm.errored:
                 await llm.abort(list(self._running))
-            await asyncio.to_thread(llm.shutdown)
+            # Before the process ends: the handler would report the end that we ask for as a failure.
+            llm.output_handler.cancel()
             await asyncio.wait({llm.output_handler})
+            await asyncio.to_thread(llm.shutdown)
         if self._scratch is not None:
             self._scratch.cleanup()
 

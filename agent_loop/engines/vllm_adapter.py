@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agent_loop.engines.checkpoint import Checkpoint, read_checkpoint
+from agent_loop.engines.vllm_worker import OWNER
 from agent_loop.errors import EngineError
 from agent_loop.sampling import SamplingParams
 
@@ -48,8 +49,9 @@ _environment_lock = threading.Lock()
 def _environment() -> Iterator[None]:
     """`SETTINGS` in force where the user has set nothing else; one start at a time."""
     with _environment_lock:
-        added = [name for name in SETTINGS if name not in os.environ]
-        os.environ.update({name: SETTINGS[name] for name in added})
+        settings = SETTINGS | {OWNER: str(os.getpid())}
+        added = [name for name in settings if name not in os.environ]
+        os.environ.update({name: settings[name] for name in added})
         try:
             yield
         finally:

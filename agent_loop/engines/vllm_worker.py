@@ -1,6 +1,33 @@
 """What `VLLMEngine` adds to vLLM's workers; runs in the engine's processes only."""
 
+import os
+import select
+import signal
+import threading
 from typing import Any
+
+OWNER = "MILLRACE_ENGINE_OWNER"
+"""Environment variable with the id of the process that the engine belongs to."""
+
+
+def end_with_owner() -> None:
+    """End this process when the owner's ends, however that ends: vLLM alone would stay, with its memory, after a kill -9."""
+    owner = int(os.environ.get(OWNER, os.getpid()))
+    if owner == os.getpid() or not hasattr(os, "pidfd_open"):
+        return
+    try:
+        handle = os.pidfd_open(owner)
+    except OSError:
+        return  # on another machine, as workers of an engine over several may be
+    threading.Thread(target=_kill_after, args=(handle,), name="millrace-owner", daemon=True).start()
+
+
+def _kill_after(handle: int) -> None:
+    select.select([handle], [], [])
+    os.kill(os.getpid(), signal.SIGKILL)  # the engine process ends when a worker does
+
+
+end_with_owner()  # when vLLM imports its worker extension: the owner may be killed while the engine still starts
 
 
 class WorkerExtension:
