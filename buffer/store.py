@@ -84,6 +84,7 @@ class Writer:
     def _run(self) -> None:
         """Connect, serve, let go. Whatever ends it, everyone who waits is told."""
         error: BaseException | None = None
+        batch: list[Request] | None = None
         try:
             with translated(self._url), self._engine.connect() as conn:
                 database.prepare(conn, self._synchronous)
@@ -93,17 +94,20 @@ class Writer:
         except BaseException as failure:  # noqa: BLE001 - the thread's last words go to those who wait
             error = failure
         self._engine.dispose()
-        self._post(self._end, error)
+        self._post(self._end, error, batch or [])
 
-    def _end(self, error: BaseException | None) -> None:
-        """On the loop: nothing is taken any more, and what still waits in the mailbox will not be done."""
+    def _end(self, error: BaseException | None, under_way: Sequence[Request]) -> None:
+        """On the loop: nothing is taken any more; what was under way or waits in the mailbox is not known to be done."""
         self._closed = True
-        _resolve([(self._opened, None, error)])
+        _resolve([(self._opened, None, None if error is None else _presentable(error))])
+        left = list(under_way)
         while not self._mailbox.empty():
-            if request := self._mailbox.get():
-                refused = BufferClosedError(f"the buffer's writer has ended ({error}); open the buffer again")
-                refused.__cause__ = error
-                _resolve([(request.answer, None, refused)])
+            if (request := self._mailbox.get()) is not None:
+                left.append(request)
+        for request in left:
+            refused = BufferClosedError(f"the buffer's writer has ended ({error}); open the buffer again and look at what it holds")
+            refused.__cause__ = error
+            _resolve([(request.answer, None, refused)])
 
     def _next_batch(self) -> list[Request] | None:
         """Everything that waits, up to the limit; None at the end."""
