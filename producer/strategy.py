@@ -142,8 +142,7 @@ class ProduceStrategy(ABC):
     async def _all_stored(self, task_name: str) -> None:
         """Wait until what was asked for before is stored, also by tasks that were cancelled while they waited for it."""
         with suppress(BufferClosedError):  # closing waits for it as well; and the error that brought us here is the one to raise
-            for _ in range(2):  # a claim that was cut short is first made, and then given back
-                await self.buffer.cursor(task_name)
+            await self.buffer.cursor(task_name)  # the writer answers in order
 
     async def _produce(self, agent_loop: AgentLoop, sampler: PromptSampler, progress: _Progress, step: int | None) -> ProducedBatch:
         task_name, batch_size, began = progress.task_name, progress.batch_size, time.perf_counter()

@@ -577,8 +577,7 @@ async def test_cancelled_anywhere_everything_is_stored_and_the_next_batch_works(
             batch = await run_and_cancel(producing.produce_batch(loop, sampler, 3, TASK, step=step), turns)
             assert asyncio.all_tasks() == before
             assert engine.running == engine.waiting == 0
-            for _ in range(2 if times > 1 else 0):  # a second cancellation ends the waiting for the writer, not the writing
-                await buffer.cursor(TASK)
+            await buffer.cursor(TASK)  # a second cancellation ends the waiting for the writer, not the writing
             counts = await buffer.counts(TASK)
             assert counts[Status.RUNNING] == counts[Status.FAILED] == 0
             delivered += offsets(batch.groups) if batch else []
@@ -588,6 +587,50 @@ async def test_cancelled_anywhere_everything_is_stored_and_the_next_batch_works(
         assert len(last.groups) == 3
         delivered += offsets(last.groups)
     assert len(delivered) == len(set(delivered))
+
+
+class CancelsItsCaller(ReplayBuffer):
+    """Cancels the calling task right after the n-th of its answers has come."""
+
+    left = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name not in ("last_step", "count", "counts", "take", "claim", "draw", "start", "put", "release"):
+            return found
+
+        async def call(*arguments: Any, **named: Any) -> Any:
+            answer = await found(*arguments, **named)
+            self.left -= 1
+            task = asyncio.current_task()
+            if self.left == 0 and task is not None:
+                task.cancel()
+            return answer
+
+        return call
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+async def test_cancelled_after_any_answer_of_the_buffer_what_is_consumed_was_delivered(
+    url: str, strategy: Callable[..., ProduceStrategy]
+) -> None:
+    delivered: list[ProducedBatch] = []
+
+    async def produce_and_keep(*arguments: Any) -> None:
+        delivered.append(await producing.produce_batch(*arguments))
+
+    async with CancelsItsCaller(url) as buffer, SimulatedEngine(lengths=4) as engine:
+        producing, loop, sampler = strategy(buffer), loop_of(engine), sampler_of(buffer)
+        for n in range(1, 20):
+            buffer.left = n
+            task = asyncio.create_task(produce_and_keep(loop, sampler, 2, TASK))
+            await asyncio.wait([task])
+            buffer.left = 0
+            assert task.cancelled() or task.exception() is None
+            assert (await buffer.counts(TASK))[Status.CONSUMED] == 2 * len(delivered)
+            assert (await buffer.counts(TASK))[Status.RUNNING] == 0
+            assert (await buffer.audit()).ok
+    assert 2 <= len(delivered) < 19, "both were seen: batches cut short, and batches delivered"
 
 
 async def test_cancelling_keeps_the_tokens_sampled_so_far(buffer: ReplayBuffer) -> None:
