@@ -17,7 +17,9 @@ from agent_loop.engines.vllm_adapter import (
     eos_token_ids,
     fail_waiting,
     obituary,
+    quiet,
     start_engine,
+    stop_engine,
     tied,
     token_versions,
     vllm_params,
@@ -166,10 +168,10 @@ class VLLMEngine(Engine):
             self._release(list(self._held), False)
             if not llm.errored:
                 await llm.abort(list(self._running))
-            # Before the process ends: the handler would report the end that we ask for as a failure.
-            llm.output_handler.cancel()
-            await asyncio.wait({llm.output_handler})
-            await asyncio.to_thread(llm.shutdown)
+            # vLLM's handler logs the end of the process that we ask for as a failure, with a stack trace.
+            with quiet("vllm.v1.engine.async_llm"):
+                await asyncio.to_thread(stop_engine, llm)
+                await asyncio.wait({llm.output_handler})
         if self._scratch is not None:
             self._scratch.cleanup()
 
@@ -394,7 +396,7 @@ class VLLMEngine(Engine):
         """
         self._death = WeightUpdateError(f"the engine was given up, because its weights may be a mixture: {reason}")
         await llm.abort(list(self._running))
-        await asyncio.to_thread(llm.shutdown)
+        await asyncio.to_thread(stop_engine, llm)
 
     def _keep(self, new: Checkpoint, scratch: "tempfile.TemporaryDirectory[str] | None") -> None:
         """Remember where the weights in force lie, and drop the temporary folder of those before."""

@@ -5,7 +5,7 @@ import os
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,18 @@ def _environment() -> Iterator[None]:
                 os.environ.pop(name, None)
 
 
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """The logger of this name silent for a while."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def fail_waiting(core: Any, death: BaseException) -> None:
     """Fail the control calls that a dead engine process will never answer: vLLM leaves them waiting for ever."""
     for answer in core.utility_results.values():
@@ -76,9 +88,31 @@ def eos_token_ids(llm: Any) -> frozenset[int]:
     return frozenset(named) | (frozenset() if own is None else {own})
 
 
+def engine_processes(llm: Any) -> list[Any]:
+    """The engine processes that vLLM started from this one."""
+    return list(getattr(llm.engine_core.resources.engine_manager, "processes", []))
+
+
+def stop_engine(llm: Any) -> None:
+    """Shut vLLM down and wait until its processes are gone: past five seconds it kills them and waits no more."""
+    import psutil  # vLLM needs it, so it is there
+
+    processes = engine_processes(llm)
+    workers: list[Any] = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            workers += psutil.Process(process.pid).children(recursive=True)
+    llm.shutdown()
+    for process in processes:
+        process.join()
+    for worker in psutil.wait_procs(workers, timeout=10)[1]:
+        worker.kill()
+    psutil.wait_procs(workers)
+
+
 def obituary(llm: Any) -> str:
     """What is known of the engine process's end."""
-    processes = getattr(llm.engine_core.resources.engine_manager, "processes", [])
+    processes = engine_processes(llm)
     codes = ", ".join(str(process.exitcode) for process in processes)
     return f"vLLM's engine process is gone (exit code {codes or 'unknown'}); nothing sent to it is answered, make a new engine"
 
