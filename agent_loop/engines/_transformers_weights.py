@@ -70,5 +70,3 @@ def _refuse(what: str, found: Sequence[str]) -> None:
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise WeightUpdateError(f"the weights have {what} {', '.join(found[:3])}{more}; give all tensors of the model's own state_dict()")
-
-
