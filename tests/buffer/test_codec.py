@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from buffer import Position, RolloutGroup, RolloutState, Status, Turn
@@ -17,6 +17,7 @@ from buffer.errors import CorruptPayloadError
 from buffer.status import GROUP_WIDE, group_status, member_status
 from tests.buffer.groups import a_group, plain
 
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 INT32 = st.integers(-(2**31), 2**31 - 1)
 TEXT = st.text(max_size=20)  # all of unicode but half surrogate pairs
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -104,6 +105,7 @@ def normal(group: RolloutGroup) -> dict[str, Any]:
     return expected
 
 
+@UNHURRIED
 @given(groups())
 def test_a_group_comes_back_equal_in_every_field(group: RolloutGroup) -> None:
     decoded = decode_group(**stored(encode_group(group)))
@@ -111,6 +113,7 @@ def test_a_group_comes_back_equal_in_every_field(group: RolloutGroup) -> None:
     assert decoded.status is group.status
 
 
+@UNHURRIED
 @given(groups())
 def test_what_is_indexed_agrees_with_what_is_stored(group: RolloutGroup) -> None:
     encoded = encode_group(group)
@@ -270,6 +273,7 @@ def test_a_forged_payload_is_refused_without_a_large_allocation(forge: Callable[
         tracemalloc.stop()
 
 
+@UNHURRIED
 @given(st.binary(max_size=120), st.data())
 def test_random_damage_is_refused_or_gives_a_valid_group(noise: bytes, data: st.DataObject) -> None:
     parts = stored(encode_group(a_group(1)))

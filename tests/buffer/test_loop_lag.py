@@ -1,22 +1,52 @@
 """Shows that the event loop and the writer do not wait for each other: shown by the order of things, not by clocks."""
 
 import asyncio
+import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from buffer import ReplayBuffer
+from sqlalchemy import Connection
+
+from buffer import ReplayBuffer, operations, queries
+from buffer.codec import encode_group
 from tests.buffer.groups import a_group, draw, put_all, url
 
 
 async def test_counting_answers_while_a_long_write_is_under_way(tmp_path: Path) -> None:  # case 15
+    under_way, go_on = threading.Event(), threading.Event()
+
+    def long_write(conn: Connection, arguments: Sequence[Any], deltas: queries.Deltas) -> Sequence[Any]:
+        """As long as this test wants, in the midst of its transaction, which wrote already."""
+        results = operations.put(conn, arguments, deltas)
+        under_way.set()
+        assert go_on.wait(60)
+        return results
+
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         await draw(buffer, *range(3000), group_size=1)
-        large = [a_group(10_000 + n, size=2, tokens=100_000) for n in range(40)]
         async with asyncio.TaskGroup() as tasks:
-            puts = [tasks.create_task(buffer.put(group)) for group in large]
-            await asyncio.sleep(0)  # now all of them are asked for
+            long = tasks.create_task(buffer._write(long_write, encode_group(a_group(10_000, tokens=100_000))))
+            await asyncio.to_thread(under_way.wait, 60)
+            put = tasks.create_task(buffer.put(a_group(10_001)))
             assert await buffer.count("math", "pending") == 3000
-            assert await buffer.counts("code")
-            assert not puts[-1].done(), "all but the first are in one transaction, and it is still being written"
+            assert await buffer.count("math", "completed") == 0
+            assert len(await buffer.query(limit=50)) == 50
+            assert (await buffer.audit()).ok
+            assert not long.done()
+            assert not put.done()
+            go_on.set()
+        assert await buffer.count("math", "completed") == 2
+
+
+async def test_counting_answers_beside_the_largest_of_writes(tmp_path: Path) -> None:
+    async with ReplayBuffer.open(url(tmp_path)) as buffer:
+        counted = [0]
+        async with asyncio.TaskGroup() as tasks:
+            puts = [tasks.create_task(buffer.put(a_group(1 + n, tokens=100_000))) for n in range(40)]
+            while not all(put.done() for put in puts):
+                counted.append(await buffer.count("math", "completed"))
+        assert counted == sorted(counted)
         assert await buffer.count("math", "completed") == 40
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -572,6 +573,7 @@ async def test_a_cancelled_close_still_closes(tmp_path: Path, moment: int) -> No
     closing.cancel()
     await asyncio.wait([closing])
     assert all(put.done() for put in puts)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("millrace")]
     await buffer.close()
     async with ReplayBuffer.open(url(tmp_path)) as again:
         assert await again.count("math", "completed") == 19

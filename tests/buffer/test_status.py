@@ -3,7 +3,7 @@
 from itertools import combinations_with_replacement
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffer import Status
@@ -54,6 +54,7 @@ def test_an_unknown_status_is_refused_with_the_known_ones() -> None:
     assert parse_status("failed") is Status.FAILED
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(MEMBER_ONLY), min_size=1, max_size=8))
 def test_members_that_can_stand_together_have_one_status_whatever_their_order(members: list[Status]) -> None:
     status = group_status(members)

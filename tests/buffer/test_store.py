@@ -1,6 +1,7 @@
 """Shows that whatever happens on the writer's thread, everyone who waits for an answer gets one."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,29 @@ async def test_what_failed_has_no_outcome_to_undo(writer: Writer, tmp_path: Path
     requests = [writer.submit(half, "good"), writer.submit(half, "bad")]
     assert [type(await outcome(request)) for request in requests] == [str, ValueError]
     assert [request.outcome for request in requests] == ["good", None]
+
+
+async def test_what_was_rolled_back_and_then_failed_has_no_outcome_either(writer: Writer) -> None:
+    calls, under_way, go_on = [], threading.Event(), threading.Event()
+
+    def works_once(conn: Connection, arguments: Sequence[Any], deltas: Any) -> Sequence[Any]:
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise ValueError("no room any more")
+        return arguments
+
+    def wait(conn: Connection, arguments: Sequence[Any], deltas: Any) -> Sequence[Any]:
+        under_way.set()
+        assert go_on.wait(60)
+        return arguments
+
+    first = writer.submit(wait, 0)
+    await asyncio.to_thread(under_way.wait, 60)  # so that the next two come into one transaction
+    requests = [writer.submit(works_once, 1), writer.submit(raising(ValueError("bad")), 2)]
+    go_on.set()
+    assert [type(await outcome(request)) for request in (first, *requests)] == [int, ValueError, ValueError]
+    assert len(calls) == 2, "once beside the bad one, once alone"
+    assert requests[0].outcome is None
 
 
 async def test_a_lost_connection_ends_the_writer_and_all_who_wait_are_told(writer: Writer) -> None:
