@@ -20,6 +20,8 @@ from buffer.status import Status
 _BACK_OFF = 0.1
 """Seconds before the second attempt; doubled for each further one."""
 
+_REQUEST_NUMBERS = itertools.count()
+
 _FINISH_REASONS = get_args(FinishReason)
 
 
@@ -62,7 +64,6 @@ class AgentLoop(ABC):
         self._running: set[int] = set()
         self._stopping: set[int] = set()
         self._requests: dict[int, set[str]] = {}
-        self._request_numbers = itertools.count()
         self._threads = asyncio.Semaphore(REWARD_THREADS)
 
     @abstractmethod
@@ -157,7 +158,7 @@ class AgentLoop(ABC):
     async def _request(self, state: RolloutState, ids: NDArray[np.int32], params: SamplingParams) -> Completion:
         assert self.engine is not None
         # Numbered: another buffer's rollout may have the same id in the same engine.
-        request_id = f"{state.rollout_id}-{id(self):x}-{next(self._request_numbers)}"
+        request_id = f"{state.rollout_id}-{next(_REQUEST_NUMBERS)}"
         requests = self._requests.setdefault(state.group_id, set())
         # Known before the first await: an interrupt that comes while the request is on its way must reach it.
         requests.add(request_id)

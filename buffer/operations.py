@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from sqlalchemy import Connection
 
 from buffer import queries as q
-from buffer.codec import EncodedGroup, encode_group, encode_prompt
+from buffer.codec import EncodedGroup, encode_group
 from buffer.errors import IllegalTransitionError, StepError
 from buffer.policies import TakePolicy
 from buffer.queries import Deltas
@@ -133,11 +133,6 @@ def _encode_drawn(group_id: int, drawn: DrawnRow, request: Draw) -> EncodedGroup
         RolloutState(group_id, index, request.task_name, Status.FAILED, error=drawn.error, row=row) for index in range(request.group_size)
     ]
     return encode_group(RolloutGroup(group_id, rollouts, request.task_name, drawn.position))
-
-
-def check_storable(row: Any) -> None:
-    """Raise `ValueError` if the row cannot be written as JSON, before anything is drawn with it."""
-    encode_prompt([RolloutState(0, 0, row=row)])
 
 
 def cursor(conn: Connection, task_names: Sequence[str], deltas: Deltas) -> list[tuple[int, str | None]]:

@@ -379,14 +379,16 @@ def step_version(conn: Connection, step: int) -> int | None:
     return conn.scalar(select(t.steps.c.version).where(t.steps.c.step == step))
 
 
-def last_step(conn: Connection) -> int:
-    """The last step at which anything was consumed and not given back; 0 before the first."""
-    return max(_last_step_of(conn, Status.CONSUMED), _last_step_of(conn, Status.ARCHIVED))
+def last_step(conn: Connection, task_name: str | None = None) -> int:
+    """The last step at which anything of the task (of any task) was consumed and not given back; 0 before the first."""
+    return max(_last_step_of(conn, status, task_name) for status in (Status.CONSUMED, Status.ARCHIVED))
 
 
-def _last_step_of(conn: Connection, status: Status) -> int:
+def _last_step_of(conn: Connection, status: Status, task_name: str | None) -> int:
     reached = t.groups.c.consumed_step
-    return conn.scalar(select(func.max(reached)).where(t.groups.c.status == status.value, reached.is_not(None))) or 0
+    # Walks the index from its end; the first entry is nearly always the task's own.
+    last = select(reached).where(t.groups.c.status == status.value, reached.is_not(None)).order_by(reached.desc()).limit(1)
+    return conn.scalar(last if task_name is None else last.where(t.groups.c.task_name == task_name)) or 0
 
 
 # -- reading groups -------------------------------------------------------------------------------------------

@@ -262,9 +262,9 @@ class ReplayBuffer:
         """The tasks of this run."""
         return await self._read(queries.task_names)
 
-    async def last_step(self) -> int:
-        """The last step at which anything was consumed; 0 before the first."""
-        return await self._read(queries.last_step)
+    async def last_step(self, task_name: str | None = None) -> int:
+        """The last step at which anything of the task (by default of any task) was consumed; 0 before the first."""
+        return await self._read(queries.last_step, task_name)
 
     async def get(self, group_id: int) -> RolloutGroup:
         """One group, payload included; `UnknownGroupError` if there is none."""

@@ -117,7 +117,7 @@ class ProduceStrategy(ABC):
             sampler: draws them.
             batch_size: groups.
             task_name: whose prompts; one sampler a task.
-            step: of the trainer; by default one more than the last.
+            step: of the trainer; by default one more than the task's last.
 
         Raises:
             FailureBudgetError: too many groups failed, were filtered or interrupted; what is completed stays in the buffer.
@@ -147,7 +147,7 @@ class ProduceStrategy(ABC):
     async def _produce(self, agent_loop: AgentLoop, sampler: PromptSampler, progress: _Progress, step: int | None) -> ProducedBatch:
         task_name, batch_size, began = progress.task_name, progress.batch_size, time.perf_counter()
         await self.buffer.take(task_name, 0, step=1)  # takes nothing: a forgotten `resume` is refused now, not after all the sampling
-        step = await self.buffer.last_step() + 1 if step is None else step
+        step = await self.buffer.last_step(task_name) + 1 if step is None else step
         progress.completed = await self.buffer.count(task_name, Status.COMPLETED)
         if progress.completed < batch_size:
             await self._fill(agent_loop, sampler, progress)

@@ -23,6 +23,7 @@ HOT: dict[str, tuple[Callable[[Connection], Any], str]] = {
     "commit": (lambda c: queries.consumed_up_to(c, 2), "groups_consumed"),
     "rewind": (lambda c: queries.consumed_after(c, 2), "groups_consumed"),
     "last step": (lambda c: queries.last_step(c), "groups_consumed"),
+    "last step of a task": (lambda c: queries.last_step(c, "a"), "groups_consumed"),
     "open": (lambda c: queries.any_consumed(c), "groups_consumed"),
 }
 MAY_SORT = {"commit", "rewind"}

@@ -300,6 +300,15 @@ async def test_a_group_is_taken_once_however_many_take(buffer: ReplayBuffer) -> 
     assert [group_id for task in takes for group_id in ids(task.result())] == list(range(1, 31))
 
 
+async def test_each_task_has_a_last_step_of_its_own(buffer: ReplayBuffer) -> None:
+    await put_all(buffer, [a_group(1, task_name="math"), a_group(2, task_name="code"), a_group(3, task_name="code")])
+    await buffer.take("math", 1, step=7)
+    await buffer.take("code", 1, step=2)
+    assert [await buffer.last_step(task) for task in ("math", "code", "none", None)] == [7, 2, 0, 7]
+    await buffer.commit(7)
+    assert [await buffer.last_step(task) for task in ("math", "code")] == [7, 2]
+
+
 async def test_rewinding_gives_back_what_was_consumed_after_the_checkpoint(buffer: ReplayBuffer) -> None:  # case 14
     await put_all(buffer, [a_group(n, version=n % 3) for n in range(1, 16)])
     taken = {step: ids(await buffer.take("math", 2, step=step, version=step - 1, policy=StalestFirst())) for step in range(1, 6)}
