@@ -163,7 +163,7 @@ class AgentLoop(ABC):
         # Known before the first await: an interrupt that comes while the request is on its way must reach it.
         requests.add(request_id)
         try:
-            return await self.engine.generate(ids, params, request_id=request_id)
+            return await self.engine.generate(ids, params, request_id=request_id, session_id=state.rollout_id)
         finally:
             requests.discard(request_id)
             if not requests:

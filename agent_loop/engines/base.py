@@ -99,6 +99,7 @@ class Engine(ABC):
         params: SamplingParams,
         *,
         request_id: str,
+        session_id: str | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
         """Sample one response.
@@ -107,6 +108,8 @@ class Engine(ABC):
             prompt_ids: prompt tokens, and those already sampled when a response is continued.
             params: `max_tokens` counts the tokens sampled by this call.
             request_id: unique among the requests in flight; names it for `interrupt`.
+            session_id: the same for all requests of one rollout, its turns and continuations; an engine may keep by it
+                what belongs together. None: the request stands alone.
             on_tokens: sees new tokens as they come, for checkpoints; each token exactly once.
 
         Returns:

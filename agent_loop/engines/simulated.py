@@ -121,6 +121,7 @@ class SimulatedEngine(Engine):
         params: SamplingParams,
         *,
         request_id: str,
+        session_id: str | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
         """See `Engine`."""
@@ -130,7 +131,7 @@ class SimulatedEngine(Engine):
             raise RequestRefusedError(f"stop={params.stop} needs decoded text, and a simulated engine has none; use stop_token_ids")
         if request_id in self._requests:
             raise RequestRefusedError(f"request {request_id!r} is in flight already; ids must be unique among those")
-        request = self._requests[request_id] = _InFlight(Request(ids, request_id, params.seed), params, held=self._paused)
+        request = self._requests[request_id] = _InFlight(Request(ids, request_id, params.seed, session_id), params, held=self._paused)
         try:
             self._admit()
             await request.may_decode.wait()

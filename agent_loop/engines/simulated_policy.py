@@ -22,6 +22,12 @@ class Request(NamedTuple):
     prompt_ids: tuple[int, ...]
     request_id: str
     seed: int | None
+    session_id: str | None = None
+
+    @property
+    def session(self) -> str:
+        """What stays the same when a response is continued by another request."""
+        return self.key if self.session_id is None else f"session:{self.session_id}"
 
     @property
     def key(self) -> str:
@@ -198,11 +204,11 @@ def filler(lengths: Lengths, vocab_size: int, eos: int) -> Callable[[Request], S
 
 
 def lognormal_lengths(median: float, sigma: float, *, longest: int, seed: int = 0) -> Callable[[Request], int]:
-    """Long-tailed lengths for `SimulatedEngine(lengths=...)`: log-normal, at most `longest`, drawn from each request's key."""
+    """Long-tailed lengths for `SimulatedEngine(lengths=...)`: log-normal, at most `longest`, drawn for each rollout."""
 
     def length(request: Request) -> int:
-        # The prompt stays out of the draw: a continued request has a longer one, and must keep its length.
-        place = min(max(uniform(seed, "length", request.key), 1e-12), 1 - 1e-12)
+        # Neither the prompt nor the request's own seed has a part in it: a continuation has others, and must keep its length.
+        place = min(max(uniform(seed, "length", request.session), 1e-12), 1 - 1e-12)
         return min(longest, max(1, round(median * math.exp(sigma * NormalDist().inv_cdf(place)))))
 
     return length

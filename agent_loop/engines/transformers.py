@@ -191,6 +191,7 @@ class TransformersEngine(Engine):
         params: SamplingParams,
         *,
         request_id: str,
+        session_id: str | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
         """Sample one response; see `Engine.generate`. Pieces carry the finish reason "abort" until the last."""

@@ -220,6 +220,7 @@ class VLLMEngine(Engine):
         params: SamplingParams,
         *,
         request_id: str,
+        session_id: str | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
         """Sample one response; see `Engine.generate`.
@@ -238,13 +239,15 @@ class VLLMEngine(Engine):
         self._idle.clear()
         try:
             with self._translated():
-                return await self._sample(ids, params, request_id, on_tokens)
+                return await self._sample(ids, params, request_id, session_id, on_tokens)
         finally:
             self._running.discard(request_id)
             if not self._running:
                 self._idle.set()
 
-    async def _sample(self, ids: NDArray[np.int32], params: SamplingParams, request_id: str, on_tokens: OnTokens | None) -> Completion:
+    async def _sample(
+        self, ids: NDArray[np.int32], params: SamplingParams, request_id: str, session_id: str | None, on_tokens: OnTokens | None
+    ) -> Completion:
         from vllm.inputs.engine import tokens_input
 
         # Given as "rendered" input, a request is known to vLLM before its first await, so that `interrupt` misses none.
@@ -252,7 +255,7 @@ class VLLMEngine(Engine):
         given = tokens_input(ids.tolist(), cache_salt=str(self._version))
         tokens, logprobs = list[int](), list[float]()
         asked = vllm_params(params, self._eos_token_ids, streamed=on_tokens is not None)
-        async with aclosing(self._alive().generate(given, asked, request_id)) as outputs:
+        async with aclosing(self._alive().generate(given, asked, request_id, session_id=session_id)) as outputs:
             async for output in outputs:
                 part = output.outputs[0]
                 new, new_logprobs = list(part.token_ids), list(part.logprobs.logprobs)

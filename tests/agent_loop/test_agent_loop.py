@@ -40,7 +40,7 @@ class Seen(SimulatedEngine):
         self.requests: list[tuple[list[int], SamplingParams]] = []
         self._cut, self._after = cut, after
 
-    async def generate(self, prompt_ids: Any, params: SamplingParams, *, request_id: str, on_tokens: Any = None) -> Completion:
+    async def generate(self, prompt_ids: Any, params: SamplingParams, *, request_id: str, session_id: str, **others: Any) -> Completion:
         self.requests.append((np.asarray(prompt_ids).tolist(), params))
         tokens, cutting = 0, len(self.requests) <= self._cut
 
@@ -50,7 +50,7 @@ class Seen(SimulatedEngine):
             if cutting and tokens == self._after:
                 self._requests[request_id].end("abort")
 
-        return await super().generate(prompt_ids, params, request_id=request_id, on_tokens=watch)
+        return await super().generate(prompt_ids, params, request_id=request_id, session_id=session_id, on_tokens=watch)
 
 
 # -- continuing -------------------------------------------------------------------------------------------------

@@ -296,3 +296,15 @@ async def test_what_a_simulated_engine_cannot_do_is_refused() -> None:
             engine.reference_logprobs([1], [2], 0)
         with pytest.raises(ValueError, match="unknown pause mode"):
             await engine.pause("soft")  # type: ignore[arg-type]
+
+
+async def test_a_continued_response_keeps_its_length() -> None:
+    """By its session: the continuation is another request, with a longer prompt and a seed of its own."""
+    lengths = lognormal_lengths(20, 1.0, longest=100, seed=3)
+    async with SimulatedEngine(lengths=lengths) as engine:
+        for member in range(8):
+            session, params = f"math-1-{member}", SamplingParams(max_tokens=100, seed=member)
+            whole = await engine.generate([5], params, request_id="whole", session_id=session)
+            kept = whole.token_ids[: whole.token_ids.size // 2]
+            rest = await engine.generate([5, *kept], params.replace(seed=member + 100), request_id="rest", session_id=session)
+            assert kept.size + rest.token_ids.size == whole.token_ids.size
