@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import QueuePool
+from sqlalchemy.schema import CreateIndex
 
 from buffer import queries, schema
 from buffer.errors import (
@@ -115,10 +116,19 @@ def prepare(conn: Connection, synchronous: str) -> None:
             check(conn)
     # Only now: they change the file, and somebody else's is left as it was.
     _apply(_driver(conn), file_settings(synchronous))
-    if is_new:
-        with conn.begin():
+    with conn.begin():
+        if is_new:
             schema.metadata.create_all(conn)
             queries.set_meta_value(conn, "schema_version", str(schema.SCHEMA_VERSION))
+        else:
+            _make_missing_indexes(conn)
+
+
+def _make_missing_indexes(conn: Connection) -> None:
+    """An index is no part of the schema's version: a file from before it was thought of gets it now."""
+    for table in schema.metadata.tables.values():
+        for index in table.indexes:
+            conn.execute(CreateIndex(index, if_not_exists=True))
 
 
 def check(conn: Connection) -> None:

@@ -7,7 +7,8 @@ fails alone. Operations hold no state, so repeating after a rollback is safe.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import Connection
 
@@ -17,6 +18,7 @@ from buffer.errors import IllegalTransitionError, StepError
 from buffer.policies import TakePolicy
 from buffer.queries import Deltas
 from buffer.rollout import Position, RolloutGroup, RolloutState
+from buffer.staleness import Level, oldest_fresh, too_stale
 from buffer.status import Status, check_transition
 
 Operation = Callable[[Connection, Sequence[Any], Deltas], Sequence[Any]]
@@ -238,6 +240,63 @@ def give_back(conn: Connection, requests: Sequence[HandedOut], deltas: Deltas) -
         still = [found[group_id] for group_id in taken if found[group_id].take == taken.number]
         q.unconsume(conn, [row for row in still if row.status == Status.CONSUMED], deltas)
     return [None] * len(requests)
+
+
+_SLICE_GROUPS, _SLICE_TOKENS = 64, 2**18
+"""Most groups, and about the most tokens, that one expiry rewrites: others wait for the writer meanwhile."""
+
+_BEFORE_ALL = (-(2**62), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Expire:
+    """A wish to expire the next slice of a task's stale groups, behind the place `after` (min_version, group_id)."""
+
+    task_name: str
+    version: int
+    max_staleness: int
+    level: Level
+    after: tuple[int, int] = _BEFORE_ALL
+
+
+class Expired(NamedTuple):
+    """How many groups of a slice expired, and behind which place the next one begins; None at the end."""
+
+    n: int
+    after: tuple[int, int] | None
+
+
+def expire(conn: Connection, requests: Sequence[Expire], deltas: Deltas) -> list[Expired]:
+    """Move stale groups to expired, their stale members reset."""
+    return [_expire_slice(conn, request, deltas) for request in requests]
+
+
+def _expire_slice(conn: Connection, request: Expire, deltas: Deltas) -> Expired:
+    below = oldest_fresh(request.version, request.max_staleness)
+    found = q.stale(conn, request.task_name, below, request.after, _SLICE_GROUPS)
+    before = accumulate((row.tokens for row in found), initial=0)
+    rows = [row for row, tokens in zip(found, before, strict=False) if tokens < _SLICE_TOKENS]
+    n = _expire_groups(conn, q.load_groups(conn, [row.group_id for row in rows]), request, deltas)
+    at_the_end = len(rows) == len(found) < _SLICE_GROUPS
+    return Expired(n, None if at_the_end else (rows[-1].min_version, rows[-1].group_id))
+
+
+def _expire_groups(conn: Connection, groups: Sequence[RolloutGroup], request: Expire, deltas: Deltas) -> int:
+    stored = {group.group_id: group.status for group in groups}
+    expired = [group for group in groups if _reset_stale(group, request)]
+    if expired:
+        q.store_expired(conn, [encode_group(group) for group in expired], [stored[group.group_id] for group in expired], deltas)
+    return len(expired)
+
+
+def _reset_stale(group: RolloutGroup, request: Expire) -> bool:
+    """Reset the members that are too stale, and say whether there are any; the others stay as they are."""
+    stale = [r for r in group.rollouts if too_stale(r.versions, r.loss_mask, request.version, request.max_staleness, request.level)]
+    for rollout in stale:
+        check_transition(rollout.status, Status.EXPIRED, f"rollout {rollout.rollout_id}")
+        rollout.reset()
+        rollout.status = Status.EXPIRED
+    return bool(stale)
 
 
 def committed_step(conn: Connection) -> int | None:

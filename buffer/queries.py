@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, assert_never
 
-from sqlalchemy import ColumnElement, Connection, Row, Table, bindparam, delete, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Table, bindparam, delete, func, insert, literal, select, tuple_, update
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import IntegrityError
 
@@ -213,12 +213,16 @@ def store_results(conn: Connection, encoded: Sequence[EncodedGroup], stored: Map
         for n, e in enumerate(encoded)
     ]
     _require_rowcount(conn.execute(_STORE_RESULT, rows).rowcount, len(rows))
-    members = [{"id": m["group_id"], "at": m["member"], **m} for e in encoded for m in e.rollouts]
-    _require_rowcount(conn.execute(_STORE_MEMBER, members).rowcount, len(members))
+    _store_members(conn, encoded)
     _write_payloads(conn, encoded)
     for e in encoded:
         deltas[e.task_name, Status(stored[e.group_id].status)] -= 1
         deltas[e.task_name, e.status] += 1
+
+
+def _store_members(conn: Connection, encoded: Sequence[EncodedGroup]) -> None:
+    members = [{"id": m["group_id"], "at": m["member"], **m} for e in encoded for m in e.rollouts]
+    _require_rowcount(conn.execute(_STORE_MEMBER, members).rowcount, len(members))
 
 
 _WRITE_PAYLOAD = _upsert(t.payloads, ["group_id"], lambda new: {"extras": new.extras, "arrays": new.arrays})
@@ -282,6 +286,51 @@ def claimable(conn: Connection, task_name: str, status: Status, limit: int) -> l
     """The oldest groups of the task that wait in `status`."""
     statement = _ROWS.where(t.groups.c.task_name == task_name, t.groups.c.status == status.value)
     return list(conn.execute(statement.order_by(t.groups.c.consumed_seq, t.groups.c.ready_seq).limit(limit)))
+
+
+_MAY_EXPIRE = [literal(status.value, literal_execute=True) for status in (Status.COMPLETED, Status.INTERRUPTED)]
+"""Literally and in the order of the schema's index `groups_versions`: only then does the planner see that it fits."""
+
+
+def stale(conn: Connection, task_name: str, below: int, after: tuple[int, int], limit: int) -> list[Row[Any]]:
+    """Completed and interrupted groups with a trainable token older than version `below`, the stalest first.
+
+    `after` is the (min_version, group_id) behind which to go on. Rows of group_id, min_version and tokens.
+    """
+    place = (t.groups.c.min_version, t.groups.c.group_id)
+    statement = select(*place, t.groups.c.tokens).where(
+        t.groups.c.task_name == task_name,
+        t.groups.c.status.in_(_MAY_EXPIRE),
+        t.groups.c.min_version < below,
+        tuple_(*place) > tuple_(*after),
+    )
+    return list(conn.execute(statement.order_by(*place).limit(limit)))
+
+
+_STORE_EXPIRED = (
+    update(t.groups)
+    .where(t.groups.c.group_id == bindparam("id"), t.groups.c.status == bindparam("expected"))
+    .values({name: bindparam(name) for name in ("status", "min_version", "max_version", "tokens")} | {"updated_at": bindparam("now")})
+)
+
+
+def store_expired(conn: Connection, encoded: Sequence[EncodedGroup], stored: Sequence[Status], deltas: Deltas) -> None:
+    """Write groups some of whose members were reset, and that stood in the database as `stored`.
+
+    They keep their place in the queue (`ready_seq`): those that waited longest run again first.
+    """
+    now = time.time()
+    rows = [
+        {"id": e.group_id, "expected": was.value, "status": e.status.value, "now": now}
+        | {name: e.group[name] for name in ("min_version", "max_version", "tokens")}
+        for e, was in zip(encoded, stored, strict=True)
+    ]
+    _require_rowcount(conn.execute(_STORE_EXPIRED, rows).rowcount, len(rows))
+    _store_members(conn, encoded)
+    _write_payloads(conn, encoded)
+    for e, was in zip(encoded, stored, strict=True):
+        deltas[e.task_name, was] -= 1
+        deltas[e.task_name, e.status] += 1
 
 
 def count_interruption(conn: Connection, group_ids: Sequence[int]) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsIndex, TypeVar
@@ -12,9 +12,10 @@ from typing import Any, Self, SupportsIndex, TypeVar
 from buffer import database, operations, queries
 from buffer.codec import encode_group, to_json
 from buffer.errors import BufferClosedError, ReplayBufferError, ResumeRequiredError
-from buffer.operations import Claim, Draw, DrawnRow, Operation, ResumeReport, Take
+from buffer.operations import Claim, Draw, DrawnRow, Expire, Expired, Operation, ResumeReport, Take
 from buffer.policies import Fifo, TakePolicy
 from buffer.rollout import RolloutGroup
+from buffer.staleness import Level
 from buffer.status import CLAIMABLE, Status, parse_status
 from buffer.store import Reader, Request, Writer, uninterrupted
 
@@ -193,6 +194,38 @@ class ReplayBuffer:
         self._needs_resume = False
         return ResumeReport(step, version, rewound, self._released, await self._all_counts())
 
+    async def expire(self, task_name: str, *, version: int, max_staleness: int, level: Level | str = Level.SEQUENCE) -> int:
+        """Expire completed and interrupted groups with a member too stale to train on; gives how many groups expired.
+
+        Only the stale members are reset, as `RolloutState.reset` does: fresh ones keep every byte, and those of them that
+        are completed are neither generated nor scored again when the group runs next. Running it again does nothing.
+
+        Call it between batches: one that is being produced counts on the completed groups that it found. It is done in
+        slices, each durable by itself; other writes go on in between. Cancelled, it leaves some slices undone.
+
+        Args:
+            task_name: whose groups.
+            version: of the policy now; staleness is counted from it (see `buffer.staleness`).
+            max_staleness: the largest that is allowed.
+            level: "sequence" expires a member with one stale trainable token; the cost is proportional to what expires.
+                "token" only one that has no fresh trainable token left; hand out `group.masked(...)` to the trainer then.
+                It reads every waiting group with a stale token.
+        """
+        _require_task(task_name)
+        version = _whole("version", version, at_least=0)
+        max_staleness = _whole("max_staleness", max_staleness, at_least=0, hint="0 allows the policy of now only")
+        return await self._expire(Expire(task_name, version, max_staleness, _parse_level(level)))
+
+    async def _expire(self, request: Expire) -> int:
+        expired = 0
+        while True:
+            # One slice a request, the next only when it is done: whoever else waits for the writer has its turn between.
+            done: Expired = await self._write(operations.expire, request)
+            expired += done.n
+            if done.after is None:
+                return expired
+            request = replace(request, after=done.after)
+
     # -- producing ----------------------------------------------------------------------------------------------
 
     async def cursor(self, task_name: str) -> DatasetCursor:
@@ -340,6 +373,13 @@ class ReplayBuffer:
 def _require_task(task_name: str) -> None:
     if not task_name or not isinstance(task_name, str):
         raise ValueError(f"task_name={task_name!r} names no task; give the name of one, as text")
+
+
+def _parse_level(level: Level | str) -> Level:
+    try:
+        return Level(level)
+    except ValueError:
+        raise ValueError(f"level={level!r} is unknown; choose among {[str(known) for known in Level]}") from None
 
 
 def _whole(name: str, value: SupportsIndex, *, at_least: int, hint: str = "") -> int:

@@ -1,12 +1,13 @@
 """What a rollout is: one response to one prompt (`RolloutState`), and the group scheduled together (`RolloutGroup`)."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from buffer.staleness import fresh_mask, oldest_version, staleness
 from buffer.status import GROUP_WIDE, Status, group_status, parse_status
 
 FINISHED = frozenset({"stop", "length"})
@@ -109,8 +110,12 @@ class RolloutState:
     @property
     def min_version(self) -> int | None:
         """The oldest version among the trainable tokens; None where there is none."""
-        trainable = self.versions[self.loss_mask == 1]
-        return int(trainable.min()) if trainable.size else None
+        return oldest_version(self.versions, self.loss_mask)
+
+    def masked(self, version: int, max_staleness: int) -> "RolloutState":
+        """A copy in which tokens that are too stale at `version` are not trained on; see `buffer.staleness`."""
+        mask = fresh_mask(self.versions, self.loss_mask, version, max_staleness)
+        return replace(self, loss_mask=mask, reward_parts=dict(self.reward_parts), metrics=dict(self.metrics))
 
     def append(
         self,
@@ -232,6 +237,17 @@ class RolloutGroup:
         """The oldest version among the trainable tokens of all members; None where there is none."""
         known = [version for rollout in self.rollouts if (version := rollout.min_version) is not None]
         return min(known) if known else None
+
+    def staleness(self, version: int) -> int | None:
+        """`version` minus the oldest version among the trainable tokens of all members; None where there is none."""
+        return staleness(self.min_version, version)
+
+    def masked(self, version: int, max_staleness: int) -> "RolloutGroup":
+        """A copy for training at `version`: tokens staler than `max_staleness` get mask 0. This group stays as it is.
+
+        It is not for storing: a `put` of it would keep the reduced masks.
+        """
+        return replace(self, rollouts=[rollout.masked(version, max_staleness) for rollout in self.rollouts])
 
     def mark(self, status: Status, *, reason: str | None = None) -> None:
         """Give every member the group-wide `status`; `reason` says why a group was filtered."""

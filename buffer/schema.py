@@ -84,6 +84,8 @@ groups = Table(
     Index("groups_fifo", "task_name", "status", "consumed_seq", "ready_seq"),
     Index("groups_stalest", "task_name", "consumed_seq", "min_version", "ready_seq", **_where("status = 'completed'")),
     Index("groups_freshest", "task_name", "consumed_seq", text("min_version DESC"), "ready_seq", **_where("status = 'completed'")),
+    # The stalest that may expire, first. Queries state the condition in exactly these words.
+    Index("groups_versions", "task_name", "min_version", **_where("status IN ('completed', 'interrupted')")),
     Index("groups_consumed", "status", "consumed_step", "task_name", **_where("consumed_step IS NOT NULL")),
 )
 

@@ -45,7 +45,7 @@ def batch_metrics(
 
 def _batch_statistics(groups: Sequence[RolloutGroup], version: int) -> Metrics:
     rollouts = [state for group in groups for state in group.rollouts]
-    stale = [version - oldest for group in groups if (oldest := group.min_version) is not None]
+    stale = [staleness for group in groups if (staleness := group.staleness(version)) is not None]
     reasons = Counter(state.finish_reason for state in rollouts)
     return {
         **_spread("batch/reward", [state.reward for state in rollouts if state.reward is not None]),

@@ -1,6 +1,7 @@
 """Shows that any sequence of calls leaves the buffer as a few dictionaries say it should be, through closing and reopening."""
 
 import asyncio
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Coroutine
@@ -74,11 +75,13 @@ class BufferModel(RuleBasedStateMachine):
         return self.clock
 
     def those(self, task: str, *statuses: Status) -> list[int]:
-        """Ids by status in the order given, then by age."""
+        """Ids by status in the order given, the rewound first as they were consumed, then by age."""
         chosen = [
-            (statuses.index(g.status), g.ready, group_id) for group_id, g in self.groups.items() if g.task == task and g.status in statuses
+            (statuses.index(g.status), math.inf if g.consumed is None else g.consumed, g.ready, group_id)
+            for group_id, g in self.groups.items()
+            if g.task == task and g.status in statuses
         ]
-        return [group_id for _, _, group_id in sorted(chosen)]
+        return [group_id for *_, group_id in sorted(chosen)]
 
     def to_hand_out(self, task: str, policy: TakePolicy) -> list[int]:
         def key(group_id: int) -> tuple[float, ...]:
@@ -201,6 +204,18 @@ class BufferModel(RuleBasedStateMachine):
             self.consumptions += 1
             known.consumed = self.consumptions if known.consumed is None else known.consumed
 
+    @rule(task=TASKS, version=st.integers(0, 6), max_staleness=st.integers(0, 3), level=st.sampled_from(["sequence", "token"]))
+    def expire(self, task: str, version: int, max_staleness: int, level: str) -> None:
+        stale = [
+            g
+            for g in self.groups.values()
+            if g.task == task and g.status in (S.COMPLETED, S.INTERRUPTED) and g.version is not None and version - g.version > max_staleness
+        ]
+        assert self.run(self.buffer.expire(task, version=version, max_staleness=max_staleness, level=level)) == len(stale)
+        for known in stale:
+            known.status, known.version = S.EXPIRED, None
+        assert self.run(self.buffer.expire(task, version=version, max_staleness=max_staleness, level=level)) == 0
+
     @rule(step=st.integers(0, 6))
     def commit(self, step: int) -> None:
         final = [g for g in self.groups.values() if g.status is S.CONSUMED and g.step is not None and g.step <= step]
@@ -244,8 +259,8 @@ class BufferModel(RuleBasedStateMachine):
             expected = Counter(known.status for known in self.groups.values() if known.task == task)
             assert self.run(self.buffer.counts(task)) == {status: expected[status] for status in Status}
         stored = self.run(self.buffer.query(limit=1000))
-        assert [(g.group_id, g.task_name, g.status, g.consumed_step) for g in stored] == [
-            (group_id, known.task, known.status, known.step) for group_id, known in sorted(self.groups.items())
+        assert [(g.group_id, g.task_name, g.status, g.consumed_step, g.min_version) for g in stored] == [
+            (group_id, known.task, known.status, known.step, known.version) for group_id, known in sorted(self.groups.items())
         ]
         last = max((known.step or 0 for known in self.groups.values()), default=0)
         assert self.run(self.buffer.last_step()) == last

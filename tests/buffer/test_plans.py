@@ -24,6 +24,7 @@ HOT: dict[str, tuple[Callable[[Connection], Any], str]] = {
     "rewind": (lambda c: queries.consumed_after(c, 2), "groups_consumed"),
     "last step": (lambda c: queries.last_step(c), "groups_consumed"),
     "last step of a task": (lambda c: queries.last_step(c, "a"), "groups_consumed"),
+    "expire": (lambda c: queries.stale(c, "math", 5, (-1, 0), 8), "groups_versions"),
     "open": (lambda c: queries.any_consumed(c), "groups_consumed"),
 }
 MAY_SORT = {"commit", "rewind"}
@@ -42,6 +43,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             for step in range(1, 5):
                 await buffer.take("math", 5, step=step)
             await buffer.commit(2)
+            await buffer.expire("math", version=3, max_staleness=2)
 
     asyncio.run(fill())
     if request.param == "analyzed":
