@@ -1,0 +1,5 @@
+"""`python -m producer.cli` is `millrace`."""
+
+from producer.cli import main
+
+main()

@@ -1,0 +1,165 @@
+"""Tables and pages for a terminal. Every string from the database goes through `producer.cli.safe`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from buffer import AuditReport, RolloutGroup, RolloutState
+from producer.cli.records import Record, version_span
+from producer.cli.safe import lines_of, one_line
+
+MOST_LINES, MOST_CHARACTERS, MOST_TOKENS = 20, 2000, 40
+"""Of one text, or of one list of token ids, that `show` prints."""
+
+_TASK_WIDTH = 24
+"""Characters of a task's name in the narrow tables."""
+
+
+def status_view(name: str, status: Record) -> RenderableType:
+    """A row for each task and status that has groups."""
+    head = Text.assemble(one_line(name), f": {status['drawn']:,} prompts drawn, last step {status['last_step']}")
+    if not status["tasks"]:
+        return Group(head, Text("nothing was drawn yet", "dim"))
+    table = _table("task", "last step", "status", "groups", right=("last step", "groups"))
+    for task_name, task in status["tasks"].items():
+        rows = [(str(state), f"{n:,}") for state, n in task["counts"].items() if n]
+        for number, (state, n) in enumerate(rows):
+            first = (one_line(task_name, _TASK_WIDTH), str(task["last_step"])) if number == 0 else ("", "")
+            table.add_row(*first, state, n)
+        table.add_row("", "", "all drawn", f"{task['drawn']:,}", style="bold", end_section=True)
+    return Group(head, table)
+
+
+def audit_view(report: AuditReport) -> RenderableType:
+    """Prompts drawn and groups counted by task, and what is wrong."""
+    table = _table("task", "drawn", "counted", right=("drawn", "counted"))
+    for name, drawn in report.drawn.items():
+        table.add_row(one_line(name, _TASK_WIDTH), f"{drawn:,}", f"{sum(report.counts.get(name, {}).values()):,}")
+    problems = [Text.assemble(("wrong: ", "bold red"), one_line(problem, 500)) for problem in report.problems]
+    return Group(table, *(problems or [Text("every prompt is accounted for", "green")]))
+
+
+def query_view(groups: Sequence[Record], offset: int, width: int) -> RenderableType:
+    """A row for each group, as wide as `width`: the note gets what the others leave."""
+    if not groups:
+        return Text("no such groups", "dim")
+    names = ("group", "task", "status", "step", "place", "tokens", "versions", "score")
+    rows = [_query_row(group) for group in groups]
+    used = 2 + sum(1 + max(len(name), *(row[column].cell_len for row in rows)) for column, name in enumerate(names))
+    table = _table(*names, "note", right=("group", "step", "tokens", "score"))
+    table.padding = 0
+    for group, row in zip(groups, rows, strict=True):
+        note = one_line(_note(group))
+        note.truncate(max(8, width - used), overflow="ellipsis")
+        table.add_row(*row, note)
+    return Group(table, Text(f"{len(groups)} groups, from number {offset} on", "dim"))
+
+
+def _query_row(group: Record) -> list[Text]:
+    place, score, step = group["position"], group["score_mean"], group["consumed_step"]
+    task = one_line(group["task_name"])
+    task.truncate(12, overflow="ellipsis")
+    cells = (
+        group["status"],
+        "" if step is None else step,
+        "" if place is None else f"{place['epoch']}:{place['offset']}",
+        f"{group['tokens']:,}",
+        _span(group["versions"]),
+        "" if score is None else f"{score:.3g}",
+    )
+    return [Text(str(group["group_id"])), task, *(Text(str(cell)) for cell in cells)]
+
+
+def _note(group: Record) -> str:
+    """Why it was filtered, or what went wrong first."""
+    return next((str(text) for text in (group["filter_reason"], *group["errors"]) if text), "")
+
+
+def _span(versions: Sequence[int] | None) -> str:
+    if versions is None:
+        return ""
+    return str(versions[0]) if versions[0] == versions[1] else f"{versions[0]}-{versions[1]}"
+
+
+def _table(*columns: str, right: Sequence[str] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    return table
+
+
+# -- one group ------------------------------------------------------------------------------------------------
+
+
+def print_group(console: Console, group: RolloutGroup) -> None:
+    """A group: what it is, its prompt, and each rollout."""
+    console.print(Text.assemble((f"group {group.group_id}", "bold"), " of task ", one_line(group.task_name), f": {group.status}"))
+    first = group.rollouts[0]
+    where = None if group.position is None else f"epoch {group.position.epoch}, offset {group.position.offset}"
+    _field(console, "position", where)
+    _field(console, "consumed", None if group.consumed_step is None else f"at step {group.consumed_step}")
+    _field(console, "filtered", group.filter_reason)
+    _field(console, "sampling", first.sampling or None)
+    _field(console, "row", {key: value for key, value in first.row.items() if key not in ("prompt", "messages", "prompt_ids")} or None)
+    for name, text in _prompt(first):
+        _field(console, name, None, text)
+    for rollout in group.rollouts:
+        _print_rollout(console, rollout)
+
+
+def _prompt(rollout: RolloutState) -> Iterator[tuple[str, str]]:
+    if rollout.prompt is not None:
+        yield "prompt", rollout.prompt
+    for message in rollout.messages or []:
+        content = message.get("content")
+        yield f"prompt, {message.get('role')}", content if isinstance(content, str) else str(content)
+    if rollout.prompt is None and not rollout.messages and rollout.prompt_ids is not None:
+        yield f"prompt, {rollout.prompt_ids.size} tokens", _ids(rollout.prompt_ids)
+
+
+def _print_rollout(console: Console, rollout: RolloutState) -> None:
+    finish = "not finished" if rollout.finish_reason is None else f"finished by {rollout.finish_reason}"
+    console.print()
+    console.print(Text.assemble((f"rollout {rollout.index}", "bold"), f": {rollout.status}, ", one_line(finish)))
+    span = version_span([rollout])
+    versions = "" if span is None else f", version {span[0]}" if span[0] == span[1] else f", versions {_span(span)}"
+    _field(console, "tokens", f"{rollout.response_ids.size:,} ({int(rollout.loss_mask.sum()):,} trainable){versions}")
+    _field(console, "attempts", f"{rollout.attempts}, interrupted {rollout.interruptions} times")
+    judged = [f"{name} {value:g}" for name, value in (("score", rollout.score), ("reward", rollout.reward)) if value is not None]
+    judged += [f"{name} {value}" for name, value in {**rollout.reward_parts, **rollout.metrics}.items()]
+    _field(console, "judged", ", ".join(judged) or None)
+    _field(console, "error", None, rollout.error)
+    if rollout.text is not None:
+        _field(console, "text", None, rollout.text)
+    elif rollout.response_ids.size:
+        _field(console, "ids", None, _ids(rollout.response_ids))
+
+
+def _ids(ids: Any) -> str:
+    more = "" if ids.size <= MOST_TOKENS else f" and {ids.size - MOST_TOKENS:,} more"
+    return " ".join(map(str, ids[:MOST_TOKENS].tolist())) + more
+
+
+def _field(console: Console, name: str, value: object | None, text: str | None = None) -> None:
+    """A line for a `value`, or a name above a `text` behind a bar that no line of it gets past."""
+    if value is not None:
+        _print_behind(console, Text.assemble("  ", (f"{name:<9}", "dim")), Text(" " * 11), one_line(value, 500))
+    if text is None:
+        return
+    console.print(Text.assemble("  ", one_line(name)), style="dim")
+    lines, left_out = lines_of(text, MOST_LINES, MOST_CHARACTERS)
+    bar = Text("  │ ", "dim")
+    for line in lines:
+        _print_behind(console, bar, bar, line)
+    if left_out:
+        console.print(Text(f"  └ and {left_out:,} characters more; --json shows all", "dim"))
+
+
+def _print_behind(console: Console, first: Text, later: Text, line: Text) -> None:
+    """Wrap `line` and print every part behind a margin, so that nothing in it can pass for a line of ours."""
+    for number, part in enumerate(line.wrap(console, max(20, console.width - len(first))) or [Text()]):
+        console.print(Text.assemble(later if number else first, part), soft_wrap=True)

@@ -1,0 +1,388 @@
+"""The command `millrace`, run as users run it: processes, real files, a real terminal, and texts that would take it over."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import termios
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from agent_loop import SamplingParams, SingleTurnAgentLoop
+from agent_loop.engines.simulated import SimulatedEngine
+from buffer import Position, ReplayBuffer, RolloutGroup, Status
+from producer import AsyncProduceStrategy, ReplayPromptSampler
+
+ROOT = Path(__file__).parent.parent.parent
+MILLRACE = [sys.executable, "-m", "producer.cli"]
+HOSTILE_ID = 1000
+HOSTILE_TASK = "ta[red]sk\x1b[2J"
+HOSTILE = "[red]red[/red] [link=http://x]y[/link] \x1b[2J\x1b]0;title\x07 \u202egnp.exe\u202c \x9b31m \x7f \r \x00 \u200b \ud800 end"
+
+
+def environment(columns: int = 80) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": str(columns), "TERM": "xterm"}
+
+
+def millrace(*arguments: object, columns: int = 80, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    words = [*MILLRACE, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, env=environment(columns), cwd=cwd)
+
+
+def shown(*arguments: object, columns: int = 80) -> str:
+    done = millrace(*arguments, columns=columns)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def hostile_group() -> RolloutGroup:
+    row = {"prompt": f"[bold]{HOSTILE}\nrollout 0: completed", "answer": HOSTILE}
+    group = RolloutGroup.from_row(HOSTILE_ID, row, group_size=2, task_name=HOSTILE_TASK, position=Position(0, 0))
+    good, bad = group.rollouts
+    good.append([1, 2, 3], logprobs=[-0.5, -0.25, -0.125], version=3)
+    good.append([4], version=4, trainable=False)
+    good.text = HOSTILE + "\n" * 3000 + "x" * 100_000 + "\nrollout 7: archived"
+    good.status, good.finish_reason, good.score, good.reward = Status.COMPLETED, "[red]stop\x1b[2J", 0.5, 0.25
+    good.reward_parts = {"[red]part\x1b[2J": 1.0}
+    bad.status, bad.error = Status.FAILED, f"boom {HOSTILE}\nTraceback"
+    return group
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, the first committed, and a group whose every text is hostile."""
+    path = tmp_path_factory.mktemp("run") / "run.db"
+    rows = [{"prompt_ids": [1 + number, 5], "number": number} for number in range(40)]
+    async with ReplayBuffer.open(f"sqlite:///{path}") as buffer, SimulatedEngine(seed=1, slots=8) as engine:
+        loop = SingleTurnAgentLoop(engine, reward=lambda state: float(state.response_ids.size % 2), sampling=SamplingParams(max_tokens=16))
+        sampler = ReplayPromptSampler(rows, buffer, group_size=4)
+        strategy = AsyncProduceStrategy(buffer, staleness_threshold=0.5, progress=False)
+        for step in (1, 2):
+            await strategy.produce_batch(loop, sampler, 4, "demo", step=step)
+        await buffer.commit(step=1)
+        await buffer.put(hostile_group())
+    return path
+
+
+# --- what it says
+
+
+async def test_status_has_the_counts_of_the_buffer(db: Path) -> None:
+    found = json.loads(shown("status", db, "--json"))
+    async with ReplayBuffer.open(f"sqlite:///{db}", read_only=True) as buffer:
+        assert {name: task["counts"] for name, task in found["tasks"].items()} == {
+            name: {str(status): n for status, n in (await buffer.counts(name)).items()} for name in await buffer.task_names()
+        }
+        assert found["drawn"] == sum((await buffer.audit()).drawn.values())
+    assert (found["last_step"], found["tasks"]["demo"]["last_step"], found["tasks"][HOSTILE_TASK]["last_step"]) == (2, 2, 0)
+
+
+async def test_show_has_everything_of_a_group(db: Path) -> None:
+    async with ReplayBuffer.open(f"sqlite:///{db}", read_only=True) as buffer:
+        (group,) = await buffer.query(status=Status.CONSUMED, limit=1)
+    found = json.loads(shown("show", db, group.group_id, "--json"))
+    assert (found["group_id"], found["status"], found["consumed_step"]) == (group.group_id, "consumed", 2)
+    assert (found["row"], found["prompt_ids"]) == (dict(group.rollouts[0].row), group.rollouts[0].prompt_ids.tolist())
+    for record, rollout in zip(found["rollouts"], group.rollouts, strict=True):
+        assert record["response_ids"] == rollout.response_ids.tolist()
+        assert record["logprobs"] == pytest.approx(rollout.logprobs.tolist())
+        assert record["versions"] == rollout.versions.tolist()
+        assert (record["score"], record["reward"]) == (rollout.score, rollout.reward)
+    page = shown("show", db, group.group_id)
+    for part in (f"group {group.group_id} of task demo: consumed", "at step 2", "rollout 3", "score", "trainable"):
+        assert part in page
+
+
+async def test_query_filters_and_pages(db: Path) -> None:
+    async with ReplayBuffer.open(f"sqlite:///{db}", read_only=True) as buffer:
+        ids = [group.group_id for group in await buffer.query(task_name="demo", status=[Status.ARCHIVED, Status.CONSUMED])]
+    wanted = ("query", db, "--task", "demo", "--status", "archived", "--status", "consumed")
+    assert [record["group_id"] for record in json.loads(shown(*wanted, "--json"))] == ids
+    assert [record["group_id"] for record in json.loads(shown(*wanted, "--limit", 3, "--offset", 2, "--json"))] == ids[2:5]
+    assert json.loads(shown(*wanted, "--offset", 1000, "--json")) == []
+    assert "no such groups" in shown(*wanted, "--offset", 1000)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_tables_fit_and_cut_nothing_but_the_note(db: Path, columns: int) -> None:
+    pages = [shown("status", db, columns=columns), shown("query", db, columns=columns), shown("show", db, HOSTILE_ID, columns=columns)]
+    assert all(len(line) <= columns for page in pages for line in page.splitlines())
+    rows = [line.split() for line in pages[1].splitlines() if " demo " in line]
+    assert pages[1].splitlines()[1].split() == ["group", "task", "status", "step", "place", "tokens", "versions", "score", "note"]
+    assert {row[2] for row in rows} <= set(map(str, Status))
+
+
+def test_audit_is_fine_or_says_what_is_wrong(db: Path, tmp_path: Path) -> None:
+    assert "every prompt is accounted for" in shown("audit", db)
+    assert json.loads(shown("audit", db, "--json"))["ok"] is True
+    broken = Path(shutil.copy(db, tmp_path / "broken.db"))
+    with sqlite3.connect(broken) as connection:
+        connection.execute("update counts set n = n + 1 where status = 'archived'")
+    done, as_json = millrace("audit", broken), millrace("audit", broken, "--json")
+    assert (done.returncode, as_json.returncode) == (1, 1)
+    assert "wrong: task 'demo': 5 counted as archived, 4 rows are" in done.stdout
+    assert json.loads(as_json.stdout)["problems"] == ["task 'demo': 5 counted as archived, 4 rows are"]
+
+
+# --- what others wrote stays text
+
+
+@pytest.mark.parametrize("command", [("show", HOSTILE_ID), ("query",), ("status",), ("audit",)], ids=lambda words: words[0])
+@pytest.mark.parametrize("as_json", [False, True], ids=["table", "json"])
+def test_no_character_that_a_terminal_obeys_is_printed(db: Path, command: tuple[object, ...], as_json: bool) -> None:
+    name, *arguments = command
+    out = shown(name, db, *arguments, *(["--json"] if as_json else []))
+    assert [character for character in out if not character.isprintable() and character != "\n"] == []
+    if as_json:
+        assert out.isascii()
+
+
+def test_hostile_text_is_shown_as_it_stands_and_cannot_pass_for_lines_of_ours(db: Path) -> None:
+    out = shown("show", db, HOSTILE_ID, columns=200)
+    for part in (
+        r"[red]red[/red] [link=http://x]y[/link] \u001b[2J\u001b]0;title\u0007 \u202egnp.exe\u202c \u009b31m",
+        r"\u007f \r \u0000",
+    ):
+        assert out.count(part) >= 3, "prompt, text and error"
+    assert [line for line in out.splitlines() if line.startswith("rollout")] == [
+        r"rollout 0: completed, finished by [red]stop\u001b[2J",
+        "rollout 1: failed, not finished",
+    ]
+    assert r"[red]part\u001b[2J 1.0" in out
+    assert "  │ rollout 0: completed" in out
+    assert len(out.splitlines()) < 80
+    assert "characters more; --json shows all" in out
+
+
+def test_json_gives_hostile_text_back_unchanged(db: Path) -> None:
+    found, group = json.loads(shown("show", db, HOSTILE_ID, "--json")), hostile_group()
+    assert found["task_name"] == HOSTILE_TASK
+    assert found["row"] == group.rollouts[0].row
+    stored = [record["text"] for record in found["rollouts"]]
+    assert stored == [group.rollouts[0].text, None]
+    assert found["rollouts"][0]["turns"][1] == {"role": "environment", "start": 3, "end": 4}
+
+
+def test_a_terminal_without_unicode_gets_escapes(db: Path) -> None:
+    plain = environment() | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*MILLRACE, "show", str(db), str(HOSTILE_ID)], capture_output=True, timeout=60, check=True, env=plain)
+    assert done.stdout.isascii()
+
+
+# --- what cannot be answered
+
+
+def foreign(folder: Path) -> Path:
+    path = folder / "foreign.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute('create table "[red]\x1b[2J" (a)')
+    return path
+
+
+def text_file(folder: Path) -> Path:
+    path = folder / "notes.txt"
+    path.write_text("no database at all, and long enough to be read as one\n" * 100)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("database", "reason"),
+    [
+        (lambda folder: folder / "absent.db", "there is no file"),
+        (lambda folder: f"sqlite:///{folder / 'absent.db'}", "there is no file"),
+        (lambda folder: folder / "no" / "folder.db", "there is no file"),
+        (lambda folder: folder, "is a folder"),
+        (foreign, "is no Millrace buffer"),
+        (text_file, "not a database"),
+        (lambda folder: "postgresql://me:secret@host/run", "only SQLite is supported"),
+        (lambda folder: "sqlite://", "names no file"),
+        (lambda folder: "://", "is not a database URL"),
+    ],
+)
+def test_what_cannot_be_opened_is_one_line_and_status_2(tmp_path: Path, database: Callable[[Path], object], reason: str) -> None:
+    url = database(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    refused(millrace("status", url), reason)
+    assert sorted(tmp_path.iterdir()) == before, "looking makes no file"
+
+
+@pytest.mark.parametrize(
+    "command", [("status", "--watch", "1"), ("show", "1"), ("query",), ("audit", "--json")], ids=lambda words: words[0]
+)
+def test_every_command_refuses_so(tmp_path: Path, command: tuple[str, ...]) -> None:
+    name, *arguments = command
+    refused(millrace(name, foreign(tmp_path), *arguments), "is no Millrace buffer")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("show", "99999"), "no group 99999"),
+        (("query", "--status", "done"), "unknown status 'done'"),
+        (("query", "--task", "absent"), "there is no task 'absent'"),
+    ],
+)
+def test_what_is_not_there_is_one_line_and_status_2(db: Path, arguments: tuple[str, ...], reason: str) -> None:
+    name, *rest = arguments
+    refused(millrace(name, db, *rest), reason)
+
+
+def refused(done: subprocess.CompletedProcess[str], reason: str) -> None:
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.isprintable()
+    assert line.startswith("millrace: ")
+    assert reason in line
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("show", "run.db"), ("show", "run.db", "one"), ("query", "run.db", "--limit", "0"), ("status", "run.db", "--watch", "0"), ("x",)],
+)
+def test_wrong_usage_is_status_2_without_a_traceback(arguments: tuple[str, ...]) -> None:
+    done = millrace(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Usage" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_paths_with_letters_of_urls(db: Path, tmp_path: Path) -> None:
+    strange = "a b?mode=rw&%41#@:x.db"
+    shutil.copy(db, tmp_path / strange)
+    for url in (strange, tmp_path / strange, f"sqlite:///{strange}"):
+        done = millrace("audit", url, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_reader_that_leaves_early_is_no_traceback(db: Path) -> None:
+    for arguments in (["show", str(db), str(HOSTILE_ID), "--json"], ["query", str(db)], ["status", str(db), "--watch", "0.1"]):
+        process = subprocess.Popen([*MILLRACE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        with process.stderr as stream:
+            assert stream.read() == ""
+        process.wait(timeout=30)
+
+
+# --- while a run goes on
+
+WRITING = """
+import asyncio, sys
+from agent_loop import SamplingParams, SingleTurnAgentLoop
+from agent_loop.engines.simulated import SimulatedEngine
+from buffer import ReplayBuffer
+from producer import ReplayPromptSampler, SyncProduceStrategy
+
+async def main():
+    rows = [{"prompt_ids": [1 + number % 60]} for number in range(1000)]
+    async with ReplayBuffer.open(f"sqlite:///{sys.argv[1]}") as buffer, SimulatedEngine(seed=1) as engine:
+        loop = SingleTurnAgentLoop(engine, reward=lambda state: 1.0, sampling=SamplingParams(max_tokens=4))
+        sampler, strategy = ReplayPromptSampler(rows, buffer, group_size=2), SyncProduceStrategy(buffer, progress=False)
+        for step in range(1, 1_000_000):
+            await strategy.produce_batch(loop, sampler, 4, "live", step=step)
+            print(step, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_it_looks_while_another_process_writes(tmp_path: Path) -> None:
+    path = tmp_path / "run.db"
+    with subprocess.Popen([sys.executable, "-c", WRITING, str(path)], stdout=subprocess.PIPE, text=True, env=environment()) as writing:
+        try:
+            assert writing.stdout is not None
+            assert writing.stdout.readline() == "1\n"
+            first = json.loads(shown("status", path, "--json"))
+            last = writing.stdout.readline()
+            while int(last) < first["last_step"] + 2:
+                last = writing.stdout.readline()
+            second = json.loads(shown("status", path, "--json"))
+            assert second["tasks"]["live"]["counts"]["consumed"] >= first["tasks"]["live"]["counts"]["consumed"] + 8
+            assert "every prompt is accounted for" in shown("audit", path)
+            assert "consumed" in shown("query", path)
+            assert writing.poll() is None
+        finally:
+            writing.kill()
+
+
+def in_a_terminal(with_signal: signal.Signals | None, *arguments: str) -> tuple[int, bytes]:
+    """Run in a terminal until it drew twice, then Ctrl-C or a signal; the exit status and what the terminal got."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, [*MILLRACE, *arguments], environment())
+    before, seen = termios.tcgetattr(terminal), b""
+    deadline = time.monotonic() + 40
+    while seen.count(b"prompts drawn") < 2 and time.monotonic() < deadline:
+        seen += os.read(terminal, 65536)
+    if with_signal is None:
+        os.write(terminal, b"\x03")
+    else:
+        os.kill(pid, with_signal)
+    while part := read_or_end(terminal):
+        seen += part
+    assert termios.tcgetattr(terminal) == before
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen
+
+
+def read_or_end(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # Linux says so when the last process has let go of its terminal
+        return b""
+
+
+@pytest.mark.parametrize(("with_signal", "status"), [(None, 130), (signal.SIGTERM, 143)])
+def test_watching_ends_with_the_terminal_as_it_was(db: Path, with_signal: signal.Signals | None, status: int) -> None:
+    ended, seen = in_a_terminal(with_signal, "status", str(db), "--watch", "0.1")
+    assert ended == status
+    assert b"Traceback" not in seen
+    hidden, shown_again = seen.rfind(b"\x1b[?25l"), seen.rfind(b"\x1b[?25h")
+    assert 0 <= hidden < shown_again, "the cursor is there again"
+
+
+def test_watching_into_a_pipe_gives_one_line_of_json_each_time(db: Path) -> None:
+    arguments = [*MILLRACE, "status", str(db), "--watch", "0.1", "--json"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stdout is not None
+        lines = [json.loads(process.stdout.readline()) for _ in range(3)]
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    assert lines[0] == lines[2]
+
+
+# --- how it is installed
+
+
+def test_the_console_command_is_the_module() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"millrace": "producer.cli:main"}
+    call = "import sys; from producer.cli import main; sys.argv = ['millrace', '--help']; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, timeout=60, check=True, env=environment())
+    assert done.stdout == shown("--help")
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import producer, producer.experience", {"typer", "rich", "click", "torch"}),
+        ("import producer.cli", {"typer", "rich", "click", "torch"}),
+        ("import producer.cli.commands", {"torch", "vllm", "transformers", "rich"}),
+    ],
+)
+def test_what_is_not_loaded(code: str, absent: set[str]) -> None:
+    check = f"{code}; import sys; print(*sorted(set(sys.modules) & {absent!r}))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=True, env=environment())
+    assert done.stdout.split() == []
