@@ -7,6 +7,7 @@ by task and status change; the writer stores them once per transaction, so that 
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, assert_never
 
 from sqlalchemy import ColumnElement, Connection, Row, Table, bindparam, delete, func, insert, literal, select, tuple_, update
@@ -467,14 +468,53 @@ def _load_chunk(conn: Connection, group_ids: Sequence[int]) -> dict[int, Rollout
     }
 
 
-def find(conn: Connection, task_name: str | None, status: Collection[Status], limit: int, offset: int) -> list[int]:
-    """Ids of groups by task and status, oldest first."""
-    statement = select(t.groups.c.group_id)
-    if task_name is not None:
-        statement = statement.where(t.groups.c.task_name == task_name)
-    if status:
-        statement = statement.where(t.groups.c.status.in_([s.value for s in status]))
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """What is asked of groups, all of it at once; None (of `status`, nothing) asks nothing. See `ReplayBuffer.query`."""
+
+    task_name: str | None = None
+    status: Collection[Status] = ()
+    step: int | None = None
+    min_version: int | None = None
+    max_version: int | None = None
+    min_reward: float | None = None
+    max_reward: float | None = None
+    error: str | None = None
+    min_attempts: int | None = None
+
+
+def find(conn: Connection, filters: Filters, limit: int, offset: int) -> list[int]:
+    """Ids of the groups that are as asked, oldest first."""
+    statement = select(t.groups.c.group_id).where(*_of_groups(filters), *_of_members(filters))
     return list(conn.scalars(statement.order_by(t.groups.c.group_id).limit(limit).offset(offset)))
+
+
+def _of_groups(filters: Filters) -> Iterable[ColumnElement[bool]]:
+    if filters.task_name is not None:
+        yield t.groups.c.task_name == filters.task_name
+    if filters.status:
+        yield t.groups.c.status.in_([s.value for s in filters.status])
+    if filters.step is not None:
+        # The statuses are those that a step goes with; naming them lets the index on it be used.
+        yield t.groups.c.status.in_([Status.CONSUMED.value, Status.ARCHIVED.value])
+        yield t.groups.c.consumed_step == filters.step
+    if filters.min_version is not None:
+        yield t.groups.c.min_version >= filters.min_version
+    if filters.max_version is not None:
+        yield t.groups.c.max_version <= filters.max_version
+
+
+def _of_members(filters: Filters) -> Iterable[ColumnElement[bool]]:
+    members = select(t.rollouts.c.member).where(t.rollouts.c.group_id == t.groups.c.group_id)
+    mean = select(func.avg(t.rollouts.c.reward)).where(t.rollouts.c.group_id == t.groups.c.group_id).scalar_subquery()
+    if filters.min_reward is not None:
+        yield mean >= filters.min_reward
+    if filters.max_reward is not None:
+        yield mean <= filters.max_reward
+    if filters.error is not None:
+        yield members.where(t.rollouts.c.error.contains(filters.error, autoescape=True)).exists()
+    if filters.min_attempts is not None:
+        yield members.where(t.rollouts.c.attempts >= filters.min_attempts).exists()
 
 
 # -- audit ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from buffer.codec import encode_group, to_json
 from buffer.errors import BufferClosedError, ReplayBufferError, ResumeRequiredError
 from buffer.operations import Claim, Draw, DrawnRow, Expire, Expired, Operation, ResumeReport, Take
 from buffer.policies import Fifo, TakePolicy
+from buffer.queries import Filters
 from buffer.rollout import RolloutGroup
 from buffer.staleness import Level
 from buffer.status import CLAIMABLE, Status, parse_status
@@ -305,12 +307,46 @@ class ReplayBuffer:
         return group
 
     async def query(
-        self, *, task_name: str | None = None, status: Status | str | Collection[Status | str] = (), limit: int = 100, offset: int = 0
+        self,
+        *,
+        task_name: str | None = None,
+        status: Status | str | Collection[Status | str] = (),
+        step: int | None = None,
+        min_version: int | None = None,
+        max_version: int | None = None,
+        min_reward: float | None = None,
+        max_reward: float | None = None,
+        error: str | None = None,
+        min_attempts: int | None = None,
+        limit: int = 100,
+        offset: int = 0,
     ) -> list[RolloutGroup]:
-        """Groups by task and status, oldest first, payloads included."""
+        """Groups of which all holds that is asked, oldest first, payloads included.
+
+        Args:
+            task_name: whose groups.
+            status: one, or any of several.
+            step: at which they were consumed (and not given back since).
+            min_version: no trainable token is older. Groups without trainable tokens have no versions: neither bound finds them.
+            max_version: no trainable token is newer.
+            min_reward: the mean reward of the members that have one is at least this. Groups without rewards are not found.
+            max_reward: that mean is at most this.
+            error: some member's error holds this text; capital letters of ASCII count as small ones, "" finds any error.
+            min_attempts: some member failed at least so often.
+            limit: the most groups.
+            offset: how many of those found are passed over.
+        """
         limit, offset = _whole("limit", limit, at_least=0), _whole("offset", offset, at_least=0)
-        wanted = [parse_status(s) for s in ([status] if isinstance(status, str) else status)]
-        return await self._read(_find_and_load, task_name, wanted, limit, offset)
+        filters = Filters(
+            task_name,
+            [parse_status(s) for s in ([status] if isinstance(status, str) else status)],
+            _whole_or_none("step", step, at_least=1),
+            *_range("version", _whole_or_none("min_version", min_version), _whole_or_none("max_version", max_version)),
+            *_range("reward", _number_or_none("min_reward", min_reward), _number_or_none("max_reward", max_reward)),
+            _text_or_none("error", error),
+            _whole_or_none("min_attempts", min_attempts),
+        )
+        return await self._read(_find_and_load, filters, limit, offset)
 
     async def audit(self) -> AuditReport:
         """Check the conservation law: drawn prompts = groups over all statuses, counters = rows, no orphans."""
@@ -393,13 +429,45 @@ def _whole(name: str, value: SupportsIndex, *, at_least: int, hint: str = "") ->
     return number
 
 
+def _whole_or_none(name: str, value: SupportsIndex | None, *, at_least: int = 0) -> int | None:
+    return None if value is None else _whole(name, value, at_least=at_least)
+
+
+def _number_or_none(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number):
+        raise ValueError(f"{name}={value!r} is no number to compare with; give one, or None for no bound")
+    return number
+
+
+def _text_or_none(name: str, value: str | None) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name}={value!r} must be text; give a part of what you look for")
+    return value
+
+
+N = TypeVar("N", int, float)
+
+
+def _range(name: str, low: N | None, high: N | None) -> tuple[N | None, N | None]:
+    """Both bounds; refused where nothing can lie between them."""
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"min_{name}={low} lies above max_{name}={high}, so nothing can be found; swap them")
+    return low, high
+
+
 def _ids(group_ids: Iterable[SupportsIndex]) -> list[int]:
     """Each id once, as a plain int."""
     return list(dict.fromkeys(operator.index(group_id) for group_id in group_ids))
 
 
-def _find_and_load(conn: Any, task_name: str | None, status: Sequence[Status], limit: int, offset: int) -> list[RolloutGroup]:
-    return queries.load_groups(conn, queries.find(conn, task_name, status, limit, offset))
+def _find_and_load(conn: Any, filters: Filters, limit: int, offset: int) -> list[RolloutGroup]:
+    return queries.load_groups(conn, queries.find(conn, filters, limit, offset))
 
 
 def _counts_by_task(conn: Any) -> dict[str, dict[Status, int]]:

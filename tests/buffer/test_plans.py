@@ -25,10 +25,11 @@ HOT: dict[str, tuple[Callable[[Connection], Any], str]] = {
     "last step": (lambda c: queries.last_step(c), "groups_consumed"),
     "last step of a task": (lambda c: queries.last_step(c, "a"), "groups_consumed"),
     "expire": (lambda c: queries.stale(c, "math", 5, (-1, 0), 8), "groups_versions"),
+    "what a step trained on": (lambda c: queries.find(c, queries.Filters(step=3), 8, 0), "groups_consumed"),
     "open": (lambda c: queries.any_consumed(c), "groups_consumed"),
 }
-MAY_SORT = {"commit", "rewind"}
-"""They sort what they change, which is what was consumed since the last commit."""
+MAY_SORT = {"commit", "rewind", "what a step trained on"}
+"""They sort what was consumed since the last commit, or at one step."""
 
 
 @pytest.fixture(scope="module", params=["as it comes", "analyzed"])
