@@ -65,7 +65,7 @@ async def test_only_stale_members_are_reset(buffer: ReplayBuffer) -> None:  # ca
         1, 0, TASK, Status.EXPIRED, row={"answer": 1}, prompt="p", prompt_ids=[1, 2], media=["image"], sampling={"temperature": 1.0}
     )
     assert member(stored, 0) == member(RolloutGroup(1, [bare, stored.rollouts[1]], TASK), 0), "of the stale one the prompt is left"
-    assert stored.min_version == 4
+    assert (stored.min_version, ids(await buffer.query(min_version=4))) == (4, [1])
     assert await buffer.expire(TASK, version=5, max_staleness=3) == 0, "once is enough"
 
 
@@ -160,6 +160,26 @@ async def test_however_it_is_sliced_the_same_expires(
     assert ids(await buffer.query(status=Status.EXPIRED)) == expected
 
 
+async def test_a_slice_is_bounded_in_groups_and_in_tokens(buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    await put_all(buffer, [a_group(n, size=1, tokens=4) for n in range(1, 11)])
+    slices: list[int] = []
+    store_expired = operations.q.store_expired
+
+    def noting(conn: Any, encoded: Any, *others: Any) -> None:
+        slices.append(len(encoded))
+        store_expired(conn, encoded, *others)
+
+    monkeypatch.setattr(operations.q, "store_expired", noting)
+    monkeypatch.setattr(operations, "_SLICE_TOKENS", 9)
+    monkeypatch.setattr(operations, "_SLICE_GROUPS", 8)
+    assert await buffer.expire(TASK, version=9, max_staleness=1) == 10
+    assert slices == [3, 3, 3, 1], "a slice ends with the group that reaches the bound"
+    monkeypatch.setattr(operations, "_SLICE_TOKENS", 1000)
+    await put_all(buffer, [a_group(n, size=1, tokens=4) for n in range(11, 21)])
+    assert await buffer.expire(TASK, version=9, max_staleness=1) == 10
+    assert slices[4:] == [8, 2]
+
+
 async def test_others_write_between_slices(buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operations, "_SLICE_GROUPS", 1)
     await put_all(buffer, [a_group(n) for n in range(1, 41)])
@@ -214,8 +234,9 @@ async def test_cancelled_between_slices_what_is_done_is_done_and_the_next_call_d
     ],
 )
 async def test_bad_arguments_are_refused(buffer: ReplayBuffer, arguments: dict[str, Any], message: str) -> None:
+    asked: dict[str, Any] = {"task_name": TASK, "version": 5, "max_staleness": 1} | arguments
     with pytest.raises(ValueError, match=message):
-        await buffer.expire(**{"task_name": TASK, "version": 5, "max_staleness": 1} | arguments)
+        await buffer.expire(**asked)
 
 
 async def test_a_buffer_that_only_reads_expires_nothing(buffer: ReplayBuffer, tmp_path: Path) -> None:
