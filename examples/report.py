@@ -26,7 +26,8 @@ def report(counts: Mapping[Status, int], rewards: Sequence[float], folder: Path)
     console.print(f"mean reward of the first {few} batches: {np.mean(rewards[:few]):.3f}, of the last {few}: {np.mean(rewards[-few:]):.3f}")
     plot(rewards, folder / "reward.png")
     console.print(f"reward curve: {folder / 'reward.png'}", soft_wrap=True)
-    console.print(f"every rollout: sqlite3 {folder / 'run.db'} 'select * from rollouts limit 5'", soft_wrap=True)
+    console.print(f"every prompt: .venv/bin/millrace query {folder / 'run.db'}", soft_wrap=True)
+    console.print(f"what one became: .venv/bin/millrace show {folder / 'run.db'} 1", soft_wrap=True)
     console.print("how it works: examples/train_arithmetic.py, then docs/tutorial.md; for a new run: make clean", soft_wrap=True)
 
 

@@ -119,7 +119,7 @@ def query(
         _print_json(found)
     else:
         console = _console()
-        console.print(query_view(found, offset, console.width))
+        console.print(query_view(found, limit, console.width))
 
 
 @app.command()

@@ -43,7 +43,7 @@ def audit_view(report: AuditReport) -> RenderableType:
     return Group(table, *(problems or [Text("every prompt is accounted for", "green")]))
 
 
-def query_view(groups: Sequence[Record], offset: int, width: int) -> RenderableType:
+def query_view(groups: Sequence[Record], limit: int, width: int) -> RenderableType:
     """A row for each group, as wide as `width`: the note gets what the others leave."""
     if not groups:
         return Text("no such groups", "dim")
@@ -56,7 +56,8 @@ def query_view(groups: Sequence[Record], offset: int, width: int) -> RenderableT
         note = one_line(_note(group))
         note.truncate(max(8, width - used), overflow="ellipsis")
         table.add_row(*row, note)
-    return Group(table, Text(f"{len(groups)} groups, from number {offset} on", "dim"))
+    found = "1 group" if len(groups) == 1 else f"{len(groups):,} groups"
+    return Group(table, Text(found + ("; perhaps more: see --limit and --offset" if len(groups) == limit else ""), "dim"))
 
 
 def _query_row(group: Record) -> list[Text]:

@@ -1,8 +1,11 @@
 """The command `millrace`, run as users run it: processes, real files, a real terminal, and texts that would take it over."""
 
+import importlib
 import json
 import os
 import pty
+import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -364,6 +367,13 @@ def test_watching_into_a_pipe_gives_one_line_of_json_each_time(db: Path) -> None
 
 
 # --- how it is installed
+
+
+def test_what_the_demo_says_to_look_at_next_works(db: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    importlib.import_module("report").report({Status.ARCHIVED: 8}, [0.0, 1.0], db.parent)
+    commands = re.findall(r"\.venv/bin/millrace (.+)", capsys.readouterr().out)
+    assert [shown(*shlex.split(command)) != "" for command in commands] == [True, True]
 
 
 def test_the_console_command_is_the_module() -> None:
