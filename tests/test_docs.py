@@ -3,9 +3,10 @@
 How blocks are run, one page after the other, each in a folder of its own where the blocks of the page share files and names:
 
 - `python` runs in the page's namespace, with top-level `await`; `python run.py` writes the block to that file instead.
-- `bash` runs, except for `make`, `pip` and paths of the repository: of those the targets, extras and files must exist.
+- `bash` runs, `millrace` as pip would install it, except for `make`, `pip` and paths of the repository: of those the targets,
+  extras and files must exist.
 - `sql` runs against the page's run.db, or else against that of a small run made here.
-- `text` is what the block right above it prints; `...` stands for anything.
+- `text` is what the block right above it prints, but for spaces at the ends of lines; `...` stands for anything.
 - A block without a language is a drawing.
 
 Names that a page takes from its reader (a trainer, a model) are made in `READERS` below, by page.
@@ -110,6 +111,7 @@ async def small_run(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 READERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Awaitable[dict[str, Any]]]] = {
     "README.md": training,
     "docs/how-to/choose-an-engine.md": tiny_model,
+    "docs/how-to/look-into-a-run.md": small_run,
     "docs/how-to/resume-a-run.md": small_run,
 }
 
@@ -146,12 +148,27 @@ async def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ProducedB
     return path, await make_run(path)
 
 
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the project's commands, each as pip makes it."""
+    folder = tmp_path_factory.mktemp("scripts")
+    for name, target in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].items():
+        module, function = target.split(":")
+        script = folder / name
+        script.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+        script.chmod(0o755)
+    return folder
+
+
 @pytest_asyncio.fixture
-async def names(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[dict[str, Any]]:
+async def names(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scripts: Path
+) -> AsyncIterator[dict[str, Any]]:
     """The namespace of a page, in its folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", os.pathsep.join([str(scripts), str(Path(sys.executable).parent), os.environ["PATH"]]))
     reader = READERS.get(request.node.callspec.params["page"])
     yield {"__name__": "docs"} | ({} if reader is None else await reader(tmp_path, monkeypatch))
 
@@ -230,8 +247,10 @@ def line_is_real(block: Block, words: list[str]) -> bool:
             assert (ROOT / path).exists(), f"{block.place}: there is no {path}"
         case ["python", path, *_] if path != "-m" and not Path(path).exists():
             assert (ROOT / path).is_file(), f"{block.place}: there is no {path}"
-        case ["python", *_]:
+        case ["python" | "millrace", *_]:
             return False
+        case ["timeout", "--signal", "INT", _, *command]:
+            return line_is_real(block, command)
         case _:
             pytest.fail(f"{block.place}: no rule says how {shlex.join(words)} is checked; add one to this file")
     return True
@@ -261,6 +280,7 @@ def run_sql(block: Block, database: Path) -> str:
 def assert_printed(block: Block, printed: str | None) -> None:
     assert printed is not None, f"{block.place}: the block above it is not run, so its output cannot be known"
     pattern = ".*".join(map(re.escape, block.content.strip().split("...")))
+    printed = re.sub(r" +$", "", printed, flags=re.MULTILINE)
     assert re.fullmatch(pattern, printed.strip(), re.DOTALL), f"{block.place} says\n{block.content}\nand printed was\n{printed}"
 
 
@@ -350,6 +370,24 @@ def errors_of(module: Any) -> Iterator[type[Exception]]:
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, Exception) and value.__module__ == module.__name__:
             yield value
+
+
+def help_of(*words: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "producer.cli", *words, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment).stdout
+
+
+def test_commands_are_those_that_the_help_lists() -> None:
+    headings = re.findall(r"^## `millrace (\w+)`$", (ROOT / "docs/reference/cli.md").read_text(), re.MULTILINE)
+    assert headings == re.findall(r"^  (\w+)", help_of().partition("Commands:")[2], re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["status", "show", "query", "audit"])
+def test_options_of_a_command_are_those_that_its_help_lists(command: str) -> None:
+    documented = [option for row in table("reference/cli.md", f"`millrace {command}`") for option in code(row[0])]
+    listed = re.findall(r"^  (--[a-z-]+(?: [A-Z]+)?|[A-Z_]+)(?= )", help_of(command).partition("Arguments:")[2], re.MULTILINE)
+    assert [option for option in listed if option != "--help"] == documented
 
 
 @pytest.mark.parametrize("page", NAMES)
