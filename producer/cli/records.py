@@ -77,5 +77,5 @@ def version_span(rollouts: Sequence[RolloutState]) -> list[int] | None:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
+    known = [value for value in values if isinstance(value, int | float)]  # a file that was edited may have text there
     return sum(known) / len(known) if known else None

@@ -38,7 +38,7 @@ def audit_view(report: AuditReport) -> RenderableType:
     """Prompts drawn and groups counted by task, and what is wrong."""
     table = _table("task", "drawn", "counted", right=("drawn", "counted"))
     for name, drawn in report.drawn.items():
-        table.add_row(one_line(name, _TASK_WIDTH), f"{drawn:,}", f"{sum(report.counts.get(name, {}).values()):,}")
+        table.add_row(one_line(name, _TASK_WIDTH), _number(drawn), _number(sum(report.counts.get(name, {}).values())))
     problems = [Text.assemble(("wrong: ", "bold red"), one_line(problem, 500)) for problem in report.problems]
     return Group(table, *(problems or [Text("every prompt is accounted for", "green")]))
 
@@ -78,6 +78,13 @@ def _query_row(group: Record) -> list[Text]:
 def _note(group: Record) -> str:
     """Why it was filtered, or what went wrong first."""
     return next((str(text) for text in (group["filter_reason"], *group["errors"]) if text), "")
+
+
+def _number(value: object) -> Text:
+    """A number to read. A file that somebody edited may have text in a column of numbers: SQLite lets them."""
+    if isinstance(value, float):
+        return Text(f"{value:g}")
+    return Text(f"{value:,}") if isinstance(value, int) else one_line(value)
 
 
 def _span(versions: Sequence[int] | None) -> str:
@@ -130,7 +137,7 @@ def _print_rollout(console: Console, rollout: RolloutState) -> None:
     versions = "" if span is None else f", version {span[0]}" if span[0] == span[1] else f", versions {_span(span)}"
     _field(console, "tokens", f"{rollout.response_ids.size:,} ({int(rollout.loss_mask.sum()):,} trainable){versions}")
     _field(console, "attempts", f"{rollout.attempts}, interrupted {rollout.interruptions} times")
-    judged = [f"{name} {value:g}" for name, value in (("score", rollout.score), ("reward", rollout.reward)) if value is not None]
+    judged = [f"{name} {_number(value)}" for name, value in (("score", rollout.score), ("reward", rollout.reward)) if value is not None]
     judged += [f"{name} {value}" for name, value in {**rollout.reward_parts, **rollout.metrics}.items()]
     _field(console, "judged", ", ".join(judged) or None)
     _field(console, "error", None, rollout.error)
@@ -145,14 +152,14 @@ def _ids(ids: Any) -> str:
     return " ".join(map(str, ids[:MOST_TOKENS].tolist())) + more
 
 
-def _field(console: Console, name: str, value: object | None, text: str | None = None) -> None:
+def _field(console: Console, name: str, value: object | None, text: object | None = None) -> None:
     """A line for a `value`, or a name above a `text` behind a bar that no line of it gets past."""
     if value is not None:
         _print_behind(console, Text.assemble("  ", (f"{name:<9}", "dim")), Text(" " * 11), one_line(value, 500))
     if text is None:
         return
     console.print(Text.assemble("  ", one_line(name)), style="dim")
-    lines, left_out = lines_of(text, MOST_LINES, MOST_CHARACTERS)
+    lines, left_out = lines_of(str(text), MOST_LINES, MOST_CHARACTERS)
     bar = Text("  │ ", "dim")
     for line in lines:
         _print_behind(console, bar, bar, line)

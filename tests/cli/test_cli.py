@@ -181,6 +181,25 @@ def test_a_terminal_without_unicode_gets_escapes(db: Path) -> None:
     assert done.stdout.isascii()
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        "update rollouts set score = 'a' || char(27) || 'b', reward = 'x'",
+        "update rollouts set error = x'1b5b', finish_reason = 7",
+        "update tasks set drawn = 'many' || char(27)",
+        "update groups set consumed_step = 'then', epoch = 'never' || char(27)",
+    ],
+)
+def test_a_file_that_was_edited_is_no_traceback(db: Path, tmp_path: Path, edit: str) -> None:
+    edited = Path(shutil.copy(db, tmp_path / "edited.db"))
+    with sqlite3.connect(edited) as connection:
+        connection.execute(edit)
+    for command in (("status",), ("query",), ("show", HOSTILE_ID), ("audit",)):
+        done = millrace(command[0], edited, *command[1:])
+        assert "Traceback" not in done.stderr
+        assert "\x1b" not in done.stdout + done.stderr
+
+
 # --- what cannot be answered
 
 
