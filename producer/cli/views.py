@@ -21,14 +21,14 @@ _TASK_WIDTH = 24
 
 def status_view(name: str, status: Record) -> RenderableType:
     """A row for each task and status that has groups."""
-    head = Text.assemble(one_line(name), f": {status['drawn']:,} prompts drawn, last step {status['last_step']}")
+    head = Text.assemble(one_line(name), f": {status['drawn']:,} prompts drawn, last step ", one_line(status["last_step"]))
     if not status["tasks"]:
         return Group(head, Text("nothing was drawn yet", "dim"))
     table = _table("task", "last step", "status", "groups", right=("last step", "groups"))
     for task_name, task in status["tasks"].items():
         rows = [(str(state), f"{n:,}") for state, n in task["counts"].items() if n]
         for number, (state, n) in enumerate(rows):
-            first = (one_line(task_name, _TASK_WIDTH), str(task["last_step"])) if number == 0 else ("", "")
+            first = (one_line(task_name, _TASK_WIDTH), one_line(task["last_step"])) if number == 0 else ("", "")
             table.add_row(*first, state, n)
         table.add_row("", "", "all drawn", f"{task['drawn']:,}", style="bold", end_section=True)
     return Group(head, table)
@@ -72,7 +72,7 @@ def _query_row(group: Record) -> list[Text]:
         _span(group["versions"]),
         "" if score is None else f"{score:.3g}",
     )
-    return [Text(str(group["group_id"])), task, *(Text(str(cell)) for cell in cells)]
+    return [one_line(group["group_id"]), task, *map(one_line, cells)]
 
 
 def _note(group: Record) -> str:
