@@ -100,6 +100,10 @@ def query(
     url: Url,
     task: Annotated[str | None, typer.Option(metavar="TASK", help="Groups of this task only.")] = None,
     status: Annotated[list[str] | None, typer.Option(metavar="STATUS", help="Groups of this status only; may be repeated.")] = None,
+    step: Annotated[int | None, typer.Option(metavar="N", min=0, max=2**31, help="Groups consumed at this step only.")] = None,
+    error: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Groups with this text in an error of theirs; '' for any error.")
+    ] = None,
     limit: Annotated[int, typer.Option(metavar="N", min=1, max=2**31, help="The most groups.")] = 20,
     offset: Annotated[int, typer.Option(metavar="N", min=0, max=2**31, help="Leave out so many first.")] = 0,
     as_json: AsJson = False,
@@ -111,7 +115,7 @@ def query(
         known = await buffer.task_names()
         if task is not None and task not in known:
             raise ValueError(f"there is no task {task!r} in this run; its tasks are {known}")
-        groups = await buffer.query(task_name=task, status=status or (), limit=limit, offset=offset)
+        groups = await buffer.query(task_name=task, status=status or (), step=step, error=error, limit=limit, offset=offset)
         return [records.group_in_short(group) for group in groups]
 
     found = _look(url, ask)

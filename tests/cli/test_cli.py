@@ -113,6 +113,10 @@ async def test_query_filters_and_pages(db: Path) -> None:
     assert [record["group_id"] for record in json.loads(shown(*wanted, "--limit", 3, "--offset", 2, "--json"))] == ids[2:5]
     assert json.loads(shown(*wanted, "--offset", 1000, "--json")) == []
     assert "no such groups" in shown(*wanted, "--offset", 1000)
+    at_two = json.loads(shown("query", db, "--step", 2, "--json"))
+    assert (len(at_two), {record["consumed_step"] for record in at_two}) == (4, {2})
+    for text in ("boom [red]", ""):
+        assert [record["group_id"] for record in json.loads(shown("query", db, "--error", text, "--json"))] == [HOSTILE_ID]
 
 
 @pytest.mark.parametrize("columns", [80, 120])
