@@ -5,7 +5,7 @@ import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import get_args
+from typing import cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from agent_loop.engines.base import Completion, Engine, FinishReason
 from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError, RewardError
 from agent_loop.rewards import REWARD_THREADS, Reward, judge
-from agent_loop.sampling import SamplingParams
+from agent_loop.sampling import SamplingParams, number, whole
 from buffer.rollout import RolloutGroup, RolloutState
 from buffer.status import Status
 
@@ -52,11 +52,12 @@ class AgentLoop(ABC):
         max_attempts: int = 3,
         back_off: float = _BACK_OFF,
     ) -> None:
-        if max_attempts < 1:
+        _check_parts(engine, reward, sampling)
+        if whole("max_attempts", max_attempts) < 1:
             raise ValueError(f"max_attempts={max_attempts} allows no attempt; it must be 1 or more")
-        if reward_timeout <= 0:
+        if number("reward_timeout", reward_timeout) <= 0:
             raise ValueError(f"reward_timeout={reward_timeout} s leaves no time; it must be above 0")
-        if back_off < 0:
+        if number("back_off", back_off) < 0:
             raise ValueError(f"back_off={back_off} s is negative; it must be 0 or more")
         self.engine, self.reward = engine, reward
         self.sampling = sampling or SamplingParams()
@@ -65,6 +66,8 @@ class AgentLoop(ABC):
         self._stopping: set[int] = set()
         self._requests: dict[int, set[str]] = {}
         self._threads = asyncio.Semaphore(REWARD_THREADS)
+        self._judging: dict[asyncio.Task[None], int] = {}
+        self._called_off: set[asyncio.Task[None]] = set()
 
     @abstractmethod
     async def generate(self, state: RolloutState) -> RolloutState:
@@ -112,6 +115,10 @@ class AgentLoop(ABC):
         # Only those that run: a mark left on a group that just ended would stop its next run.
         self._stopping.update(self._running.intersection(group_ids))
         requests = [request for group_id in group_ids for request in self._requests.get(group_id, ())]
+        for judging in [task for task, group_id in self._judging.items() if group_id in self._stopping]:
+            # A response that waits for a slow judge is stopped too: it is whole, and only the judging is repeated.
+            self._called_off.add(judging)
+            judging.cancel()
         if self.engine is not None and requests:
             await self.engine.interrupt(requests)
 
@@ -206,10 +213,27 @@ class AgentLoop(ABC):
             _interrupt(state)
             return state.status
         if self.reward is not None:
-            state.score = await judge(self.reward, state, timeout=self._reward_timeout, threads=self._threads)
-            state.reward = state.score
+            score = await self._judged(self.reward, state)
+            if score is None:
+                _interrupt(state)
+                return state.status
+            state.score = state.reward = score
         state.error = None
         return Status.COMPLETED
+
+    async def _judged(self, reward: Reward, state: RolloutState) -> float | None:
+        """The score, or None where an interruption called the judging off."""
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        self._judging[task] = state.group_id
+        try:
+            return await judge(reward, state, timeout=self._reward_timeout, threads=self._threads)
+        except asyncio.CancelledError:
+            if task in self._called_off and task.uncancel() == 0:
+                return None
+            raise
+        finally:
+            del self._judging[task]
+            self._called_off.discard(task)
 
     def _failed_for_good(self, state: RolloutState, error: Exception) -> bool:
         """Write the failure down; whether the rollout is failed for good, or interrupted meanwhile."""
@@ -223,6 +247,16 @@ class AgentLoop(ABC):
             _interrupt(state)
             return True
         return False
+
+
+def _check_parts(engine: object, reward: object, sampling: object) -> None:
+    """Refuse what would only fail once per prompt, an attempt after the other."""
+    if engine is not None and (isinstance(engine, type) or not hasattr(engine, "generate")):
+        raise TypeError(f"engine={engine!r:.80} is no engine; pass an open one, as `async with VLLMEngine(model) as engine` gives it")
+    if reward is not None and not callable(reward):
+        raise TypeError(f"reward={reward!r:.80} is no function of a rollout")
+    if sampling is not None and not isinstance(sampling, SamplingParams):
+        raise TypeError(f"sampling={sampling!r:.80} is no SamplingParams; pass SamplingParams(max_tokens=...)")
 
 
 def _interrupt(state: RolloutState) -> None:

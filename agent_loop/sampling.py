@@ -1,9 +1,11 @@
 """How to sample: `SamplingParams`, the same for every engine."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +39,15 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        given: object = self.stop
-        if isinstance(given, str):
-            raise ValueError(f"stop={self.stop!r} is one string; pass a tuple of strings")
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(int(token) for token in self.stop_token_ids))
+        for name in ("max_tokens", "top_k"):
+            self._set(name, whole(name, getattr(self, name)))
+        if self.seed is not None:
+            self._set("seed", whole("seed", self.seed))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            self._set(name, number(name, getattr(self, name)))
+        self._set("stop", _tuple("stop", self.stop, str, "strings"))
+        self._set("stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids, SupportsIndex, "token ids"))
+        self._set("stop_token_ids", tuple(operator.index(token) for token in self.stop_token_ids))
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
         _require(self.temperature >= 0.0, "temperature", self.temperature, "0 (greedy) or more")
         _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "above 0 and at most 1 (off)")
@@ -49,6 +55,9 @@ class SamplingParams:
         _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "from 0 (off) to 1")
         _require(self.repetition_penalty > 0.0, "repetition_penalty", self.repetition_penalty, "above 0; 1 is off")
         _require(all(self.stop), "stop", self.stop, "non-empty strings")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     def replace(self, **changes: Any) -> "SamplingParams":
         """A copy with `changes`, checked again."""
@@ -60,6 +69,28 @@ class SamplingParams:
         if unknown := set(overrides) - known:
             raise ValueError(f"unknown sampling parameters {sorted(unknown)}; known are {sorted(known)}")
         return self.replace(**overrides)
+
+
+def whole(name: str, value: object) -> int:
+    """`value` as an int, or `ValueError`: 2.5 tokens, "8" and True are slips, not numbers of tokens."""
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        return operator.index(value)
+    raise ValueError(f"{name}={value!r} must be a whole number")
+
+
+def number(name: str, value: object) -> float:
+    """`value` as a finite float, or `ValueError`."""
+    if isinstance(value, SupportsFloat) and not isinstance(value, bool) and math.isfinite(float(value)):
+        return float(value)
+    raise ValueError(f"{name}={value!r} must be a finite number")
+
+
+def _tuple(name: str, values: object, kind: Any, what: str) -> tuple[Any, ...]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}={values!r} must be a tuple of {what}")
+    listed = tuple(values)
+    _require(all(isinstance(value, kind) and not isinstance(value, bool) for value in listed), name, values, f"a tuple of {what}")
+    return listed
 
 
 def _require(holds: bool, name: str, value: object, bound: str) -> None:

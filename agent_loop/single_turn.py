@@ -49,6 +49,8 @@ class SingleTurnAgentLoop(AgentLoop):
         **options: Any,
     ) -> None:
         super().__init__(engine, reward, sampling=sampling, **options)
+        if tokenizer is not None and not (hasattr(tokenizer, "encode") and hasattr(tokenizer, "decode")):
+            raise TypeError(f"tokenizer={tokenizer!r:.80} has no encode and decode; the reward is the third argument, or reward=")
         self.tokenizer = tokenizer
 
     async def generate(self, state: RolloutState) -> RolloutState:

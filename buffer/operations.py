@@ -221,10 +221,15 @@ def take(conn: Connection, requests: Sequence[Take], deltas: Deltas) -> list[Tak
     return [_take_one(conn, request, deltas) for request in requests]
 
 
-def _take_one(conn: Connection, request: Take, deltas: Deltas) -> Taken:
+def check_step(conn: Connection, step: int) -> None:
+    """Raise `StepError` if what is consumed at `step` is final already."""
     committed = committed_step(conn)
-    if committed is not None and request.step <= committed:
-        raise StepError(f"step={request.step} lies at or before the committed step {committed}; take at step {committed + 1} or later")
+    if committed is not None and step <= committed:
+        raise StepError(f"step={step} lies at or before the committed step {committed}; take at step {committed + 1} or later")
+
+
+def _take_one(conn: Connection, request: Take, deltas: Deltas) -> Taken:
+    check_step(conn, request.step)
     rows = q.first_completed(conn, request.task_name, request.limit, request.policy)
     taken = Taken(row.group_id for row in rows)
     taken.number = q.consume(conn, rows, request.step, request.version, deltas)

@@ -430,8 +430,9 @@ def step_version(conn: Connection, step: int) -> int | None:
 
 
 def last_step(conn: Connection, task_name: str | None = None) -> int:
-    """The last step at which anything of the task (of any task) was consumed and not given back; 0 before the first."""
-    return max(_last_step_of(conn, status, task_name) for status in (Status.CONSUMED, Status.ARCHIVED))
+    """The last step at which anything of the task (of any task) was consumed and not given back, or that is committed; else 0."""
+    committed = int(meta_value(conn, "committed_step") or 0)
+    return max(committed, *(_last_step_of(conn, status, task_name) for status in (Status.CONSUMED, Status.ARCHIVED)))
 
 
 def _last_step_of(conn: Connection, status: Status, task_name: str | None) -> int:

@@ -168,17 +168,28 @@ class ReplayBuffer:
             StepError: `step` is committed.
         """
         _require_task(task_name)
-        n, step = _whole("n", n, at_least=0), _whole("step", step, at_least=1, hint="steps count from 1, 0 is the state before training")
+        n, step = _whole("n", n, at_least=0), _step(step)
         self._check_open()
+        self._check_resumed()
+        if n == 0:
+            return []
+        request = Take(task_name, n, step, None if version is None else operator.index(version), policy or Fifo())
+        return await self._hand_out(operations.take, request, operations.give_back)
+
+    async def check_take(self, task_name: str, step: int) -> None:
+        """Raise what a `take` at `step` would raise; for whoever has long work to do before it."""
+        _require_task(task_name)
+        step = _step(step)
+        self._check_open()
+        self._check_resumed()
+        await self._read(operations.check_step, step)
+
+    def _check_resumed(self) -> None:
         if self._needs_resume:
             raise ResumeRequiredError(
                 "batches of this run were consumed but never committed; call resume(step=...) with the step of the checkpoint "
                 "that training goes on from (0 for none) before taking"
             )
-        if n == 0:
-            return []
-        request = Take(task_name, n, step, None if version is None else operator.index(version), policy or Fifo())
-        return await self._hand_out(operations.take, request, operations.give_back)
 
     async def commit(self, step: int) -> int:
         """Make everything consumed up to `step` final: the trainer's checkpoint is on disk. Gives the number of groups."""
@@ -298,7 +309,7 @@ class ReplayBuffer:
         return await self._read(queries.task_names)
 
     async def last_step(self, task_name: str | None = None) -> int:
-        """The last step at which anything of the task (by default of any task) was consumed; 0 before the first."""
+        """The last step at which anything of the task (by default of any task) was consumed, or that is committed; else 0."""
         return await self._read(queries.last_step, task_name)
 
     async def get(self, group_id: int) -> RolloutGroup:
@@ -416,6 +427,10 @@ def _parse_level(level: Level | str) -> Level:
         return Level(level)
     except ValueError:
         raise ValueError(f"level={level!r} is unknown; choose among {[str(known) for known in Level]}") from None
+
+
+def _step(step: SupportsIndex) -> int:
+    return _whole("step", step, at_least=1, hint="steps count from 1, 0 is the state before training")
 
 
 def _whole(name: str, value: SupportsIndex, *, at_least: int, hint: str = "") -> int:

@@ -1,6 +1,7 @@
 """What to run, when, and what the trainer receives."""
 
 from producer.asynchronous import AsyncProduceStrategy
+from producer.experience import make_experience
 from producer.filters import GroupFilter, zero_variance
 from producer.prompts import PromptSampler, ReplayPromptSampler
 from producer.strategy import ProducedBatch, ProduceStrategy
@@ -14,5 +15,6 @@ __all__ = [
     "PromptSampler",
     "ReplayPromptSampler",
     "SyncProduceStrategy",
+    "make_experience",
     "zero_variance",
 ]

@@ -1,8 +1,8 @@
 """`AsyncProduceStrategy`: start more than the batch needs, so that no slow prompt holds it up."""
 
-import math
 from typing import Any
 
+from agent_loop.sampling import number
 from buffer import ReplayBuffer
 from producer.issue import Load, over_issue
 from producer.strategy import ProduceStrategy
@@ -18,8 +18,8 @@ class AsyncProduceStrategy(ProduceStrategy):
     """
 
     def __init__(self, buffer: ReplayBuffer, *, staleness_threshold: float = 0.5, **options: Any) -> None:
-        if not 0 <= staleness_threshold < math.inf:
-            raise ValueError(f"staleness_threshold={staleness_threshold} must be finite and 0 or more; 0 issues no more than a batch needs")
+        if number("staleness_threshold", staleness_threshold) < 0:
+            raise ValueError(f"staleness_threshold={staleness_threshold} must be 0 or more; 0 issues no more than a batch needs")
         super().__init__(buffer, **options)
         self.staleness_threshold = staleness_threshold
 

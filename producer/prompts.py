@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from agent_loop.sampling import whole
 from agent_loop.single_turn import Tokenizer
 from buffer import DrawnRow, Position, ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.codec import encode_group, encode_prompt
@@ -53,16 +54,16 @@ class PromptSampler:
         self,
         dataset: Any,
         group_size: int = 8,
-        *,
         shuffle: bool = True,
         seed: int = 0,
+        *,
         max_prompt_tokens: int | None = None,
         tokenizer: Tokenizer | None = None,
         on_bad_row: Literal["raise", "fail"] = "raise",
     ) -> None:
-        if group_size < 1:
+        if whole("group_size", group_size) < 1:
             raise ValueError(f"group_size={group_size} makes no group; it must be 1 or more")
-        if max_prompt_tokens is not None and max_prompt_tokens < 1:
+        if max_prompt_tokens is not None and whole("max_prompt_tokens", max_prompt_tokens) < 1:
             raise ValueError(f"max_prompt_tokens={max_prompt_tokens} lets no prompt through; it must be 1 or more")
         if on_bad_row not in ("raise", "fail"):
             raise ValueError(f"on_bad_row={on_bad_row!r} is unknown; choose 'raise' or 'fail'")

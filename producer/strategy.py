@@ -1,6 +1,7 @@
 """`ProduceStrategy`: the loop that fills a batch, written once; what differs between strategies is a pure decision."""
 
 import asyncio
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -12,8 +13,9 @@ from tqdm import tqdm
 
 from agent_loop import AgentLoop
 from agent_loop.agent_loop import first_error
+from agent_loop.sampling import number, whole
 from buffer import Fifo, ReplayBuffer, RolloutGroup, Status, TakePolicy
-from buffer.errors import BufferClosedError
+from buffer.errors import BufferClosedError, DatabaseError
 from producer.errors import FailureBudgetError, ProducerError
 from producer.filters import GroupFilter, checked_reason
 from producer.interrupt import settle_unfinished
@@ -22,8 +24,7 @@ from producer.metrics import Metrics, batch_metrics
 from producer.prompts import PromptSampler
 from producer.task_pool import TaskPool
 
-_MOST_INTERRUPTED = 16
-"""Groups for each one of the batch that may be interrupted from outside while it is produced."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class ProduceStrategy(ABC):
         enable_partial_rollout: keep the tokens of interrupted responses, to be continued; without, they begin anew.
         max_failed: groups of one batch that may fail; one more stops production. Default: the batch size.
         max_filtered: groups of one batch that may be filtered, likewise. Default: 8 times the batch size.
+        max_interrupted: groups of one batch that may end early by themselves, likewise. Default: 16 times the batch size.
         interrupt_timeout: seconds that interrupted rollouts have to return before they are cancelled.
         policy: which completed groups are taken first.
         progress: show a bar of each batch; None shows it on a terminal only.
@@ -87,15 +89,19 @@ class ProduceStrategy(ABC):
         enable_partial_rollout: bool = True,
         max_failed: int | None = None,
         max_filtered: int | None = None,
+        max_interrupted: int | None = None,
         interrupt_timeout: float = 10.0,
         policy: TakePolicy | None = None,
         progress: bool | None = None,
     ) -> None:
-        for name, bound in (("max_failed", max_failed), ("max_filtered", max_filtered), ("interrupt_timeout", interrupt_timeout)):
-            if bound is not None and bound < 0:
+        if not isinstance(buffer, ReplayBuffer):
+            raise TypeError(f"buffer={buffer!r:.80} is no ReplayBuffer; pass an open one")
+        bounds = {"max_failed": max_failed, "max_filtered": max_filtered, "max_interrupted": max_interrupted}
+        for name, bound in (*bounds.items(), ("interrupt_timeout", interrupt_timeout)):
+            if bound is not None and number(name, bound) < 0:
                 raise ValueError(f"{name}={bound} is negative; it must be 0 or more")
         self.buffer, self.group_filter, self.enable_partial_rollout = buffer, group_filter, enable_partial_rollout
-        self._max_failed, self._max_filtered = max_failed, max_filtered
+        self._max_failed, self._max_filtered, self._max_interrupted = max_failed, max_filtered, max_interrupted
         self._interrupt_timeout, self._policy = interrupt_timeout, policy or Fifo()
         self._no_bar = None if progress is None else not progress
         self._producing: set[str] = set()
@@ -125,7 +131,7 @@ class ProduceStrategy(ABC):
             DatasetError: a bad row, an empty dataset (see `PromptSampler`).
             ResumeRequiredError: see `ReplayBuffer.take`.
         """
-        if batch_size < 1:
+        if whole("batch_size", batch_size) < 1:
             raise ValueError(f"batch_size={batch_size} is no batch; it must be 1 or more")
         agent_loop.check_initialised()
         if task_name in self._producing:
@@ -146,8 +152,8 @@ class ProduceStrategy(ABC):
 
     async def _produce(self, agent_loop: AgentLoop, sampler: PromptSampler, progress: _Progress, step: int | None) -> ProducedBatch:
         task_name, batch_size, began = progress.task_name, progress.batch_size, time.perf_counter()
-        await self.buffer.take(task_name, 0, step=1)  # takes nothing: a forgotten `resume` is refused now, not after all the sampling
         step = await self.buffer.last_step(task_name) + 1 if step is None else step
+        await self.buffer.check_take(task_name, step)  # refused now, not after all the sampling
         progress.completed = await self.buffer.count(task_name, Status.COMPLETED)
         if progress.completed < batch_size:
             await self._fill(agent_loop, sampler, progress)
@@ -207,10 +213,10 @@ class ProduceStrategy(ABC):
             )
 
     async def _run_group(self, agent_loop: AgentLoop, group: RolloutGroup, progress: _Progress) -> _Outcome:
-        tokens_before = _tokens(group)
+        group_id, tokens_before = group.group_id, _tokens(group)
         try:
             if not progress.stopping:  # else it was started in the turn of the loop in which the batch was stopped
-                group = await agent_loop.generate_group(group)
+                group = _same_group(group, await agent_loop.generate_group(group))
             self._decide(group)
         except BaseException:
             # Recorded first, raised again after: even a second cancellation cannot undo a write that was asked for.
@@ -218,17 +224,36 @@ class ProduceStrategy(ABC):
                 for state in group.rollouts:  # not completed before it went through the filter: judged again next time
                     state.status = Status.RUNNING
             settle_unfinished(group, keep_tokens=self.enable_partial_rollout)
-            await self._store(group, progress)
+            await self._store(group_id, group, progress)
             raise
         sampled = _tokens(group) - tokens_before
         if group.status in (Status.RUNNING, Status.INTERRUPTED):
             settle_unfinished(group, keep_tokens=self.enable_partial_rollout)
-        await self._store(group, progress)
-        return _Outcome(group.group_id, group.status, sampled, _reason(group))
+        stored = await self._store(group_id, group, progress)
+        return _Outcome(group_id, stored.status, sampled, _reason(stored))
 
-    async def _store(self, group: RolloutGroup, progress: _Progress) -> None:
-        progress.unstored.discard(group.group_id)
-        await self.buffer.put(group)
+    async def _store(self, group_id: int, group: RolloutGroup, progress: _Progress) -> RolloutGroup:
+        """Store the group, or in its place a failed one where an agent loop left it in a state that cannot be stored."""
+        progress.unstored.discard(group_id)  # a put that is cancelled is done all the same
+        try:
+            await self.buffer.put(group)
+            return group
+        except (DatabaseError, BufferClosedError):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever the group's content makes encoding raise is a failed rollout
+            progress.unstored.add(group_id)
+            failed = await self._failed(group_id, f"it cannot be stored: {type(error).__name__}: {error}")
+        progress.unstored.discard(group_id)
+        await self.buffer.put(failed)
+        return failed
+
+    async def _failed(self, group_id: int, reason: str) -> RolloutGroup:
+        """The group as the buffer has it, its unfinished members failed."""
+        group = await self.buffer.get(group_id)
+        for state in group.rollouts:
+            if state.status is not Status.COMPLETED:
+                state.status, state.error = Status.FAILED, reason.encode(errors="backslashreplace").decode()
+        return group
 
     def _decide(self, group: RolloutGroup) -> None:
         if group.status is not Status.COMPLETED or self.group_filter is None:
@@ -242,7 +267,7 @@ class ProduceStrategy(ABC):
             Status.FAILED: ("max_failed", self._max_failed, progress.batch_size),
             Status.FILTERED: ("max_filtered", self._max_filtered, 8 * progress.batch_size),
             # An engine that ends every request early would else use up the dataset, for ever.
-            Status.INTERRUPTED: ("most", None, _MOST_INTERRUPTED * progress.batch_size),
+            Status.INTERRUPTED: ("max_interrupted", self._max_interrupted, 16 * progress.batch_size),
         }
         for status, (name, given, default) in bounds.items():
             bound = default if given is None else given
@@ -261,10 +286,23 @@ class ProduceStrategy(ABC):
                     await agent_loop.interrupt(pool.running)
             if not await pool.drained(self._interrupt_timeout):
                 pool.cancel()
-                await pool.drained(self._interrupt_timeout)
+                if not await pool.drained(self._interrupt_timeout):
+                    _log.warning(
+                        "groups %s of task %r were cancelled %g s ago and still run: their agent loop holds CancelledError back; "
+                        "let it through, the batch waits for them",
+                        pool.running,
+                        progress.task_name,
+                        self._interrupt_timeout,
+                    )
         for outcome in pool.taken():
             progress.record(outcome)
         progress.ended[Status.INTERRUPTED] += len(progress.started) - progress.ended.total()  # those that were cancelled
+
+
+def _same_group(given: RolloutGroup, returned: object) -> RolloutGroup:
+    if not isinstance(returned, RolloutGroup):
+        raise TypeError(f"generate_group returned {returned!r:.80} for group {given.group_id}; it must return the group")
+    return returned
 
 
 def _tokens(group: RolloutGroup) -> int:
@@ -275,5 +313,5 @@ def _reason(group: RolloutGroup) -> str | None:
     if group.status is Status.FILTERED:
         return group.filter_reason
     if group.status is Status.INTERRUPTED:
-        return "the engine ended its requests early"
+        return "its agent loop or its engine ended it early, unasked"
     return next((state.error for state in group.rollouts if state.error), None)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError, WeightUpdateError
-from agent_loop.sampling import SamplingParams
+from agent_loop.sampling import SamplingParams, whole
 
 FinishReason = Literal["stop", "length", "abort"]
 PauseMode = Literal["abort", "wait", "keep"]
@@ -61,8 +61,7 @@ class Engine(ABC):
     coroutines of one event loop; many `generate` calls run at once.
     """
 
-    def __init__(self) -> None:
-        self._version = 0
+    _version = 0
 
     @property
     def version(self) -> int:
@@ -153,8 +152,12 @@ class Engine(ABC):
             WeightUpdateError: the weights could not be loaded; the old ones and their version are still in force.
             EngineDeadError: the engine is gone.
         """
+        version = whole("version", version)
         if version < self._version:
-            raise ValueError(f"version={version} is below the engine's {self._version}; versions only grow: count up at each update")
+            raise ValueError(
+                f"version={version} is below the engine's {self._version}; versions only grow: "
+                "count up at each update, and after a rewind to an older checkpoint make a new engine"
+            )
         try:
             await self._load_weights(source, version)
         except (WeightUpdateError, EngineDeadError, EngineClosedError):
@@ -180,7 +183,12 @@ class Engine(ABC):
 
     def check_request(self, prompt_ids: Sequence[int] | NDArray[np.int32], params: SamplingParams) -> NDArray[np.int32]:
         """`prompt_ids` as int32, or `RequestRefusedError` naming the value, the bound and what to do."""
-        ids = np.asarray(prompt_ids, dtype=np.int64).reshape(-1)
+        given = np.asarray(prompt_ids)
+        if given.size and given.dtype.kind not in "iu":
+            raise RequestRefusedError(
+                f"prompt_ids={prompt_ids!r:.50} are no token ids; give whole numbers, from the model's tokenizer"
+            )
+        ids = given.astype(np.int64).reshape(-1)
         if ids.size == 0:
             raise RequestRefusedError("the prompt is empty; give at least one token")
         if outside := [int(token) for token in ids[(ids < 0) | (ids >= self.vocab_size)][:3]]:

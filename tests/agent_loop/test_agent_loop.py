@@ -607,3 +607,46 @@ async def test_refused_errors_are_what_they_say() -> None:
     with pytest.raises(RequestRefusedError, match=r"pass|encode"):
         async with Seen(lengths=1) as engine:
             await SingleTurnAgentLoop(engine).extend(RolloutState(1, 0))
+
+
+# -- bad arguments --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 2.5),
+        ("max_tokens", True),
+        ("max_tokens", "8"),
+        ("max_tokens", 0),
+        ("top_k", 1.5),
+        ("seed", "a"),
+        ("temperature", math.inf),
+        ("temperature", -0.1),
+        ("top_p", 0),
+        ("stop", "x"),
+        ("stop", None),
+        ("stop", [1]),
+        ("stop", [""]),
+        ("stop_token_ids", [1.7]),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+    ],
+)
+def test_sampling_parameters_out_of_bounds_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        SamplingParams(**{name: value})
+
+
+async def test_parts_that_could_only_fail_once_per_prompt_are_refused_at_construction() -> None:
+    async with SimulatedEngine() as engine:
+        for arguments, named in (((SimulatedEngine,), {}), ((engine,), {"reward": 5}), ((engine,), {"sampling": {"max_tokens": 3}})):
+            with pytest.raises(TypeError, match="is no"):
+                SingleTurnAgentLoop(*arguments, **named)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="third argument"):
+            SingleTurnAgentLoop(engine, lambda state: 1.0)  # type: ignore[arg-type]
+        for bad in ([5.5], "abc", None):
+            with pytest.raises(RequestRefusedError):
+                await engine.generate(bad, SamplingParams(max_tokens=1), request_id="bad")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"version=1.5"):
+            await engine.update_weights({"seed": 1}, version=1.5)  # type: ignore[arg-type]

@@ -1,8 +1,10 @@
 """Strategies deliver whole batches, account for everything they start, and stop with the cause when they cannot."""
 
 import asyncio
+import contextlib
 import itertools
 import json
+import logging
 import math
 import random
 from collections.abc import AsyncIterator, Callable, Collection
@@ -367,7 +369,7 @@ async def test_an_engine_that_ends_everything_early_does_not_use_up_the_dataset(
             return state
 
     async with SimulatedEngine(lengths=3) as engine:
-        with pytest.raises(FailureBudgetError, match=r"interrupted .*ended its requests early"):
+        with pytest.raises(FailureBudgetError, match=r"interrupted \(max_interrupted=32\).*ended it early"):
             await SyncProduceStrategy(buffer).produce_batch(Aborting(engine), sampler_of(buffer), 2, TASK)
     assert (await buffer.counts(TASK))[Status.INTERRUPTED] <= 2 * 16 + 2
 
@@ -763,3 +765,138 @@ def check_members(groups: Collection[RolloutGroup], group_size: int) -> None:
             sizes = {array.size for array in (state.response_ids, state.logprobs, state.loss_mask, state.versions)}
             assert len(sizes) == 1
             assert 0 < state.response_ids.size <= 64
+
+
+# -- refused before the work, stored whatever it is ----------------------------------------------------------------
+
+
+async def test_a_step_that_cannot_be_taken_is_refused_before_anything_is_sampled(buffer: ReplayBuffer) -> None:
+    async with Counting(lengths=5) as engine:
+        strategy, loop = SyncProduceStrategy(buffer), loop_of(engine)
+        await strategy.produce_batch(loop, sampler_of(buffer), 2, TASK, step=7)
+        await buffer.commit(7)
+        asked = engine.requests
+        for step in (0, 1.5, "a", 7, 2**70):
+            with pytest.raises(ValueError, match="step"):
+                await strategy.produce_batch(loop, sampler_of(buffer), 2, TASK, step=step)  # type: ignore[arg-type]
+        assert engine.requests == asked
+        other = await strategy.produce_batch(loop, sampler_of(buffer), 2, "other")
+        assert other.step == 8, "a committed step is over for every task"
+
+
+class Spoiling(SingleTurnAgentLoop):
+    """Leaves the first prompt's rollouts in a state that no buffer can store."""
+
+    def __init__(self, *arguments: Any, spoil: Callable[[RolloutState], None], **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._spoil = spoil
+
+    async def generate(self, state: RolloutState) -> RolloutState:
+        state = await super().generate(state)
+        if state.row["answer"] == 0:
+            self._spoil(state)
+        return state
+
+
+def _text(state: RolloutState) -> None:
+    state.text = b"\xff"  # type: ignore[assignment]
+
+
+def _metrics(state: RolloutState) -> None:
+    state.metrics = {"x": {1, 2}}  # type: ignore[dict-item]
+
+
+def _lengths(state: RolloutState) -> None:
+    state.logprobs = state.logprobs[:1]
+
+
+def _identity(state: RolloutState) -> None:
+    state.index = 99
+
+
+@pytest.mark.parametrize("spoil", [_text, _metrics, _lengths, _identity])
+async def test_a_rollout_that_cannot_be_stored_is_a_failed_one(buffer: ReplayBuffer, spoil: Callable[[RolloutState], None]) -> None:
+    async with SimulatedEngine(lengths=5) as engine:
+        loop = Spoiling(engine, reward=lambda state: 1.0, spoil=spoil, back_off=0.0)
+        batch = await SyncProduceStrategy(buffer).produce_batch(loop, sampler_of(buffer), 2, TASK)
+    assert offsets(batch.groups) == [1, 2]
+    assert accounted_for(batch.metrics)
+    (failed,) = await buffer.query(status=Status.FAILED)
+    assert offsets([failed]) == [0]
+    assert failed.rollouts[0].error
+    assert await buffer.count(TASK, Status.RUNNING) == 0
+    assert (await buffer.audit()).ok
+
+
+async def test_a_slow_judge_of_a_surplus_group_does_not_hold_the_batch_up(buffer: ReplayBuffer) -> None:
+    judged: list[int] = []
+    never = asyncio.Event()
+
+    async def judge(state: RolloutState) -> float:
+        judged.append(state.row["answer"])
+        if state.row["answer"] >= 2 and judged.count(state.row["answer"]) == 1:
+            await never.wait()
+        return 1.0
+
+    async with Counting(lengths=5) as engine:
+        strategy, sampler = AsyncProduceStrategy(buffer, staleness_threshold=1.0, interrupt_timeout=3600), sampler_of(buffer, group_size=1)
+        loop = loop_of(engine, reward=judge, reward_timeout=3600.0)
+        batch = await strategy.produce_batch(loop, sampler, 2, TASK)
+        assert offsets(batch.groups) == [0, 1]
+        waiting = await buffer.query(status=Status.INTERRUPTED)
+        assert {group.rollouts[0].finish_reason for group in waiting} == {"stop"}
+        asked = engine.requests
+        again = await SyncProduceStrategy(buffer).produce_batch(loop, sampler, len(waiting), TASK)
+        assert {group.group_id for group in again.groups} == {group.group_id for group in waiting}
+        assert engine.requests == asked, "only the judging is repeated"
+
+
+async def test_a_loop_that_holds_a_cancellation_back_is_named(buffer: ReplayBuffer, caplog: pytest.LogCaptureFixture) -> None:
+    let_go = asyncio.Event()
+
+    class Stubborn(SingleTurnAgentLoop):
+        async def generate(self, state: RolloutState) -> RolloutState:
+            while state.row["answer"] == 1 and not let_go.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await let_go.wait()
+            return await super().generate(state)
+
+    class LetGo(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            let_go.set()
+
+    handler = LetGo()
+    logging.getLogger("producer.strategy").addHandler(handler)
+    try:
+        async with SimulatedEngine(lengths=5) as engine:
+            strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, interrupt_timeout=0.05)
+            batch = await strategy.produce_batch(Stubborn(engine), sampler_of(buffer, group_size=1), 1, TASK)
+    finally:
+        logging.getLogger("producer.strategy").removeHandler(handler)
+    assert offsets(batch.groups) == [0]
+    assert "holds CancelledError back" in caplog.text
+    assert await buffer.count(TASK, Status.RUNNING) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_failed": "3"},
+        {"max_filtered": -1},
+        {"interrupt_timeout": float("nan")},
+        {"max_interrupted": True},
+        {"staleness_threshold": "0.5"},
+    ],
+)
+async def test_bad_bounds_are_refused_at_construction(buffer: ReplayBuffer, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        AsyncProduceStrategy(buffer, **arguments)
+
+
+async def test_a_strategy_needs_a_buffer_and_a_whole_batch(buffer: ReplayBuffer) -> None:
+    with pytest.raises(TypeError, match="ReplayBuffer"):
+        SyncProduceStrategy(None)  # type: ignore[arg-type]
+    async with Counting(lengths=5) as engine:
+        with pytest.raises(ValueError, match=r"batch_size=2.5"):
+            await SyncProduceStrategy(buffer).produce_batch(loop_of(engine), sampler_of(buffer), 2.5, TASK)  # type: ignore[arg-type]
+    assert engine.requests == 0
