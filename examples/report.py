@@ -28,7 +28,7 @@ def report(counts: Mapping[Status, int], rewards: Sequence[float], folder: Path)
     console.print(f"reward curve: {folder / 'reward.png'}", soft_wrap=True)
     console.print(f"every prompt: .venv/bin/millrace query {folder / 'run.db'}", soft_wrap=True)
     console.print(f"what one became: .venv/bin/millrace show {folder / 'run.db'} 1", soft_wrap=True)
-    console.print("how it works: examples/train_arithmetic.py, then docs/tutorial.md; for a new run: make clean", soft_wrap=True)
+    console.print(f"how it works: examples/train_arithmetic.py, then docs/tutorial.md; for a new run: rm -r {folder}", soft_wrap=True)
 
 
 def plot(rewards: Sequence[float], path: Path) -> None:
