@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from buffer.errors import CorruptPayloadError
-from buffer.rollout import Position, RolloutGroup, RolloutState
+from buffer.rollout import Position, RolloutGroup, RolloutState, drawn_fields
 from buffer.status import Status, member_status
 
 if sys.byteorder != "little":
@@ -34,16 +34,21 @@ class EncodedGroup(NamedTuple):
     status: Status
     group: dict[str, Any]
     rollouts: list[dict[str, Any]]
-    prompt: str
+    prompts: list[dict[str, Any]]
     extras: str
     arrays: bytes
+
+    @property
+    def prompt(self) -> str:
+        """The prompts as JSON. They are written once: only who adds the group pays for it, not every result."""
+        return _prompts_to_json(self.prompts, self.group_id)
 
 
 def encode_group(group: RolloutGroup) -> EncodedGroup:
     """Everything the store writes of `group`.
 
-    Raises `ValueError` where a row or extra is not JSON-able, a score or reward is not finite, or the arrays of a
-    rollout do not belong together.
+    Raises `ValueError` where an extra is not JSON-able, a score or reward is not finite, or the arrays of a rollout
+    do not belong together; `EncodedGroup.prompt` does where a row is not JSON-able.
     """
     runs = [_runs(rollout.versions) for rollout in group.rollouts]
     spans = [_trainable_span(rollout, own) for rollout, own in zip(group.rollouts, runs, strict=True)]
@@ -58,19 +63,22 @@ def encode_group(group: RolloutGroup) -> EncodedGroup:
         "filter_reason": None if group.filter_reason is None else _storable_text(group.filter_reason),
     }
     members = [_hot_member(rollout, span) for rollout, span in zip(group.rollouts, spans, strict=True)]
-    return EncodedGroup(group.group_id, group.task_name, group.status, hot, members, encode_prompt(group.rollouts), extras, arrays)
+    return EncodedGroup(group.group_id, group.task_name, group.status, hot, members, _prompts_of(group), extras, arrays)
 
 
 def encode_prompt(rollouts: Sequence[RolloutState]) -> str:
     """The prompts of the members as JSON: one object where all share it, as after a draw, else one a member."""
-    fields = [_prompt_of(rollout) for rollout in rollouts]
-    shared = all(_same(own, fields[0]) for own in fields[1:])
-    return to_json(fields[:1] if shared else fields, f"row of group {rollouts[0].group_id}")
+    return _prompts_to_json([_prompt_of(rollout) for rollout in rollouts], rollouts[0].group_id)
 
 
-def _same(own: dict[str, Any], other: dict[str, Any]) -> bool:
+def _prompts_to_json(prompts: list[dict[str, Any]], group_id: int) -> str:
+    shared = all(_same(own, prompts[0]) for own in prompts[1:])
+    return to_json(prompts[:1] if shared else prompts, f"row of group {group_id}")
+
+
+def _same(own: Any, other: Any) -> bool:
     try:
-        return own == other
+        return bool(own == other)
     except ValueError:  # an array among the columns has no one truth value
         return to_json(own, "row") == to_json(other, "row")
 
@@ -146,8 +154,24 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a value of type {type(value).__name__} is not JSON")
 
 
+def _prompts_of(group: RolloutGroup) -> list[dict[str, Any]]:
+    return [_prompt_of(rollout) for rollout in group.rollouts]
+
+
 def _prompt_of(rollout: RolloutState) -> dict[str, Any]:
-    return {name: value for name in _PROMPT_FIELDS if (value := getattr(rollout, name))}
+    # Containers of its own: the writer's thread encodes them while the caller may go on with the rollout.
+    fields = {name: value for name in _PROMPT_FIELDS if (value := getattr(rollout, name))}
+    return {
+        name: dict(value) if isinstance(value, Mapping) else value if isinstance(value, str) else list(value)
+        for name, value in fields.items()
+    }
+
+
+def _changed(rollout: RolloutState) -> dict[str, Any]:
+    """The conversation and media where they are not the row's: a loop has added turns, or the group was made by hand."""
+    drawn = drawn_fields(rollout.row)
+    now = {"messages": rollout.messages, "media": rollout.media}
+    return {name: value for name, value in now.items() if not _same(value, drawn.get(name))}
 
 
 def _hot_member(rollout: RolloutState, span: tuple[int, int] | None) -> dict[str, Any]:
@@ -202,9 +226,10 @@ def _encode_arrays(rollouts: Sequence[RolloutState], runs: Sequence[NDArray[np.i
                 "turns": rollout.turns,
                 "reward_parts": rollout.reward_parts,
                 "metrics": rollout.metrics,
+                **_changed(rollout),
             }
         )
-    return to_json(extras, f"text or metrics of group {rollouts[0].group_id}"), b"".join(words + masks)
+    return to_json(extras, f"text, messages or metrics of group {rollouts[0].group_id}"), b"".join(words + masks)
 
 
 def _runs(versions: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -277,4 +302,5 @@ def _decode_member(extra: dict[str, Any], words: _ArrayReader, masks: _ArrayRead
         "turns": extra["turns"],
         "reward_parts": extra["reward_parts"],
         "metrics": extra["metrics"],
+        **{name: extra[name] for name in ("messages", "media") if name in extra},  # they win over those of the prompt
     }

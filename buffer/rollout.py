@@ -46,6 +46,9 @@ class RolloutState:
     It is owned by one agent loop at a time. `response_ids` (int32), `logprobs` (float32, natural log, of the
     sampled tokens), `loss_mask` (uint8, 1 where trainable) and `versions` (int32, the policy that produced the
     token) always have one length. `append` is the only way tokens enter and `reset` the only way they leave.
+
+    A loop may add to `messages` and `media`: they are stored with the response, and `reset` makes them the row's again.
+    `row`, `prompt` and `sampling` are for reading: they are stored once, when the prompt is drawn.
     """
 
     group_id: int
@@ -160,7 +163,9 @@ class RolloutState:
         self._extend_turns("assistant" if trainable else "environment", start)
 
     def reset(self) -> None:
-        """Forget the response and everything judged from it; the prompt, its media and its row stay."""
+        """Forget the response and everything judged from it. The row stays, messages and media are as it gave them."""
+        for name, drawn in drawn_fields(self.row).items():
+            setattr(self, name, drawn)
         self.response_ids = _array(None, np.int32)
         self.logprobs = _array(None, np.float32)
         self.loss_mask = _array(None, np.uint8)
@@ -294,6 +299,15 @@ def prompt_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     if row.get("sampling"):
         fields["sampling"] = dict(row["sampling"])
     return fields
+
+
+def drawn_fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`messages` and `media` as the row gives them, lists of their own; nothing of a row without a prompt (a group made by hand)."""
+    try:
+        fields = prompt_fields(row)
+    except ValueError:
+        return {}
+    return {"messages": fields["messages"], "media": None if fields["media"] is None else list(fields["media"])}
 
 
 def _messages(prompt: Any) -> list[dict[str, Any]]:

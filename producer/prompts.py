@@ -215,7 +215,7 @@ def _check_storable(row: Any) -> None:
         ids = np.asarray(given)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise ValueError(f"prompt_ids is an array of {ids.dtype} of shape {ids.shape}; it must be one list of whole numbers")
-    encode_group(group)
+    _ = encode_group(group).prompt
 
 
 def _recordable(checked: _CheckedRow) -> Any:

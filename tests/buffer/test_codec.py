@@ -156,7 +156,7 @@ def circular() -> dict[str, Any]:
 @pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", circular(), {(1, 2): 3}])
 def test_a_row_that_is_not_json_is_refused_with_what_may_be(value: Any) -> None:
     with pytest.raises(ValueError, match=r"row of group 1 cannot be stored: .*; keep columns to text, numbers, lists and mappings"):
-        encode_group(RolloutGroup(1, [RolloutState(1, 0, row={"x": value})]))
+        _ = encode_group(RolloutGroup(1, [RolloutState(1, 0, row={"x": value})])).prompt
 
 
 @pytest.mark.parametrize("name", ["score", "reward"])
@@ -285,3 +285,36 @@ def test_random_damage_is_refused_or_gives_a_valid_group(noise: bytes, data: st.
     except CorruptPayloadError:
         return
     assert plain(decode_group(**stored(encode_group(group)))) == plain(group)
+
+
+def chat_group(size: int = 2) -> RolloutGroup:
+    row = {"messages": [{"role": "user", "content": "2+2?"}], "media": ["image"]}
+    return RolloutGroup.from_row(1, row, group_size=size, task_name="math", position=Position(0, 0))
+
+
+def test_what_a_loop_adds_to_the_conversation_is_stored_with_the_response() -> None:
+    drawn, later = chat_group(), chat_group()
+    later.rollouts[0].messages.append({"role": "assistant", "content": "4?"})  # type: ignore[union-attr]
+    later.rollouts[1].media = None
+    encoded = encode_group(later)
+    decoded = decode_group(**stored(encoded) | {"prompt": encode_group(drawn).prompt})  # the prompt stays what was drawn
+    assert plain(decoded) == plain(later)
+    assert "messages" not in encode_group(drawn).extras, "what the row gives is not stored again"
+
+
+def test_a_row_is_encoded_only_by_who_writes_it() -> None:
+    group = chat_group()
+    group.rollouts[0].row = {"messages": group.rollouts[0].messages, "image": object()}
+    encoded = encode_group(group)
+    with pytest.raises(ValueError, match="row of group 1 cannot be stored"):
+        _ = encoded.prompt
+
+
+def test_what_is_added_after_encoding_is_not_stored() -> None:
+    group = a_group(1, size=1)
+    group.rollouts[0].messages = [{"role": "user", "content": "2+2?"}]
+    encoded = encode_group(group)
+    group.rollouts[0].messages.append({"role": "assistant", "content": "4"})
+    assert (
+        decode_group(**stored(encoded)).rollouts[0].messages == json.loads(encoded.prompt)[0]["messages"] == group.rollouts[0].messages[:1]
+    )

@@ -117,12 +117,12 @@ def test_arrays_are_read_only_copies(name: str) -> None:
 
 
 def test_reset_forgets_the_response_and_keeps_the_prompt() -> None:
-    rollout = a_rollout(row={"prompt": "p", "answer": 3}, prompt="p", prompt_ids=[1, 2], media=["image"], attempts=2)
+    rollout = a_rollout(row={"prompt": "p", "answer": 3, "media": ["image"]}, prompt="p", prompt_ids=[1, 2], media=["image"], attempts=2)
     rollout.append([1], logprobs=[-1.0], version=1)
     rollout.finish_reason, rollout.text, rollout.score, rollout.reward = "stop", "x", 1.0, 2.0
     rollout.reward_parts, rollout.metrics = {"a": 1.0}, {"b": 2.0}
     rollout.reset()
-    fresh = a_rollout(row={"prompt": "p", "answer": 3}, prompt="p", prompt_ids=[1, 2], media=["image"], attempts=2)
+    fresh = a_rollout(row={"prompt": "p", "answer": 3, "media": ["image"]}, prompt="p", prompt_ids=[1, 2], media=["image"], attempts=2)
     for name in (*ARRAYS, "prompt_ids"):
         assert getattr(rollout, name).tolist() == getattr(fresh, name).tolist()
     for name in ("finish_reason", "text", "score", "reward", "reward_parts", "metrics", "turns", "row", "prompt", "media", "attempts"):
@@ -204,3 +204,12 @@ def test_a_row_gives_the_fields_of_its_prompt(row: dict[str, Any], expected: dic
 def test_a_row_without_a_usable_prompt_is_refused_with_the_reason(row: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prompt_fields(row)
+
+
+def test_reset_gives_the_conversation_of_the_row_back() -> None:
+    row = {"messages": [{"role": "user", "content": "2+2?"}], "media": ["image"]}
+    (rollout,) = RolloutGroup.from_row(1, row, group_size=1, task_name="math", position=Position(0, 0)).rollouts
+    rollout.messages.append({"role": "tool", "content": "4"})  # type: ignore[union-attr]
+    rollout.media = ["image", "another"]
+    rollout.reset()
+    assert (rollout.messages, rollout.media) == (row["messages"], row["media"])
