@@ -310,16 +310,27 @@ def committed_step(conn: Connection) -> int | None:
     return None if stored is None else int(stored)
 
 
-def commit(conn: Connection, steps: Sequence[int], deltas: Deltas) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A wish to make what was consumed up to `step` final, with the policy's version there, if it was told."""
+
+    step: int
+    version: int | None
+
+
+def commit(conn: Connection, requests: Sequence[Commit], deltas: Deltas) -> list[int]:
     """Archive what was consumed up to each step; gives how many groups that made final."""
-    return [_commit_one(conn, step, deltas) for step in steps]
+    return [_commit_one(conn, request, deltas) for request in requests]
 
 
-def _commit_one(conn: Connection, step: int, deltas: Deltas) -> int:
-    rows = q.consumed_up_to(conn, step)
+def _commit_one(conn: Connection, request: Commit, deltas: Deltas) -> int:
+    rows = q.consumed_up_to(conn, request.step)
     q.move(conn, rows, Status.ARCHIVED, deltas)
-    if step > (committed_step(conn) or 0):
-        q.set_meta_value(conn, "committed_step", str(step))
+    committed = committed_step(conn) or 0
+    if request.step > committed:
+        q.set_meta_value(conn, "committed_step", str(request.step))
+    if request.version is not None and request.step >= committed:
+        q.set_meta_value(conn, "committed_version", f"{request.version} at step {request.step}")
     return len(rows)
 
 
@@ -363,7 +374,11 @@ def _resume_one(conn: Connection, step: int, deltas: Deltas) -> tuple[int, int]:
 
 
 def _version_at(conn: Connection, step: int) -> int:
-    """The policy's version after the update of `step`: what the next batch saw, else one more than this step's."""
+    """The policy's version at the checkpoint of `step`: as told to `commit`, else what the next batch saw, else one more
+    than this step's batch saw: true where every step makes one update of the weights."""
+    told, _, at_step = (q.meta_value(conn, "committed_version") or "").partition(" at step ")
+    if at_step == str(step):
+        return int(told)
     after = q.step_version(conn, step + 1)
     if after is not None:
         return after

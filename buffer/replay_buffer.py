@@ -13,7 +13,7 @@ from typing import Any, Self, SupportsIndex, TypeVar
 from buffer import database, operations, queries
 from buffer.codec import encode_group, to_json
 from buffer.errors import BufferClosedError, ReplayBufferError, ResumeRequiredError
-from buffer.operations import Claim, Draw, DrawnRow, Expire, Expired, Operation, ResumeReport, Take
+from buffer.operations import Claim, Commit, Draw, DrawnRow, Expire, Expired, Operation, ResumeReport, Take
 from buffer.policies import Fifo, TakePolicy
 from buffer.queries import Filters
 from buffer.rollout import RolloutGroup
@@ -191,9 +191,14 @@ class ReplayBuffer:
                 "that training goes on from (0 for none) before taking"
             )
 
-    async def commit(self, step: int) -> int:
-        """Make everything consumed up to `step` final: the trainer's checkpoint is on disk. Gives the number of groups."""
-        committed: int = await self._write(operations.commit, _whole("step", step, at_least=0))
+    async def commit(self, step: int, *, version: int | None = None) -> int:
+        """Make everything consumed up to `step` final: the trainer's checkpoint is on disk. Gives the number of groups.
+
+        `version` is the policy's at that checkpoint, kept for `resume`. Without it `resume` says what the next batch saw, or
+        counts one update a step.
+        """
+        request = Commit(_whole("step", step, at_least=0), _whole_or_none("version", version))
+        committed: int = await self._write(operations.commit, request)
         return committed
 
     async def resume(self, step: int) -> ResumeReport:

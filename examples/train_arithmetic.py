@@ -61,7 +61,7 @@ async def train(options: argparse.Namespace) -> None:
             await engine.update_weights(trainer.save_weights(), version=engine.version + 1)
             if step % options.checkpoint_every == 0 or step == options.steps:
                 trainer.save_checkpoint()
-                await buffer.commit(step=step)
+                await buffer.commit(step=step, version=engine.version)
             bar.set_postfix(reward=f"{batch.metrics['batch/reward_mean']:.2f}", stale=f"{batch.metrics['batch/staleness_mean']:.2f}")
         report(await buffer.counts(TASK), trainer.rewards, options.out)
 

@@ -356,6 +356,20 @@ async def test_the_version_at_a_checkpoint_is_what_its_next_batch_saw(buffer: Re
     assert (await buffer.resume(step=9)).version == 9
 
 
+async def test_the_version_at_a_checkpoint_is_what_commit_was_told(buffer: ReplayBuffer) -> None:
+    await put_all(buffer, [a_group(n) for n in range(1, 4)])
+    await buffer.take("math", 1, step=1, version=0)
+    await buffer.commit(1, version=7)
+    await buffer.take("math", 1, step=2, version=8)
+    assert (await buffer.resume(step=1)).version == 7
+    await buffer.take("math", 1, step=2, version=7)
+    await buffer.commit(1)
+    await buffer.commit(0, version=3)
+    assert (await buffer.resume(step=1)).version == 7, "what was told stays, and an older step does not replace it"
+    await buffer.commit(2)
+    assert (await buffer.resume(step=2)).version == 8, "not told of this step: one update is counted"
+
+
 async def test_what_is_committed_is_final(buffer: ReplayBuffer) -> None:
     await put_all(buffer, [a_group(1), a_group(2)])
     await buffer.take("math", 1, step=4)
