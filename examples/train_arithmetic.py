@@ -51,7 +51,7 @@ async def train(options: argparse.Namespace) -> None:
 
         agent_loop = SingleTurnAgentLoop(engine, trainer.tokenizer, reward=exact_match, sampling=SamplingParams(max_tokens=4))
         sampler = ReplayPromptSampler(prompts, buffer, group_size=options.group_size)
-        strategy = AsyncProduceStrategy(buffer, staleness_threshold=0.25, enable_partial_rollout=True)
+        strategy = AsyncProduceStrategy(buffer, staleness_threshold=0.25, enable_partial_rollout=True, max_staleness=2)
 
         bar = tqdm(range(trainer.step + 1, options.steps + 1), initial=trainer.step, total=options.steps, desc="training", unit="step")
         for step in bar:

@@ -73,6 +73,8 @@ class ProduceStrategy(ABC):
         group_filter: says why a completed group is of no use (None keeps it); what it rejects is stored with the
             reason and replaced.
         enable_partial_rollout: keep the tokens of interrupted responses, to be continued; without, they begin anew.
+        max_staleness: groups whose oldest trainable token is more weight updates behind the policy than this are never
+            handed out: their stale members expire, and run again before fresh prompts. None sets no bound.
         max_failed: groups of one batch that may fail; one more stops production. Default: the batch size.
         max_filtered: groups of one batch that may be filtered, likewise. Default: 8 times the batch size.
         max_interrupted: groups of one batch that may end early by themselves, likewise. Default: 16 times the batch size.
@@ -87,6 +89,7 @@ class ProduceStrategy(ABC):
         *,
         group_filter: GroupFilter | None = None,
         enable_partial_rollout: bool = True,
+        max_staleness: int | None = None,
         max_failed: int | None = None,
         max_filtered: int | None = None,
         max_interrupted: int | None = None,
@@ -96,11 +99,12 @@ class ProduceStrategy(ABC):
     ) -> None:
         if not isinstance(buffer, ReplayBuffer):
             raise TypeError(f"buffer={buffer!r:.80} is no ReplayBuffer; pass an open one")
-        bounds = {"max_failed": max_failed, "max_filtered": max_filtered, "max_interrupted": max_interrupted}
-        for name, bound in (*bounds.items(), ("interrupt_timeout", interrupt_timeout)):
+        budget = {"max_failed": max_failed, "max_filtered": max_filtered, "max_interrupted": max_interrupted}
+        for name, bound in {"max_staleness": max_staleness, **budget, "interrupt_timeout": interrupt_timeout}.items():
             if bound is not None and number(name, bound) < 0:
                 raise ValueError(f"{name}={bound} is negative; it must be 0 or more")
         self.buffer, self.group_filter, self.enable_partial_rollout = buffer, group_filter, enable_partial_rollout
+        self.max_staleness = max_staleness
         self._max_failed, self._max_filtered, self._max_interrupted = max_failed, max_filtered, max_interrupted
         self._interrupt_timeout, self._policy = interrupt_timeout, policy or Fifo()
         self._no_bar = None if progress is None else not progress
@@ -154,11 +158,9 @@ class ProduceStrategy(ABC):
         task_name, batch_size, began = progress.task_name, progress.batch_size, time.perf_counter()
         step = await self.buffer.last_step(task_name) + 1 if step is None else step
         await self.buffer.check_take(task_name, step)  # refused now, not after all the sampling
-        progress.completed = await self.buffer.count(task_name, Status.COMPLETED)
-        if progress.completed < batch_size:
+        while (version := await self._completed(agent_loop, progress)) is None:
             await self._fill(agent_loop, sampler, progress)
         counts = await self.buffer.counts(task_name)
-        version = 0 if agent_loop.engine is None else agent_loop.engine.version
         # Nothing is awaited after it: what is taken when the caller is cancelled would be consumed, and reach nobody.
         groups = await self.buffer.take(task_name, batch_size, step=step, version=version, policy=self._policy)
         counts[Status.COMPLETED] -= len(groups)
@@ -174,10 +176,20 @@ class ProduceStrategy(ABC):
         )
         return ProducedBatch(sorted(groups, key=lambda group: group.group_id), step, metrics)
 
+    async def _completed(self, agent_loop: AgentLoop, progress: _Progress) -> int | None:
+        """Count what waits in the buffer, after expiring what is too stale; the policy's version if that is the whole batch."""
+        version = 0 if agent_loop.engine is None else agent_loop.engine.version
+        if self.max_staleness is not None:
+            # Those in `interrupted` too: a response that is continued is as stale as its oldest token.
+            await self.buffer.expire(progress.task_name, version=version, max_staleness=self.max_staleness)
+        progress.completed = await self.buffer.count(progress.task_name, Status.COMPLETED)
+        return version if progress.completed >= progress.batch_size else None
+
     async def _fill(self, agent_loop: AgentLoop, sampler: PromptSampler, progress: _Progress) -> None:
         """Start groups and store what comes of them until the batch is whole; then stop the rest."""
         bar = tqdm(total=progress.batch_size, desc=progress.task_name, unit="group", leave=False, disable=self._no_bar)
         bar.update(progress.completed)
+        progress.stopping = False
         try:
             async with TaskPool[_Outcome]() as pool:
                 try:

@@ -2,8 +2,9 @@
 
 from agent_loop import SamplingParams, SingleTurnAgentLoop
 from agent_loop.engines.simulated import SimulatedEngine
+from agent_loop.engines.simulated_policy import lognormal_lengths
 from buffer import ReplayBuffer, RolloutGroup, RolloutState, Status
-from producer import ReplayPromptSampler, SyncProduceStrategy
+from producer import AsyncProduceStrategy, ReplayPromptSampler, SyncProduceStrategy
 
 TASK = "math"
 
@@ -38,3 +39,39 @@ async def test_after_expiry_only_the_stale_member_is_generated_and_scored(buffer
     again, kept = batch.groups[0].rollouts
     assert (batch.groups[0].group_id, again.versions.tolist(), again.score) == (1, [5, 5, 5], 1.0)
     assert (kept.versions.tolist(), kept.response_ids.tolist(), kept.score) == ([4, 4], [7, 8], 0.5)
+
+
+async def test_nothing_older_than_the_bound_is_handed_out(buffer: ReplayBuffer) -> None:
+    """Over twenty updates, with long and short responses and twice as many groups started as a batch needs."""
+    dataset = [{"prompt_ids": [6 + n % 50]} for n in range(40)]
+    lengths = lognormal_lengths(10, 1.2, longest=200, seed=1)
+    async with SimulatedEngine(lengths=lengths, max_length=1024) as engine:
+        loop = SingleTurnAgentLoop(engine, reward=lambda state: 1.0, sampling=SamplingParams(max_tokens=200, seed=1))
+        sampler = ReplayPromptSampler(dataset, buffer, group_size=2)
+        strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, max_staleness=1)
+        bounds, ages = [], list[float]()
+        for step in range(1, 21):
+            batch = await strategy.produce_batch(loop, sampler, 4, TASK, step=step)
+            bounds += [group.staleness(engine.version) for group in batch.groups]
+            ages.append(batch.metrics["batch/staleness_max"])
+            await engine.update_weights({"seed": step}, version=step)
+    assert len(bounds) == 80
+    assert max(bounds) == max(ages) == 1, "some of it is stale, none of it too stale"
+    assert (await buffer.audit()).ok
+
+
+async def test_what_a_weight_update_makes_too_stale_meanwhile_is_not_handed_out(buffer: ReplayBuffer) -> None:
+    async with SimulatedEngine(lengths=4) as engine:
+
+        class Updating(SingleTurnAgentLoop):
+            async def generate(self, state: RolloutState) -> RolloutState:
+                state = await super().generate(state)
+                if state.row["n"] == 1 and engine.version == 0:
+                    await engine.update_weights({"seed": 1}, version=1)
+                return state
+
+        loop = Updating(engine, reward=lambda state: 1.0, sampling=SamplingParams(max_tokens=8, seed=1))
+        sampler = ReplayPromptSampler([{"prompt_ids": [6], "n": n} for n in range(9)], buffer, group_size=1, shuffle=False)
+        batch = await SyncProduceStrategy(buffer, max_staleness=0).produce_batch(loop, sampler, 3, TASK)
+    assert [group.staleness(1) for group in batch.groups] == [0, 0, 0]
+    assert (await buffer.audit()).ok
