@@ -175,7 +175,7 @@ class FileLock:
             os.close(handle)
             raise
         self._handle = handle
-        _held.add(handle)
+        _held.add(self)
 
     def _lock(self, handle: int) -> None:
         name = self._path.name.removesuffix(".lock")
@@ -195,19 +195,20 @@ class FileLock:
     def release(self) -> None:
         """Give it up; the file stays, since removing it would let two processes lock two files of one name."""
         if self._handle is not None:
-            _held.discard(self._handle)
-            os.close(self._handle)
-            self._handle = None
+            handle, self._handle = self._handle, None
+            _held.discard(self)
+            os.close(handle)
 
 
-_held: set[int] = set()
-"""File descriptors of the locks of this process."""
+_held: set[FileLock] = set()
+"""The locks that this process has, those of buffers that nobody closed included."""
 
 
 def _let_go_in_child() -> None:
-    # A forked child (a dataloader's worker) has a copy of the descriptor, and would hold the lock after we died.
-    while _held:
-        os.close(_held.pop())
+    # A forked child (a dataloader's worker) has a copy of the descriptor, and would hold the lock after we died. The lock
+    # forgets it too: closed again when the child unwinds, its number may be another file's by then.
+    for lock in list(_held):
+        lock.release()
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)

@@ -149,6 +149,28 @@ async def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_lock(tm
         os.kill(child, 9)
 
 
+UNWINDING = """
+from buffer.database import FileLock
+from pathlib import Path
+lock = FileLock(Path(sys.argv[1]) / "run.db")
+lock.acquire()
+child = os.fork()
+if child == 0:
+    others = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]  # one of them gets the number that the lock had
+    try:
+        sys.exit(5)
+    finally:
+        lock.release()
+        for other in others:
+            os.close(other)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), lock._handle is not None)
+"""
+
+
+async def test_a_forked_child_that_unwinds_closes_nothing_twice(tmp_path: Path) -> None:
+    assert await asyncio.to_thread(python, UNWINDING, tmp_path) == "5 True\n"
+
+
 # -- readers beside a writer -----------------------------------------------------------------------------------------------
 
 READING = """
