@@ -1,8 +1,9 @@
 """What a rollout is: one response to one prompt (`RolloutState`), and the group scheduled together (`RolloutGroup`)."""
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -81,6 +82,8 @@ class RolloutState:
 
     def __post_init__(self) -> None:
         self.status = parse_status(self.status)
+        self.group_id = _id("group_id", self.group_id)
+        self.index = _id("index", self.index)
         if not self.task_name:
             raise ValueError("task_name is empty; give every rollout the name of its task")
         if self.index < 0:
@@ -96,6 +99,7 @@ class RolloutState:
         self.messages = None if self.messages is None else [dict(message) for message in self.messages]
         self.media = None if self.media is None else list(self.media)
         self._check_lengths()
+        _check_not_negative(self.rollout_id, token_ids=self.response_ids, versions=self.versions)
         if (self.loss_mask > 1).any():
             raise ValueError(f"rollout {self.rollout_id}: loss_mask holds {self.loss_mask.max()}; it is 1 where trainable, else 0")
         _check_logprobs(self.logprobs, self.loss_mask, self.rollout_id)
@@ -137,7 +141,8 @@ class RolloutState:
             trainable: False for tokens of tools and of the environment; they get mask 0.
 
         Raises:
-            ValueError: unequal lengths, or a trainable token without a finite log-probability. Nothing is added.
+            ValueError: unequal lengths, a negative id or version, or a trainable token without a finite log-probability.
+                Nothing is added.
         """
         ids = _array(token_ids, np.int32)
         if ids.size == 0:
@@ -154,6 +159,7 @@ class RolloutState:
                 raise ValueError(
                     f"rollout {self.rollout_id}: {ids.size} token ids came with {values.size} values of {name}; give one a token"
                 )
+        _check_not_negative(self.rollout_id, token_ids=ids, versions=new_versions)
         _check_logprobs(new_logprobs, new_mask, self.rollout_id)
         start = self.response_ids.size
         self.response_ids = _joined(self.response_ids, ids)
@@ -193,6 +199,20 @@ def _joined(old: NDArray[Any], new: NDArray[Any]) -> NDArray[Any]:
     return joined
 
 
+def _id(name: str, value: SupportsIndex) -> int:
+    """A plain int: drivers do not know numpy's."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r} must be a whole number") from None
+
+
+def _check_not_negative(rollout_id: str, **arrays: NDArray[np.int32]) -> None:
+    for name, values in arrays.items():
+        if values.size and values.min() < 0:
+            raise ValueError(f"rollout {rollout_id}: {name} hold {values.min()}; they are 0 or more")
+
+
 def _check_logprobs(logprobs: NDArray[np.float32], loss_mask: NDArray[np.uint8], rollout_id: str) -> None:
     bad = (loss_mask == 1) & ~np.isfinite(logprobs)
     if bad.any():
@@ -215,6 +235,7 @@ class RolloutGroup:
     filter_reason: str | None = None
 
     def __post_init__(self) -> None:
+        self.group_id = _id("group_id", self.group_id)
         if not self.rollouts:
             raise ValueError(f"group {self.group_id} has no rollouts; a group holds at least one")
         if self.position is not None:

@@ -213,3 +213,23 @@ def test_reset_gives_the_conversation_of_the_row_back() -> None:
     rollout.media = ["image", "another"]
     rollout.reset()
     assert (rollout.messages, rollout.media) == (row["messages"], row["media"])
+
+
+@pytest.mark.parametrize(("ids", "version", "named"), [([-5], 0, "token_ids hold -5"), ([5], -3, "versions hold -3")])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_negative_tokens_and_versions_are_refused(ids: list[int], version: int, named: str, trainable: bool) -> None:
+    rollout = a_rollout()
+    with pytest.raises(ValueError, match=named):
+        rollout.append(ids, logprobs=[-1.0], version=version, trainable=trainable)
+    assert rollout.response_ids.size == 0
+    with pytest.raises(ValueError, match=named):
+        a_rollout(response_ids=ids, logprobs=[-1.0], loss_mask=[int(trainable)], versions=[version])
+
+
+@pytest.mark.parametrize("group_id", [None, "1", 1.5])
+def test_an_id_is_a_whole_number(group_id: object) -> None:
+    with pytest.raises(ValueError, match=f"group_id={group_id!r} must be a whole number"):
+        RolloutState(group_id, 0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"group_id={group_id!r} must be a whole number"):
+        RolloutGroup(group_id, [RolloutState(1, 0)])  # type: ignore[arg-type]
+    assert type(RolloutGroup(np.int64(1), [RolloutState(np.int64(1), 0)]).group_id) is int  # type: ignore[arg-type]
