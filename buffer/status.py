@@ -57,11 +57,6 @@ def parse_status(value: object) -> Status:
         raise ValueError(f"unknown status {value!r}; it must be one of: {known}") from None
 
 
-def sources_of(target: Status) -> frozenset[Status]:
-    """The statuses from which `target` may be reached: what stands in a statement's WHERE."""
-    return frozenset(source for source, goes_to in TRANSITIONS.items() if target in goes_to)
-
-
 def check_transition(source: Status, target: Status, what: str) -> None:
     """Raise `IllegalTransitionError` unless the table allows `source` -> `target`; `what` names the group."""
     if target not in TRANSITIONS[source]:

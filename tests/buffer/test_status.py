@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from buffer import Status
 from buffer.errors import IllegalTransitionError
-from buffer.status import CLAIMABLE, GROUP_WIDE, TRANSITIONS, check_transition, group_status, member_status, parse_status, sources_of
+from buffer.status import CLAIMABLE, GROUP_WIDE, TRANSITIONS, check_transition, group_status, member_status, parse_status
 
 DESIGN = {
     "pending": {"running"},
@@ -34,9 +34,7 @@ def test_the_table_is_the_designs() -> None:
 def test_every_transition_is_allowed_by_the_table_or_refused_with_what_is(source: Status, target: Status) -> None:
     if target in DESIGN[source]:
         check_transition(source, target, "group 7")
-        assert source in sources_of(target)
         return
-    assert source not in sources_of(target)
     with pytest.raises(
         IllegalTransitionError, match=f"group 7 is {source} and cannot become {target}; from {source} it may become: "
     ) as caught:
