@@ -41,6 +41,8 @@ def parse_url(url: str) -> URL:
     path = url.partition(":///")[2]
     if path in ("", ":memory:"):
         raise ValueError(f"{url!r} names no file, and a buffer in memory would not be durable; give one like 'sqlite:///run.db'")
+    if "\0" in path:
+        raise ValueError(f"{url!r} holds a null character, which no name of a file does")
     return URL.create("sqlite", database=str(Path(path).resolve()))
 
 
@@ -224,6 +226,8 @@ def translated(url: URL) -> Iterator[None]:
     except (DBAPIError, sqlite3.Error) as error:
         cause = getattr(error, "orig", None) or error
         raise DatabaseError(f"{url.database}: {cause}; {_remedy(str(cause))}") from error
+    except UnicodeDecodeError as error:
+        raise DatabaseError(f"{url.database}: {error}; {_remedy('malformed')}") from error
 
 
 def _remedy(message: str) -> str:

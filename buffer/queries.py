@@ -141,6 +141,10 @@ def _ensure_task(conn: Connection, task_name: str) -> None:
 _INSERT_GROUP, _INSERT_PROMPT, _INSERT_MEMBER = insert(t.groups), insert(t.prompts), insert(t.rollouts)
 
 
+_TWICE = ("SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY", "SQLITE_CONSTRAINT_ROWID")
+"""How the driver says that a key is there already."""
+
+
 def insert_groups(conn: Connection, encoded: Sequence[EncodedGroup], deltas: Deltas) -> None:
     """Add groups that the database does not have; its unique keys refuse a group id or a prompt that it has."""
     now, seq = time.time(), reserve(conn, "ready", len(encoded))
@@ -160,6 +164,8 @@ def insert_groups(conn: Connection, encoded: Sequence[EncodedGroup], deltas: Del
     try:
         conn.execute(_INSERT_GROUP, rows)
     except IntegrityError as error:
+        if getattr(error.orig, "sqlite_errorname", "") not in _TWICE:
+            raise
         raise DuplicateGroupError(
             f"{_named(encoded)} cannot be added: the database has a group of this id or position already; "
             "draw prompts through the buffer, or give every group an id and position of its own"

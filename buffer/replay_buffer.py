@@ -25,6 +25,9 @@ T = TypeVar("T")
 
 _READER_THREADS = 2
 
+_TOO_LARGE = 2**62
+"""Columns hold 64 bits, and one more than a number has to fit too."""
+
 
 @dataclass(frozen=True, slots=True)
 class DatasetCursor:
@@ -149,6 +152,8 @@ class ReplayBuffer:
             DuplicateGroupError: another group has this group's position.
             ValueError: a row or an extra that is not JSON.
         """
+        if not isinstance(group, RolloutGroup):
+            raise TypeError(f"put() stores a RolloutGroup, not {type(group).__name__}")
         await self._write(operations.put, encode_group(group))
 
     async def take(
@@ -169,11 +174,12 @@ class ReplayBuffer:
         """
         _require_task(task_name)
         n, step = _whole("n", n, at_least=0), _step(step)
+        _check_policy(policy)
         self._check_open()
         self._check_resumed()
         if n == 0:
             return []
-        request = Take(task_name, n, step, None if version is None else operator.index(version), policy or Fifo())
+        request = Take(task_name, n, step, _whole_or_none("version", version), policy or Fifo())
         return await self._hand_out(operations.take, request, operations.give_back)
 
     async def check_take(self, task_name: str, step: int) -> None:
@@ -427,6 +433,11 @@ def _require_task(task_name: str) -> None:
         raise ValueError(f"task_name={task_name!r} names no task; give the name of one, as text")
 
 
+def _check_policy(policy: object) -> None:
+    if policy is not None and not isinstance(policy, TakePolicy):
+        raise TypeError(f"policy={policy!r} is none; give Fifo(), StalestFirst() or FreshestFirst()")
+
+
 def _parse_level(level: Level | str) -> Level:
     try:
         return Level(level)
@@ -446,6 +457,8 @@ def _whole(name: str, value: SupportsIndex, *, at_least: int, hint: str = "") ->
         number = at_least - 1
     if number < at_least:
         raise ValueError(f"{name}={value!r} must be a whole number, {at_least} or more" + (f"; {hint}" if hint else ""))
+    if number >= _TOO_LARGE:
+        raise ValueError(f"{name}={value!r} must be less than 2**62")
     return number
 
 

@@ -248,6 +248,9 @@ async def test_bad_arguments_are_refused_with_the_value_and_the_bound(buffer: Re
         (buffer.take("math", 1, step=1.5), "step=1.5 must be a whole number"),  # type: ignore[arg-type]
         (buffer.claim("math", -1, statuses=["pending"]), "n=-1 must be a whole number"),  # type: ignore[list-item]
         (buffer.claim("math", 1, statuses=[Status.COMPLETED]), "groups that are completed cannot be run; those that can are"),
+        (buffer.take("math", 1, step=2**62), "must be less than 2\\*\\*62"),
+        (buffer.take("math", 2**70, step=1), "must be less than 2\\*\\*62"),
+        (buffer.commit(2**70), "must be less than 2\\*\\*62"),
         (buffer.commit(-1), "step=-1 must be a whole number"),
         (buffer.resume(None), "step=None must be a whole number, 0 or more; 0 where there is no checkpoint"),  # type: ignore[arg-type]
         (buffer.query(limit=-1), "limit=-1 must be a whole number"),
@@ -310,7 +313,7 @@ async def test_each_task_has_a_last_step_of_its_own(buffer: ReplayBuffer) -> Non
 
 
 async def test_rewinding_gives_back_what_was_consumed_after_the_checkpoint(buffer: ReplayBuffer) -> None:  # case 14
-    await put_all(buffer, [a_group(n, version=n % 3) for n in range(1, 16)])
+    await put_all(buffer, [a_group(n, version=5 + n % 3) for n in range(1, 16)])
     taken = {step: ids(await buffer.take("math", 2, step=step, version=step - 1, policy=StalestFirst())) for step in range(1, 6)}
     assert await buffer.commit(3) == 6
     report = await buffer.resume(step=3)
@@ -318,7 +321,7 @@ async def test_rewinding_gives_back_what_was_consumed_after_the_checkpoint(buffe
     assert report.counts["math"][Status.COMPLETED] == 9
     assert await buffer.last_step() == 3
     assert (await buffer.get(taken[4][0])).consumed_step is None
-    await buffer.put(a_group(99, version=-5))
+    await buffer.put(a_group(99, version=0))
     again = [ids(await buffer.take("math", 2, step=step, policy=policy)) for step, policy in ((4, FreshestFirst()), (5, StalestFirst()))]
     assert again == [taken[4], taken[5]], "the rewound come first, in their old order, whatever the policy"
     assert ids(await buffer.take("math", 1, step=6, policy=StalestFirst())) == [99]
@@ -354,6 +357,15 @@ async def test_the_version_at_a_checkpoint_is_what_its_next_batch_saw(buffer: Re
     assert await buffer.last_step() == 1
     assert (await buffer.resume(step=0)).version == 0
     assert (await buffer.resume(step=9)).version == 9
+
+
+async def test_what_is_of_another_type_is_refused_by_name(buffer: ReplayBuffer) -> None:
+    with pytest.raises(TypeError, match="put\\(\\) stores a RolloutGroup, not NoneType"):
+        await buffer.put(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"policy='fifo' is none; give Fifo\(\), StalestFirst\(\) or FreshestFirst\(\)"):
+        await buffer.take("math", 1, step=1, policy="fifo")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="holds a null character"):
+        ReplayBuffer.open("sqlite:///a\0b")
 
 
 async def test_the_version_at_a_checkpoint_is_what_commit_was_told(buffer: ReplayBuffer) -> None:
