@@ -126,12 +126,17 @@ def _decode_group(
 def to_json(value: Any, what: str) -> str:
     """Compact JSON; numpy and torch values become plain ones; anything else is refused naming `what`."""
     try:
-        text = json.dumps(value, default=_plain, separators=(",", ":"), ensure_ascii=False)
+        text = _dumps(value, ensure_ascii=False)
         if not _is_utf8(text):
-            text = json.dumps(value, default=_plain, separators=(",", ":"))  # half a surrogate pair, escaped
+            text = _dumps(value, ensure_ascii=True)  # half a surrogate pair, escaped
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{what} cannot be stored: {error}; keep columns to text, numbers, lists and mappings") from None
+        raise ValueError(f"{what} cannot be stored: {error}; keep columns to text, finite numbers, lists and mappings") from None
     return text
+
+
+def _dumps(value: Any, *, ensure_ascii: bool) -> str:
+    # NaN and infinity are no JSON: SQLite's functions would refuse the whole text, and every query that reads it with it.
+    return json.dumps(value, default=_plain, separators=(",", ":"), ensure_ascii=ensure_ascii, allow_nan=False)
 
 
 def _is_utf8(text: str) -> bool:

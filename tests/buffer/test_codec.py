@@ -22,7 +22,7 @@ INT32 = st.integers(0, 2**31 - 1)
 TEXT = st.text(max_size=20)  # all of unicode but half surrogate pairs
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=6,
 )
@@ -53,7 +53,7 @@ def responses(draw: st.DrawFn) -> dict[str, Any]:
 @st.composite
 def judgements(draw: st.DrawFn) -> dict[str, Any]:
     numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False)
-    parts = st.dictionaries(TEXT, st.floats(allow_nan=False), max_size=3)
+    parts = st.dictionaries(TEXT, st.floats(allow_nan=False, allow_infinity=False), max_size=3)
     return {
         "attempts": draw(st.integers(0, 9)),
         "interruptions": draw(st.integers(0, 9)),
@@ -153,9 +153,9 @@ def circular() -> dict[str, Any]:
     return row
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", circular(), {(1, 2): 3}])
+@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", circular(), {(1, 2): 3}, math.nan, -math.inf, np.array([math.nan])])
 def test_a_row_that_is_not_json_is_refused_with_what_may_be(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"row of group 1 cannot be stored: .*; keep columns to text, numbers, lists and mappings"):
+    with pytest.raises(ValueError, match=r"row of group 1 cannot be stored: .*; keep columns to text, finite numbers, lists and mappings"):
         _ = encode_group(RolloutGroup(1, [RolloutState(1, 0, row={"x": value})])).prompt
 
 
