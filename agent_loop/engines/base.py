@@ -185,9 +185,7 @@ class Engine(ABC):
         """`prompt_ids` as int32, or `RequestRefusedError` naming the value, the bound and what to do."""
         given = np.asarray(prompt_ids)
         if given.size and given.dtype.kind not in "iu":
-            raise RequestRefusedError(
-                f"prompt_ids={prompt_ids!r:.50} are no token ids; give whole numbers, from the model's tokenizer"
-            )
+            raise RequestRefusedError(f"prompt_ids={prompt_ids!r:.50} are no token ids; give whole numbers, from the model's tokenizer")
         ids = given.astype(np.int64).reshape(-1)
         if ids.size == 0:
             raise RequestRefusedError("the prompt is empty; give at least one token")
