@@ -63,10 +63,6 @@ async def _watch(buffer: ReplayBuffer, url: str, seconds: float, as_json: bool) 
 
     from producer.cli.views import status_view
 
-    watching = asyncio.current_task()
-    assert watching is not None
-    # So that the terminal is restored; Ctrl-C does it by itself under asyncio.run.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, watching.cancel)
     console = _console()
     redraws = console.is_terminal and not as_json
     with Live(console=console, auto_refresh=False) if redraws else nullcontext() as live:
@@ -145,20 +141,38 @@ def audit(url: Url, as_json: AsJson = False) -> None:
 def _look(url: str, question: Callable[[ReplayBuffer], Awaitable[T]]) -> T:
     """The answer of the database at `url`; what keeps it from answering is one line on stderr and exit status 2."""
 
+    ended_by: list[signal.Signals] = []
+
     async def ask() -> T:
+        _end_once(ended_by)
         async with _open(url) as buffer:
             return await question(buffer)
 
     try:
         return asyncio.run(ask())
-    except KeyboardInterrupt:
-        raise typer.Exit(128 + signal.SIGINT) from None
     except asyncio.CancelledError:
-        raise typer.Exit(128 + signal.SIGTERM) from None
+        raise typer.Exit(128 + ended_by[0]) from None
     except BrokenPipeError:
         raise
     except (ReplayBufferError, ValueError, OSError, RecursionError) as error:
         _refuse(error)
+
+
+def _end_once(ended_by: list[signal.Signals]) -> None:
+    """Let the first SIGINT or SIGTERM cancel the running task, and write down which; those that follow change nothing."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def end(by: signal.Signals) -> None:
+        ended_by.append(by)
+        for either in (signal.SIGINT, signal.SIGTERM):
+            # Ignored by the system, not by the loop: a closing loop would give them back their way of breaking in.
+            loop.remove_signal_handler(either)
+            signal.signal(either, signal.SIG_IGN)
+        task.cancel()
+
+    for either in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(either, end, either)
 
 
 def _open(url: str) -> ReplayBuffer:

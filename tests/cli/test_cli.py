@@ -389,6 +389,18 @@ def test_watching_into_a_pipe_gives_one_line_of_json_each_time(db: Path) -> None
     assert lines[0] == lines[2]
 
 
+def test_an_impatient_ctrl_c_changes_nothing(db: Path) -> None:
+    """Twenty signals at once, as a key held down or a signal to the process and to its group: one clean end."""
+    arguments = [*MILLRACE, "status", str(db), "--watch", "0.1", "--json"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        for _ in range(20):
+            process.send_signal(signal.SIGINT)
+        _, error = process.communicate()
+    assert (process.returncode, error) == (130, "")
+
+
 # --- how it is installed
 
 
