@@ -221,6 +221,11 @@ def take(conn: Connection, requests: Sequence[Take], deltas: Deltas) -> list[Tak
     return [_take_one(conn, request, deltas) for request in requests]
 
 
+def next_step(conn: Connection, task_name: str) -> int:
+    """The first step that lies behind the task's last one and behind what is final."""
+    return max(q.last_step(conn, task_name), committed_step(conn) or 0) + 1
+
+
 def check_step(conn: Connection, step: int) -> None:
     """Raise `StepError` if what is consumed at `step` is final already."""
     committed = committed_step(conn)

@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 
 from buffer import schema as t
 from buffer.codec import EncodedGroup, decode_group
-from buffer.errors import CursorConflictError, DuplicateGroupError, IllegalTransitionError, UnknownGroupError
+from buffer.errors import CorruptPayloadError, CursorConflictError, DuplicateGroupError, IllegalTransitionError, UnknownGroupError
 from buffer.policies import Fifo, FreshestFirst, StalestFirst, TakePolicy
 from buffer.rollout import RolloutGroup
 from buffer.status import Status, check_transition
@@ -436,16 +436,18 @@ def step_version(conn: Connection, step: int) -> int | None:
 
 
 def last_step(conn: Connection, task_name: str | None = None) -> int:
-    """The last step at which anything of the task (of any task) was consumed and not given back, or that is committed; else 0."""
-    committed = int(meta_value(conn, "committed_step") or 0)
-    return max(committed, *(_last_step_of(conn, status, task_name) for status in (Status.CONSUMED, Status.ARCHIVED)))
+    """The last step at which anything of the task (of any task) was consumed and not given back; 0 before the first."""
+    return max(_last_step_of(conn, status, task_name) for status in (Status.CONSUMED, Status.ARCHIVED))
 
 
 def _last_step_of(conn: Connection, status: Status, task_name: str | None) -> int:
     reached = t.groups.c.consumed_step
     # Walks the index from its end; the first entry is nearly always the task's own.
     last = select(reached).where(t.groups.c.status == status.value, reached.is_not(None)).order_by(reached.desc()).limit(1)
-    return conn.scalar(last if task_name is None else last.where(t.groups.c.task_name == task_name)) or 0
+    found = conn.scalar(last if task_name is None else last.where(t.groups.c.task_name == task_name))
+    if found is not None and not isinstance(found, int):
+        raise CorruptPayloadError(f"a step of consumption is {found!r}; the database was edited: restore it from a copy")
+    return found or 0
 
 
 # -- reading groups -------------------------------------------------------------------------------------------

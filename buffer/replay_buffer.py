@@ -320,8 +320,13 @@ class ReplayBuffer:
         return await self._read(queries.task_names)
 
     async def last_step(self, task_name: str | None = None) -> int:
-        """The last step at which anything of the task (by default of any task) was consumed, or that is committed; else 0."""
+        """The last step at which anything of the task (by default of any task) was consumed; 0 before the first."""
         return await self._read(queries.last_step, task_name)
+
+    async def next_step(self, task_name: str) -> int:
+        """The step of the task's next batch where the trainer names none: behind its last one, and behind what is committed."""
+        _require_task(task_name)
+        return await self._read(operations.next_step, task_name)
 
     async def get(self, group_id: int) -> RolloutGroup:
         """One group, payload included; `UnknownGroupError` if there is none."""

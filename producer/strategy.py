@@ -156,7 +156,7 @@ class ProduceStrategy(ABC):
 
     async def _produce(self, agent_loop: AgentLoop, sampler: PromptSampler, progress: _Progress, step: int | None) -> ProducedBatch:
         task_name, batch_size, began = progress.task_name, progress.batch_size, time.perf_counter()
-        step = await self.buffer.last_step(task_name) + 1 if step is None else step
+        step = await self.buffer.next_step(task_name) if step is None else step
         await self.buffer.check_take(task_name, step)  # refused now, not after all the sampling
         while (version := await self._completed(agent_loop, progress)) is None:
             await self._fill(agent_loop, sampler, progress)

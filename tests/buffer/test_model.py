@@ -263,7 +263,6 @@ class BufferModel(RuleBasedStateMachine):
             (group_id, known.task, known.status, known.step, known.version) for group_id, known in sorted(self.groups.items())
         ]
         last = max((known.step or 0 for known in self.groups.values()), default=0)
-        last = max(last, self.committed or 0)
         assert self.run(self.buffer.last_step()) == last
 
 

@@ -309,7 +309,8 @@ async def test_each_task_has_a_last_step_of_its_own(buffer: ReplayBuffer) -> Non
     await buffer.take("code", 1, step=2)
     assert [await buffer.last_step(task) for task in ("math", "code", "none", None)] == [7, 2, 0, 7]
     await buffer.commit(7)
-    assert [await buffer.last_step(task) for task in ("math", "code")] == [7, 7]  # a committed step is over for every task
+    assert [await buffer.last_step(task) for task in ("math", "code")] == [7, 2]
+    assert [await buffer.next_step(task) for task in ("math", "code", "none")] == [8, 8, 8], "what is committed is over for every task"
 
 
 async def test_rewinding_gives_back_what_was_consumed_after_the_checkpoint(buffer: ReplayBuffer) -> None:  # case 14

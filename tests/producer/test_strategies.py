@@ -598,7 +598,7 @@ class CancelsItsCaller(ReplayBuffer):
 
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
-        if name not in ("last_step", "count", "counts", "take", "claim", "draw", "start", "put", "release"):
+        if name not in ("next_step", "check_take", "last_step", "count", "counts", "take", "claim", "draw", "start", "put", "release"):
             return found
 
         async def call(*arguments: Any, **named: Any) -> Any:
