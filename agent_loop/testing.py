@@ -16,6 +16,7 @@ original weights (at a higher version). No test sleeps: a request is known to be
 """
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import get_args
@@ -61,7 +62,7 @@ class InFlight:
         return self
 
 
-class EngineSuite:
+class EngineSuite(ABC):
     """Subclass it, name the class `Test...`, give a fixture `engine` that yields an open engine, and the methods below."""
 
     tolerance: float = 1e-4
@@ -73,23 +74,23 @@ class EngineSuite:
     eos_temperature: float = 20.0
     """Where 32 responses of `long_tokens` tokens surely hold an EOS; nearly uniform, which fits vocabularies up to a thousand or so."""
 
+    @abstractmethod
     def make_engine(self) -> Engine:
         """A further engine, not open: the suite opens and closes it."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def reference_logprobs(
         self, engine: Engine, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float
     ) -> NDArray[np.floating]:
         """(len(response_ids),) teacher-forced log-probabilities at `temperature` under the original weights, by other means."""
-        raise NotImplementedError
 
+    @abstractmethod
     def original_weights(self, engine: Engine) -> WeightSource:
         """The weights that the engine was made with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def new_weights(self, engine: Engine) -> WeightSource:
         """Weights different enough to change greedy output."""
-        raise NotImplementedError
 
     def broken_weights(self, engine: Engine) -> WeightSource:
         """Weights that cannot be loaded."""
