@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from buffer.errors import CorruptPayloadError
 from buffer.rollout import Position, RolloutGroup, RolloutState, drawn_fields
+from buffer.staleness import NO_VERSION, Timeline
 from buffer.status import Status, member_status
 
 if sys.byteorder != "little":
@@ -59,7 +60,10 @@ def encode_group(group: RolloutGroup) -> EncodedGroup:
         "min_version": min((span[0] for span in spans if span), default=None),
         "max_version": max((span[1] for span in spans if span), default=None),
         "members": len(group.rollouts),
+        "oldest_version": min((span[0] for span in spans if span), default=NO_VERSION),
+        "freshest_version": min((span[1] for span in spans if span), default=NO_VERSION),
         "tokens": sum(rollout.response_ids.size for rollout in group.rollouts),
+        "payload_bytes": len(arrays) + len(extras),
         "filter_reason": None if group.filter_reason is None else _storable_text(group.filter_reason),
     }
     members = [_hot_member(rollout, span) for rollout, span in zip(group.rollouts, spans, strict=True)]
@@ -84,7 +88,12 @@ def _same(own: Any, other: Any) -> bool:
 
 
 def decode_group(
-    group_row: Mapping[str, Any], member_rows: Sequence[Mapping[str, Any]], prompt: str, payload: tuple[str, bytes] | None
+    group_row: Mapping[str, Any],
+    member_rows: Sequence[Mapping[str, Any]],
+    prompt: str,
+    payload: tuple[str, bytes] | None,
+    prefixes: Sequence[tuple[str, bytes]] = (),
+    timeline: Timeline = Timeline(),  # noqa: B008 - a frozen value
 ) -> RolloutGroup:
     """The group that these rows describe; raises `CorruptPayloadError` where they contradict each other."""
     try:

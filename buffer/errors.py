@@ -13,6 +13,10 @@ class IllegalTransitionError(ReplayBufferError, ValueError):
     """A group would go from one status to another that the transition table does not allow."""
 
 
+class LeaseLostError(IllegalTransitionError):
+    """A group that this process ran is not its own any more: its lease ran out, and it was given to others."""
+
+
 class UnknownGroupError(ReplayBufferError, LookupError):
     """No group with this id is in the database."""
 

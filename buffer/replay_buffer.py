@@ -2,18 +2,17 @@
 
 import asyncio
 import json
-import math
-import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, SupportsIndex, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
+from buffer import arguments as args
 from buffer import database, operations, queries
 from buffer.codec import encode_group, to_json
 from buffer.errors import BufferClosedError, ReplayBufferError, ResumeRequiredError
-from buffer.operations import Claim, Commit, Draw, DrawnRow, Expire, Expired, Operation, ResumeReport, Take
+from buffer.operations import Claim, Commit, Draw, DrawnRow, Expire, Expired, Opening, Operation, ResumeReport, Rewind, Rewound, Take
 from buffer.policies import Fifo, TakePolicy
 from buffer.queries import Filters
 from buffer.rollout import RolloutGroup
@@ -24,9 +23,6 @@ from buffer.store import Reader, Request, Writer, uninterrupted
 T = TypeVar("T")
 
 _READER_THREADS = 2
-
-_TOO_LARGE = 2**62
-"""Columns hold 64 bits, and one more than a number has to fit too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +61,18 @@ class ReplayBuffer:
     All methods are coroutines of the event loop on which the buffer was opened; none blocks it.
     """
 
-    def __init__(self, url: str, *, read_only: bool = False, synchronous: str = "NORMAL") -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        read_only: bool = False,
+        synchronous: str = "NORMAL",
+        lease: float = 60.0,
+        max_crashes: int | None = 20,
+    ) -> None:
         self._url = database.parse_url(url)
+        self._lease = args.seconds("lease", lease)
+        self._max_crashes = args.whole_or_none("max_crashes", max_crashes, at_least=1)
         self._read_only, self._synchronous = read_only, database.check_synchronous(synchronous)
         self._lock = database.FileLock(Path(self._url.database or ""))
         self._writer: Writer | None = None
@@ -78,7 +84,15 @@ class ReplayBuffer:
         self._released = 0
 
     @classmethod
-    def open(cls, url: str, *, read_only: bool = False, synchronous: str = "NORMAL") -> "ReplayBuffer":
+    def open(
+        cls,
+        url: str,
+        *,
+        read_only: bool = False,
+        synchronous: str = "NORMAL",
+        lease: float = 60.0,
+        max_crashes: int | None = 20,
+    ) -> "ReplayBuffer":
         """A buffer over the database at `url`, to be entered with `async with`; the file is made if it is missing.
 
         Args:
@@ -86,12 +100,16 @@ class ReplayBuffer:
             read_only: look only; works while another process writes.
             synchronous: "NORMAL" survives the death of the process at any moment; "FULL" also the loss of power,
                 for an fsync per transaction.
+            lease: seconds after which what this process runs is given to others, unless it renews: it does so by itself, also
+                while the event loop is blocked.
+            max_crashes: a group that so many producers in a row died running, without progress, is failed and no longer
+                scheduled; None never fails one.
 
         Raises, on entering:
             BufferLockedError: another process writes to this file.
             DatabaseError: the file cannot be opened, or is no buffer of this version (see `buffer.errors`).
         """
-        return cls(url, read_only=read_only, synchronous=synchronous)
+        return cls(url, read_only=read_only, synchronous=synchronous, lease=lease, max_crashes=max_crashes)
 
     async def __aenter__(self) -> Self:
         if self._loop is not None:
@@ -111,7 +129,8 @@ class ReplayBuffer:
         self._lock.acquire()
         self._writer = Writer(database.connect(self._url, read_only=False), self._url, loop, self._synchronous)
         await self._writer.start()
-        self._needs_resume, self._released = await self._write(operations.opened, None)
+        opening = Opening(alone=True, lease=self._lease, max_crashes=self._max_crashes)
+        self._needs_resume, self._released = await self._write(operations.opened, opening)
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
@@ -172,20 +191,20 @@ class ReplayBuffer:
             ResumeRequiredError: an earlier process consumed batches without committing them; call `resume` first.
             StepError: `step` is committed.
         """
-        _require_task(task_name)
-        n, step = _whole("n", n, at_least=0), _step(step)
-        _check_policy(policy)
+        args.require_task(task_name)
+        n, step = args.whole_number("n", n, at_least=0), args.step_number(step)
+        args.check_policy(policy)
         self._check_open()
         self._check_resumed()
         if n == 0:
             return []
-        request = Take(task_name, n, step, _whole_or_none("version", version), policy or Fifo())
+        request = Take(task_name, n, step, args.whole_or_none("version", version), policy or Fifo())
         return await self._hand_out(operations.take, request, operations.give_back)
 
     async def check_take(self, task_name: str, step: int) -> None:
         """Raise what a `take` at `step` would raise; for whoever has long work to do before it."""
-        _require_task(task_name)
-        step = _step(step)
+        args.require_task(task_name)
+        step = args.step_number(step)
         self._check_open()
         self._check_resumed()
         await self._read(operations.check_step, step)
@@ -203,20 +222,28 @@ class ReplayBuffer:
         `version` is the policy's at that checkpoint, kept for `resume`. Without it `resume` says what the next batch saw, or
         counts one update a step.
         """
-        request = Commit(_whole("step", step, at_least=0), _whole_or_none("version", version))
+        request = Commit(args.whole_number("step", step, at_least=0), args.whole_or_none("version", version))
         committed: int = await self._write(operations.commit, request)
         return committed
 
-    async def resume(self, step: int) -> ResumeReport:
+    async def resume(self, step: int, *, future: Literal["keep", "expire"] = "keep") -> ResumeReport:
         """Rewind to the trainer's checkpoint of `step`: what was consumed after it will be handed out again.
+
+        Weights newer than that checkpoint do not exist any more; a new timeline of versions begins (`report.timeline`).
+
+        Args:
+            step: of the checkpoint that training goes on from; 0 for none.
+            future: of rollouts that such newer weights sampled. "keep" counts their staleness as the distance: the updates
+                that were undone and those made since. "expire" resets these members, whatever their staleness.
 
         Raises:
             StepError: a later step is committed.
         """
-        step = _whole("step", step, at_least=0, hint="0 where there is no checkpoint yet")
-        version, rewound = await self._write(operations.resume, step)
+        step = args.whole_number("step", step, at_least=0, hint="0 where there is no checkpoint yet")
+        done: Rewound = await self._write(operations.resume, Rewind(step, args.future_is_expired(future)))
         self._needs_resume = False
-        return ResumeReport(step, version, rewound, self._released, await self._all_counts())
+        counts = await self._all_counts()
+        return ResumeReport(step, done.version, done.rewound, self._released, done.timeline, done.expired, counts)
 
     async def expire(self, task_name: str, *, version: int, max_staleness: int, level: Level | str = Level.SEQUENCE) -> int:
         """Expire completed and interrupted groups with a member too stale to train on; gives how many groups expired.
@@ -235,10 +262,10 @@ class ReplayBuffer:
                 "token" only one that has no fresh trainable token left; hand out `group.masked(...)` to the trainer then.
                 It reads every waiting group with a stale token.
         """
-        _require_task(task_name)
-        version = _whole("version", version, at_least=0)
-        max_staleness = _whole("max_staleness", max_staleness, at_least=0, hint="0 allows the policy of now only")
-        return await self._expire(Expire(task_name, version, max_staleness, _parse_level(level)))
+        args.require_task(task_name)
+        version = args.whole_number("version", version, at_least=0)
+        max_staleness = args.whole_number("max_staleness", max_staleness, at_least=0, hint="0 allows the policy of now only")
+        return await self._expire(Expire(task_name, version, max_staleness, args.parse_level(level)))
 
     async def _expire(self, request: Expire) -> int:
         expired = 0
@@ -254,7 +281,7 @@ class ReplayBuffer:
 
     async def cursor(self, task_name: str) -> DatasetCursor:
         """Where the task's dataset goes on."""
-        _require_task(task_name)
+        args.require_task(task_name)
         # Through the writer, where there is one: a draw whose caller was cancelled may still be on its way.
         answer = self._read(queries.cursor, task_name) if self._read_only else self._write(operations.cursor, task_name)
         moves, state = await answer
@@ -275,7 +302,7 @@ class ReplayBuffer:
         Raises:
             CursorConflictError: another sampler has moved the cursor.
         """
-        _require_task(task_name)
+        args.require_task(task_name)
         request = Draw(task_name, list(rows), group_size, moves, to_json(cursor, "the dataset cursor"))
         ids: list[int] = await self._write(operations.draw, request)
         return ids
@@ -285,8 +312,8 @@ class ReplayBuffer:
 
         `exclude` names groups that are not wanted now.
         """
-        _require_task(task_name)
-        n = _whole("n", n, at_least=0)
+        args.require_task(task_name)
+        n = args.whole_number("n", n, at_least=0)
         wanted = [parse_status(status) for status in statuses]
         if refused := [status for status in wanted if status not in CLAIMABLE]:
             raise ValueError(f"groups that are {refused[0]} cannot be run; those that can are {sorted(CLAIMABLE)}")
@@ -295,24 +322,24 @@ class ReplayBuffer:
 
     async def start(self, group_ids: Sequence[int]) -> list[RolloutGroup]:
         """Move given groups to running and hand them out."""
-        ids = _ids(group_ids)
+        ids = args.plain_ids(group_ids)
         return await self._hand_out(operations.start, ids, operations.release_claimed) if ids else []
 
     async def release(self, group_ids: Sequence[int]) -> None:
         """Running groups that will not be run after all become interrupted, with what was stored of them."""
-        if ids := _ids(group_ids):
+        if ids := args.plain_ids(group_ids):
             await self._write(operations.release, ids)
 
     # -- asking -------------------------------------------------------------------------------------------------
 
     async def count(self, task_name: str, status: Status | str) -> int:
         """Groups of the task with this status; costs the same whatever the size of the buffer."""
-        _require_task(task_name)
+        args.require_task(task_name)
         return await self._read(queries.count, task_name, parse_status(status))
 
     async def counts(self, task_name: str) -> dict[Status, int]:
         """Groups of the task by status, every status present."""
-        _require_task(task_name)
+        args.require_task(task_name)
         return await self._read(queries.counts, task_name)
 
     async def task_names(self) -> list[str]:
@@ -325,12 +352,12 @@ class ReplayBuffer:
 
     async def next_step(self, task_name: str) -> int:
         """The step of the task's next batch where the trainer names none: behind its last one, and behind what is committed."""
-        _require_task(task_name)
+        args.require_task(task_name)
         return await self._read(operations.next_step, task_name)
 
     async def get(self, group_id: int) -> RolloutGroup:
         """One group, payload included; `UnknownGroupError` if there is none."""
-        (group,) = await self._read(queries.load_groups, _ids([group_id]))
+        (group,) = await self._read(queries.load_groups, args.plain_ids([group_id]))
         return group
 
     async def query(
@@ -363,15 +390,15 @@ class ReplayBuffer:
             limit: the most groups.
             offset: how many of those found are passed over.
         """
-        limit, offset = _whole("limit", limit, at_least=0), _whole("offset", offset, at_least=0)
+        limit, offset = args.whole_number("limit", limit, at_least=0), args.whole_number("offset", offset, at_least=0)
         filters = Filters(
             task_name,
             [parse_status(s) for s in ([status] if isinstance(status, str) else status)],
-            _whole_or_none("step", step, at_least=1),
-            *_range("version", _whole_or_none("min_version", min_version), _whole_or_none("max_version", max_version)),
-            *_range("reward", _number_or_none("min_reward", min_reward), _number_or_none("max_reward", max_reward)),
-            _text_or_none("error", error),
-            _whole_or_none("min_attempts", min_attempts),
+            args.whole_or_none("step", step, at_least=1),
+            *args.checked_range("version", args.whole_or_none("min_version", min_version), args.whole_or_none("max_version", max_version)),
+            *args.checked_range("reward", args.number_or_none("min_reward", min_reward), args.number_or_none("max_reward", max_reward)),
+            args.text_or_none("error", error),
+            args.whole_or_none("min_attempts", min_attempts),
         )
         return await self._read(_find_and_load, filters, limit, offset)
 
@@ -431,77 +458,6 @@ class ReplayBuffer:
 
     async def _all_counts(self) -> dict[str, dict[Status, int]]:
         return await self._read(_counts_by_task)
-
-
-def _require_task(task_name: str) -> None:
-    if not task_name or not isinstance(task_name, str):
-        raise ValueError(f"task_name={task_name!r} names no task; give the name of one, as text")
-
-
-def _check_policy(policy: object) -> None:
-    if policy is not None and not isinstance(policy, TakePolicy):
-        raise TypeError(f"policy={policy!r} is none; give Fifo(), StalestFirst() or FreshestFirst()")
-
-
-def _parse_level(level: Level | str) -> Level:
-    try:
-        return Level(level)
-    except ValueError:
-        raise ValueError(f"level={level!r} is unknown; choose among {[str(known) for known in Level]}") from None
-
-
-def _step(step: SupportsIndex) -> int:
-    return _whole("step", step, at_least=1, hint="steps count from 1, 0 is the state before training")
-
-
-def _whole(name: str, value: SupportsIndex, *, at_least: int, hint: str = "") -> int:
-    """`value` as a plain int: drivers do not know numpy's."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = at_least - 1
-    if number < at_least:
-        raise ValueError(f"{name}={value!r} must be a whole number, {at_least} or more" + (f"; {hint}" if hint else ""))
-    if number >= _TOO_LARGE:
-        raise ValueError(f"{name}={value!r} must be less than 2**62")
-    return number
-
-
-def _whole_or_none(name: str, value: SupportsIndex | None, *, at_least: int = 0) -> int | None:
-    return None if value is None else _whole(name, value, at_least=at_least)
-
-
-def _number_or_none(name: str, value: float | None) -> float | None:
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if math.isnan(number):
-        raise ValueError(f"{name}={value!r} is no number to compare with; give one, or None for no bound")
-    return number
-
-
-def _text_or_none(name: str, value: str | None) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{name}={value!r} must be text; give a part of what you look for")
-    return value
-
-
-N = TypeVar("N", int, float)
-
-
-def _range(name: str, low: N | None, high: N | None) -> tuple[N | None, N | None]:
-    """Both bounds; refused where nothing can lie between them."""
-    if low is not None and high is not None and low > high:
-        raise ValueError(f"min_{name}={low} lies above max_{name}={high}, so nothing can be found; swap them")
-    return low, high
-
-
-def _ids(group_ids: Iterable[SupportsIndex]) -> list[int]:
-    """Each id once, as a plain int."""
-    return list(dict.fromkeys(operator.index(group_id) for group_id in group_ids))
 
 
 def _find_and_load(conn: Any, filters: Filters, limit: int, offset: int) -> list[RolloutGroup]:

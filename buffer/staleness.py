@@ -5,11 +5,27 @@ of a group the maximum over its members. Without a trainable token there is noth
 negative where the policy went back to an earlier version than the tokens', and no bound is exceeded then.
 """
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+NO_VERSION = 2**62
+"""Stands where there is no trainable token: it sorts behind all versions and is never stale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """A run's timeline: the versions to which its rewinds went back, in order."""
+
+    forks: tuple[int, ...] = ()
+
+    @property
+    def number(self) -> int:
+        """How many rewinds there were."""
+        return len(self.forks)
 
 
 class Level(StrEnum):

@@ -2,7 +2,10 @@
 
 import asyncio
 import atexit
+import os
 import queue
+import secrets
+import socket
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +51,8 @@ class Writer:
     """
 
     def __init__(self, engine: Engine, url: URL, loop: asyncio.AbstractEventLoop, synchronous: str) -> None:
+        # Unique, whatever host and process have been before: a lease is never taken for another's.
+        self._owner = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         self._engine, self._url, self._loop, self._synchronous = engine, url, loop, synchronous
         self._mailbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         # A daemon, or a buffer that was never closed would keep the program from ending. `_finish` runs at exit, while
@@ -142,13 +147,13 @@ class Writer:
         return [answer for request in batch for answer in self._transact(conn, [request])]
 
     def _perform(self, conn: Connection, batch: Sequence[Request]) -> list[Answer]:
-        deltas: queries.Deltas = queries.Deltas()
+        tx = queries.Transaction(conn, self._owner)
         for operation, requests in groupby(batch, key=lambda request: request.operation):
             same = list(requests)
-            results = operation(conn, [request.argument for request in same], deltas)
+            results = operation(tx, [request.argument for request in same])
             for request, result in zip(same, results, strict=True):
                 request.outcome = result
-        queries.apply_deltas(conn, deltas)
+        tx.finish()
         return [(request.answer, request.outcome, None) for request in batch]
 
     def _answer(self, answers: Sequence[Answer]) -> None:

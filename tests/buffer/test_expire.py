@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from buffer import ReplayBuffer, RolloutGroup, RolloutState, Status, operations
+from buffer import ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.errors import ReplayBufferError
-from buffer.operations import Expired
+from buffer.operations import Expired, expiring
 from tests.buffer.groups import a_group, fill, ids, plain, put_all, url
 
 TASK = "math"
@@ -152,8 +152,8 @@ async def test_by_token_a_member_expires_when_nothing_fresh_is_left(buffer: Repl
 async def test_however_it_is_sliced_the_same_expires(
     buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch, groups_a_slice: int, tokens_a_slice: int, level: str
 ) -> None:
-    monkeypatch.setattr(operations, "_SLICE_GROUPS", groups_a_slice)
-    monkeypatch.setattr(operations, "_SLICE_TOKENS", tokens_a_slice)
+    monkeypatch.setattr(expiring, "_SLICE_GROUPS", groups_a_slice)
+    monkeypatch.setattr(expiring, "_SLICE_TOKENS", tokens_a_slice)
     await put_all(buffer, [of_versions(n, [n % 3, 3 if n % 4 else 0]) for n in range(1, 25)])
     expected = [n for n in range(1, 25) if (n % 3 < 2 or n % 4 == 0 if level == "sequence" else n % 3 < 2 and n % 4 == 0)]
     assert await buffer.expire(TASK, version=3, max_staleness=1, level=level) == len(expected)
@@ -163,35 +163,35 @@ async def test_however_it_is_sliced_the_same_expires(
 async def test_a_slice_is_bounded_in_groups_and_in_tokens(buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
     await put_all(buffer, [a_group(n, size=1, tokens=4) for n in range(1, 11)])
     slices: list[int] = []
-    store_expired = operations.q.store_expired
+    store_expired = expiring.q.store_expired
 
     def noting(conn: Any, encoded: Any, *others: Any) -> None:
         slices.append(len(encoded))
         store_expired(conn, encoded, *others)
 
-    monkeypatch.setattr(operations.q, "store_expired", noting)
-    monkeypatch.setattr(operations, "_SLICE_TOKENS", 9)
-    monkeypatch.setattr(operations, "_SLICE_GROUPS", 8)
+    monkeypatch.setattr(expiring.q, "store_expired", noting)
+    monkeypatch.setattr(expiring, "_SLICE_TOKENS", 9)
+    monkeypatch.setattr(expiring, "_SLICE_GROUPS", 8)
     assert await buffer.expire(TASK, version=9, max_staleness=1) == 10
     assert slices == [3, 3, 3, 1], "a slice ends with the group that reaches the bound"
-    monkeypatch.setattr(operations, "_SLICE_TOKENS", 1000)
+    monkeypatch.setattr(expiring, "_SLICE_TOKENS", 1000)
     await put_all(buffer, [a_group(n, size=1, tokens=4) for n in range(11, 21)])
     assert await buffer.expire(TASK, version=9, max_staleness=1) == 10
     assert slices[4:] == [8, 2]
 
 
 async def test_others_write_between_slices(buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operations, "_SLICE_GROUPS", 1)
+    monkeypatch.setattr(expiring, "_SLICE_GROUPS", 1)
     await put_all(buffer, [a_group(n) for n in range(1, 41)])
     order: list[str] = []
-    begun, loop, expire_slice = asyncio.Event(), asyncio.get_running_loop(), operations._expire_slice
+    begun, loop, expire_slice = asyncio.Event(), asyncio.get_running_loop(), expiring._expire_slice
 
     def noting(*arguments: Any) -> Expired:
         order.append("slice")
         loop.call_soon_threadsafe(begun.set)
         return expire_slice(*arguments)
 
-    monkeypatch.setattr(operations, "_expire_slice", noting)
+    monkeypatch.setattr(expiring, "_expire_slice", noting)
 
     async def write() -> None:
         await begun.wait()
@@ -208,7 +208,7 @@ async def test_others_write_between_slices(buffer: ReplayBuffer, monkeypatch: py
 async def test_cancelled_between_slices_what_is_done_is_done_and_the_next_call_does_the_rest(
     buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operations, "_SLICE_GROUPS", 1)
+    monkeypatch.setattr(expiring, "_SLICE_GROUPS", 1)
     await put_all(buffer, [a_group(n) for n in range(1, 41)])
     before = {n: plain(await buffer.get(n)) for n in range(1, 41)}
     with pytest.raises(TimeoutError):
@@ -249,12 +249,12 @@ async def test_an_older_file_gets_the_index(tmp_path: Path) -> None:
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         await buffer.put(a_group(1))
     with sqlite3.connect(tmp_path / "run.db") as connection:
-        created = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'groups_versions'").fetchone()
-        connection.execute("DROP INDEX groups_versions")
+        created = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'groups_oldest'").fetchone()
+        connection.execute("DROP INDEX groups_oldest")
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         assert await buffer.expire(TASK, version=5, max_staleness=1) == 1
     with sqlite3.connect(tmp_path / "run.db") as connection:
-        assert connection.execute("SELECT sql FROM sqlite_master WHERE name = 'groups_versions'").fetchone() == created
+        assert connection.execute("SELECT sql FROM sqlite_master WHERE name = 'groups_oldest'").fetchone() == created
 
 
 # -- any groups ------------------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection
-
 from buffer import ReplayBuffer, operations, queries
 from buffer.codec import encode_group
 from tests.buffer.groups import a_group, draw, put_all, url
@@ -16,9 +14,9 @@ from tests.buffer.groups import a_group, draw, put_all, url
 async def test_counting_answers_while_a_long_write_is_under_way(tmp_path: Path) -> None:  # case 15
     under_way, go_on = threading.Event(), threading.Event()
 
-    def long_write(conn: Connection, arguments: Sequence[Any], deltas: queries.Deltas) -> Sequence[Any]:
+    def long_write(tx: queries.Transaction, arguments: Sequence[Any]) -> Sequence[Any]:
         """As long as this test wants, in the midst of its transaction, which wrote already."""
-        results = operations.put(conn, arguments, deltas)
+        results = operations.put(tx, arguments)
         under_way.set()
         assert go_on.wait(60)
         return results

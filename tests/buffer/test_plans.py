@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import Connection, event
 
 from buffer import Fifo, FreshestFirst, ReplayBuffer, StalestFirst, Status, database, queries
+from buffer.staleness import Level
 from tests.buffer.groups import a_group, draw, put_all, url
 
 HOT: dict[str, tuple[Callable[[Connection], Any], str]] = {
@@ -24,12 +25,17 @@ HOT: dict[str, tuple[Callable[[Connection], Any], str]] = {
     "rewind": (lambda c: queries.consumed_after(c, 2), "groups_consumed"),
     "last step": (lambda c: queries.last_step(c), "groups_consumed"),
     "last step of a task": (lambda c: queries.last_step(c, "a"), "groups_consumed"),
-    "expire": (lambda c: queries.stale(c, "math", 5, (-1, 0), 8), "groups_versions"),
+    "expire": (lambda c: queries.stale(c, "math", 5, Level.SEQUENCE, (-1, 0), 8), "groups_oldest"),
+    "expire tokens": (lambda c: queries.stale(c, "math", 5, Level.TOKEN, (-1, 0), 8), "groups_oldest"),
+    "release": (lambda c: queries.running_without_owner(c), "groups_running"),
     "what a step trained on": (lambda c: queries.find(c, queries.Filters(step=3), 8, 0), "groups_consumed"),
-    "open": (lambda c: queries.any_consumed(c), "groups_consumed"),
+    "open": (lambda c: queries.consumed_without_owner(c), "groups_consumed"),
 }
-MAY_SORT = {"commit", "rewind", "what a step trained on"}
+MAY_SORT = {"commit", "rewind", "release", "what a step trained on"}
 """They sort what was consumed since the last commit, or at one step."""
+
+SMALL = {"SCAN timelines", "SCAN producers"}
+"""A row a rewind, and a row a process."""
 
 
 @pytest.fixture(scope="module", params=["as it comes", "analyzed"])
@@ -59,7 +65,7 @@ def test_hot_statements_read_through_an_index(path: Path, name: str) -> None:
     statement, index = HOT[name]
     plan = _plan(path, statement)
     assert any(index in line for line in plan), plan
-    assert not any(line.startswith("SCAN") and "USING" not in line for line in plan), plan
+    assert not any(line.startswith("SCAN") and "USING" not in line and line not in SMALL for line in plan), plan
     if name not in MAY_SORT:
         assert not any("TEMP B-TREE" in line for line in plan), plan
 

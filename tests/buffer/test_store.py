@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection
 
 from buffer import ReplayBuffer, database, operations
+from buffer.codec import encode_group
 from buffer.errors import BufferClosedError, DatabaseError, ReplayBufferError
+from buffer.queries import Transaction
 from buffer.store import Request, Writer
 from tests.buffer.groups import a_group, url
 
@@ -29,12 +30,12 @@ def _writer(address: str) -> Writer:
     return Writer(database.connect(parsed, read_only=False), parsed, asyncio.get_running_loop(), "NORMAL")
 
 
-def echo(conn: Connection, arguments: Sequence[Any], deltas: Any) -> Sequence[Any]:
+def echo(tx: Transaction, arguments: Sequence[Any]) -> Sequence[Any]:
     return arguments
 
 
 def raising(error: BaseException) -> Callable[..., Sequence[Any]]:
-    def operation(conn: Connection, arguments: Sequence[Any], deltas: Any) -> Sequence[Any]:
+    def operation(tx: Transaction, arguments: Sequence[Any]) -> Sequence[Any]:
         raise error
 
     return operation
@@ -57,14 +58,14 @@ async def test_an_error_that_is_no_exception_reaches_its_caller_alone(writer: Wr
 
 
 async def test_an_operation_that_answers_too_little_fails_and_the_others_do_not(writer: Writer) -> None:
-    requests = [writer.submit(echo, 1), writer.submit(lambda conn, arguments, deltas: [], None), writer.submit(echo, 2)]
+    requests = [writer.submit(echo, 1), writer.submit(lambda tx, arguments: [], None), writer.submit(echo, 2)]
     first, failed, last = [await outcome(request) for request in requests]
     assert (first, last) == (1, 2)
     assert isinstance(failed, ValueError)
 
 
 async def test_what_failed_has_no_outcome_to_undo(writer: Writer, tmp_path: Path) -> None:
-    def half(conn: Connection, arguments: Sequence[Any], deltas: Any) -> Sequence[Any]:
+    def half(tx: Transaction, arguments: Sequence[Any]) -> Sequence[Any]:
         if len(arguments) > 1 or arguments[0] == "bad":
             raise ValueError(arguments)
         return arguments
@@ -77,13 +78,13 @@ async def test_what_failed_has_no_outcome_to_undo(writer: Writer, tmp_path: Path
 async def test_what_was_rolled_back_and_then_failed_has_no_outcome_either(writer: Writer) -> None:
     calls, under_way, go_on = [], threading.Event(), threading.Event()
 
-    def works_once(conn: Connection, arguments: Sequence[Any], deltas: Any) -> Sequence[Any]:
+    def works_once(tx: Transaction, arguments: Sequence[Any]) -> Sequence[Any]:
         calls.append(arguments)
         if len(calls) > 1:
             raise ValueError("no room any more")
         return arguments
 
-    def wait(conn: Connection, arguments: Sequence[Any], deltas: Any) -> Sequence[Any]:
+    def wait(tx: Transaction, arguments: Sequence[Any]) -> Sequence[Any]:
         under_way.set()
         assert go_on.wait(60)
         return arguments
@@ -98,8 +99,8 @@ async def test_what_was_rolled_back_and_then_failed_has_no_outcome_either(writer
 
 
 async def test_a_lost_connection_ends_the_writer_and_all_who_wait_are_told(writer: Writer) -> None:
-    def lose(conn: Connection, arguments: Sequence[Any], deltas: Any) -> Sequence[Any]:
-        conn.close()
+    def lose(tx: Transaction, arguments: Sequence[Any]) -> Sequence[Any]:
+        tx.conn.close()
         return arguments
 
     requests = [writer.submit(echo, 0), writer.submit(lose, 1), *(writer.submit(echo, n) for n in range(200))]
@@ -129,7 +130,7 @@ def test_a_loop_that_is_gone_does_not_keep_what_was_asked_for_from_being_stored(
         writer = _writer(url(tmp_path))
         await writer.start()
         for n in range(1, 10):
-            writer.submit(operations.put, operations.encode_group(a_group(n)))
+            writer.submit(operations.put, encode_group(a_group(n)))
         return writer
 
     async def look(writer: Writer) -> int:

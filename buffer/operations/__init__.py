@@ -1,0 +1,53 @@
+"""What the writer does in a transaction: each operation takes all requests of its kind that wait, in order.
+
+An operation either does all of them or raises; the writer then repeats them one by one, so that one bad request
+fails alone. Operations hold no state, so repeating after a rollback is safe.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from buffer.operations.consuming import Take, Taken, check_step, committed_step, give_back, next_step, take
+from buffer.operations.drawing import Draw, DrawnRow, cursor, draw
+from buffer.operations.expiring import Expire, Expired, expire
+from buffer.operations.rewinding import Commit, ResumeReport, Rewind, Rewound, commit, resume
+from buffer.operations.running import Claim, Opened, Opening, claim, opened, release, release_claimed, release_dead, start
+from buffer.operations.storing import checkpoint, put
+from buffer.queries import Transaction
+
+Operation = Callable[[Transaction, Sequence[Any]], Sequence[Any]]
+
+__all__ = [
+    "Claim",
+    "Commit",
+    "Draw",
+    "DrawnRow",
+    "Expire",
+    "Expired",
+    "Opened",
+    "Opening",
+    "Operation",
+    "ResumeReport",
+    "Rewind",
+    "Rewound",
+    "Take",
+    "Taken",
+    "check_step",
+    "checkpoint",
+    "claim",
+    "commit",
+    "committed_step",
+    "cursor",
+    "draw",
+    "expire",
+    "give_back",
+    "next_step",
+    "opened",
+    "put",
+    "release",
+    "release_claimed",
+    "release_dead",
+    "resume",
+    "start",
+    "take",
+]

@@ -1,0 +1,124 @@
+"""Claiming groups to run, and releasing those that nobody runs any more."""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, Protocol
+
+from buffer import queries as q
+from buffer.queries import Transaction
+from buffer.status import Status
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A process that begins to write.
+
+    `alone`: no other process writes to this database, so that whoever did is dead. `lease`: seconds after which what it
+    runs is given to others unless it renews. `max_crashes`: producers that may die running a group, None for any number.
+    """
+
+    alone: bool
+    lease: float
+    max_crashes: int | None
+
+
+class Opened(NamedTuple):
+    """Whether batches of dead processes are consumed and not committed, and how many groups were released."""
+
+    needs_resume: bool
+    released: int
+
+
+def opened(tx: Transaction, requests: Sequence[Opening]) -> list[Opened]:
+    """Register this process, and release what dead ones ran."""
+    return [_open_one(tx, request) for request in requests]
+
+
+def _open_one(tx: Transaction, request: Opening) -> Opened:
+    # Written at every opening: a file or disk that takes nothing is found out now, not at the first result.
+    q.set_meta_value(tx.conn, "opened_at", datetime.now(UTC).isoformat())
+    q.forget_producers(tx, expired_only=not request.alone)
+    q.register_producer(tx, socket.gethostname(), os.getpid(), request.lease)
+    released = release_dead(tx, request.max_crashes)
+    return Opened(q.consumed_without_owner(tx.conn), released)
+
+
+def release_dead(tx: Transaction, max_crashes: int | None) -> int:
+    """Interrupt the running groups of producers that are not alive; fail those that took too many with them."""
+    rows = q.running_without_owner(tx.conn)
+    poison = [row for row in rows if max_crashes is not None and row.crashes + 1 >= max_crashes]
+    others = [row for row in rows if row not in poison]
+    _release(tx, others, "its producer died, or its lease ran out")
+    q.count_crash(tx.conn, [row.group_id for row in rows])
+    if poison:
+        reason = f"{max_crashes} producers in a row died while they ran it (max_crashes={max_crashes})"
+        q.fail_unfinished(tx.conn, [row.group_id for row in poison], reason)
+        q.move(tx, poison, Status.FAILED, reason=reason)
+    return len(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A wish for up to `limit` waiting groups of a task, from the first of `statuses` that has any, and so on."""
+
+    task_name: str
+    statuses: Sequence[Status]
+    limit: int
+    exclude: frozenset[int]
+
+
+def claim(tx: Transaction, claims: Sequence[Claim]) -> list[list[int]]:
+    """Move waiting groups to running; gives their ids, each to one claimant."""
+    return [_claim_one(tx, request) for request in claims]
+
+
+def _claim_one(tx: Transaction, request: Claim) -> list[int]:
+    rows: list[Any] = []
+    for status in dict.fromkeys(request.statuses):
+        if len(rows) < request.limit:
+            wanted = request.limit - len(rows)
+            waiting = q.claimable(tx.conn, request.task_name, status, wanted + len(request.exclude))
+            rows += [row for row in waiting if row.group_id not in request.exclude][:wanted]
+    q.move(tx, rows, Status.RUNNING)
+    return [row.group_id for row in rows]
+
+
+def start(tx: Transaction, requests: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Move given groups to running; gives their ids."""
+    for group_ids in requests:
+        q.move(tx, q.rows_of(tx.conn, group_ids), Status.RUNNING)
+    return list(requests)
+
+
+def release(tx: Transaction, requests: Sequence[Sequence[int]]) -> list[None]:
+    """Running groups that will not be run after all become interrupted, with what was stored of them.
+
+    Those whose lease was lost are left to whoever has them now.
+    """
+    for group_ids in requests:
+        rows = q.rows_of(tx.conn, group_ids)
+        _release(tx, [row for row in rows if row.status != Status.RUNNING or row.owner == tx.owner], "released by its producer")
+    return [None] * len(requests)
+
+
+def _release(tx: Transaction, rows: Sequence[Any], reason: str) -> None:
+    q.move(tx, rows, Status.INTERRUPTED, reason=reason)
+    q.count_interruption(tx.conn, [row.group_id for row in rows])
+
+
+class HandedOut(Protocol):
+    """A request that named groups, as the writer's thread knows it; `outcome` is None where nothing came of it."""
+
+    outcome: Any
+
+
+def release_claimed(tx: Transaction, requests: Sequence[HandedOut]) -> list[None]:
+    """Undo a claim whose claimant was cancelled before it had the groups."""
+    for request in requests:
+        found = q.known(tx.conn, list(request.outcome or ()))
+        still = [row for row in found.values() if row.status == Status.RUNNING and row.owner == tx.owner]
+        _release(tx, still, "its claimant was cancelled")
+    return [None] * len(requests)

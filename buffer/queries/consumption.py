@@ -1,0 +1,184 @@
+"""Handing out completed groups, making that final, and taking it back."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, assert_never
+
+from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, func, insert, literal, select, tuple_, update
+
+from buffer import schema as t
+from buffer.errors import CorruptPayloadError
+from buffer.policies import Fifo, FreshestFirst, StalestFirst, TakePolicy
+from buffer.queries.dialects import Upsert, reserve
+from buffer.queries.groups import ROWS, chunks, move, note_moves, require_rowcount
+from buffer.queries.transaction import Transaction
+from buffer.staleness import Level, Timeline
+from buffer.status import Status
+
+_g = t.groups.c
+
+
+# -- taking -----------------------------------------------------------------------------------------------------
+
+
+def first_completed(conn: Connection, task_name: str, limit: int, policy: TakePolicy) -> list[Row[Any]]:
+    """The completed groups to hand out next: the rewound first, as they were consumed, then by policy."""
+    # Literally, not as a parameter: only then does the planner see that the partial indexes hold what it needs.
+    completed = literal(Status.COMPLETED.value, literal_execute=True)
+    ready = ROWS.where(_g.task_name == task_name, _g.status == completed).order_by(_g.consumed_seq, *_order(policy))
+    return list(conn.execute(ready.limit(limit).with_for_update(skip_locked=True)))
+
+
+def _order(policy: TakePolicy) -> list[ColumnElement[Any]]:
+    match policy:
+        case Fifo():
+            return [_g.ready_seq.asc()]
+        case StalestFirst():
+            return [_g.oldest_version.asc(), _g.ready_seq.asc()]
+        case FreshestFirst():
+            return [_g.oldest_version.desc(), _g.ready_seq.asc()]
+        case _:
+            assert_never(policy)
+
+
+_CONSUME = (
+    update(t.groups)
+    .where(_g.group_id == bindparam("id"), _g.status == Status.COMPLETED.value)
+    .values(
+        status=Status.CONSUMED.value,
+        consumed_step=bindparam("step"),
+        consumed_seq=bindparam("seq"),
+        take=bindparam("number"),
+        owner=bindparam("me"),
+        updated_at=bindparam("now"),
+    )
+)
+
+
+_REMEMBER_VERSION = Upsert(t.steps, ["step"], lambda new: {"version": func.coalesce(new.version, t.steps.c.version)})
+
+
+def consume(tx: Transaction, rows: Sequence[Row[Any]], step: int, version: int | None) -> int | None:
+    """Mark completed groups as consumed at `step`, in this order, and remember the policy's version then.
+
+    Gives the number of this take, which no other has.
+    """
+    if not rows:
+        return None
+    note_moves(tx, rows, Status.CONSUMED, step=step)
+    (number,) = reserve(tx.conn, "take", 1)
+    fresh = reserve(tx.conn, "consumed", len(rows))
+    # A rewound group keeps its place: however often a run is rewound, its batches come again in one order.
+    seqs = [seq if row.consumed_seq == t.NEVER_CONSUMED else row.consumed_seq for row, seq in zip(rows, fresh, strict=True)]
+    same = {"step": step, "number": number, "me": tx.owner, "now": tx.now}
+    changed = tx.conn.execute(_CONSUME, [{"id": row.group_id, "seq": seq, **same} for row, seq in zip(rows, seqs, strict=True)])
+    require_rowcount(changed.rowcount, len(rows))
+    _REMEMBER_VERSION.execute(tx.conn, {"step": step, "version": version})
+    return number
+
+
+# -- committing and rewinding -----------------------------------------------------------------------------------
+
+
+def consumed_after(conn: Connection, step: int) -> list[Row[Any]]:
+    """Consumed and not committed, at a step later than `step`."""
+    return _consumed(conn, _g.consumed_step > step)
+
+
+def consumed_up_to(conn: Connection, step: int) -> list[Row[Any]]:
+    """Consumed and not committed, at `step` or before."""
+    return _consumed(conn, _g.consumed_step <= step)
+
+
+def _consumed(conn: Connection, when: ColumnElement[bool]) -> list[Row[Any]]:
+    return list(conn.execute(ROWS.where(when, _g.status == Status.CONSUMED.value).order_by(_g.consumed_seq)))
+
+
+def unconsume(tx: Transaction, rows: Sequence[Row[Any]], reason: str) -> None:
+    """Give consumed groups back: completed again, to be handed out first and in the order they had."""
+    move(tx, rows, Status.COMPLETED, reason=reason)
+    for chunk in chunks([row.group_id for row in rows]):
+        tx.conn.execute(update(t.groups).where(_g.group_id.in_(chunk)).values(consumed_step=None, take=None))
+
+
+def drop_steps_after(conn: Connection, step: int) -> None:
+    """Forget the versions at steps later than `step`."""
+    conn.execute(delete(t.steps).where(t.steps.c.step > step))
+
+
+def step_version(conn: Connection, step: int) -> int | None:
+    """The policy's version recorded when the batch of `step` was handed out."""
+    return conn.scalar(select(t.steps.c.version).where(t.steps.c.step == step))
+
+
+def last_step(conn: Connection, task_name: str | None = None) -> int:
+    """The last step at which anything of the task (of any task) was consumed and not given back; 0 before the first."""
+    return max(_last_step_of(conn, status, task_name) for status in (Status.CONSUMED, Status.ARCHIVED))
+
+
+def _last_step_of(conn: Connection, status: Status, task_name: str | None) -> int:
+    reached = _g.consumed_step
+    # Walks the index from its end; the first entry is nearly always the task's own.
+    last = select(reached).where(_g.status == status.value, reached.is_not(None)).order_by(reached.desc()).limit(1)
+    found = conn.scalar(last if task_name is None else last.where(_g.task_name == task_name))
+    if found is not None and not isinstance(found, int):
+        raise CorruptPayloadError(f"a step of consumption is {found!r}; the database was edited: restore it from a copy")
+    return found or 0
+
+
+# -- timelines and staleness ------------------------------------------------------------------------------------
+
+_FORKS = select(t.timelines.c.fork).order_by(t.timelines.c.timeline)
+
+
+def timeline(conn: Connection) -> Timeline:
+    """The run's timeline: the versions to which its rewinds went back."""
+    return Timeline(tuple(conn.scalars(_FORKS)))
+
+
+def anything_sampled(conn: Connection) -> bool:
+    """Whether any group has a token, or any step a version."""
+    sampled = select(_g.group_id).where(_g.max_version.is_not(None)).limit(1)
+    return conn.scalar(sampled) is not None or conn.scalar(select(t.steps.c.step).limit(1)) is not None
+
+
+def begin_timeline(conn: Connection, ended: int, fork: int, step: int) -> None:
+    """Record that a rewind to the checkpoint of `step`, at version `fork`, ended a timeline."""
+    conn.execute(insert(t.timelines), {"timeline": ended, "fork": fork, "step": step, "at": time.time()})
+
+
+_MAY_EXPIRE = [literal(status.value, literal_execute=True) for status in (Status.COMPLETED, Status.INTERRUPTED)]
+"""Literally and in the order of the schema's index `groups_oldest`: only then does the planner see that it fits."""
+
+
+def stale(conn: Connection, task_name: str, below: int, level: Level, after: tuple[int, int], limit: int) -> list[Row[Any]]:
+    """Completed and interrupted groups with a member that is stale at this level below version `below`, the stalest first.
+
+    `after` is the (oldest_version, group_id) behind which to go on. Rows of group_id, oldest_version and tokens.
+    """
+    place = (_g.oldest_version, _g.group_id)
+    statement = select(*place, _g.tokens).where(
+        _g.task_name == task_name, _g.status.in_(_MAY_EXPIRE), _g.oldest_version < below, tuple_(*place) > tuple_(*after)
+    )
+    if level is Level.TOKEN:
+        statement = statement.where(_g.freshest_version < below)
+    return list(conn.execute(statement.order_by(*place).limit(limit).with_for_update(skip_locked=True)))
+
+
+def waiting_newer_than(conn: Connection, version: int) -> list[int]:
+    """Completed and interrupted groups with a trainable token newer than `version`, by id."""
+    newer = select(_g.group_id).where(_g.status.in_(_MAY_EXPIRE), _g.max_version > version)
+    return list(conn.scalars(newer.order_by(_g.group_id)))
+
+
+_REQUALIFY = (
+    update(t.groups)
+    .where(_g.group_id == bindparam("id"))
+    .values(oldest_version=bindparam("oldest_version"), freshest_version=bindparam("freshest_version"))
+)
+
+
+def requalify(conn: Connection, versions: Sequence[dict[str, int]]) -> None:
+    """Store from which versions the staleness of groups (`id`) is counted now."""
+    if versions:
+        conn.execute(_REQUALIFY, list(versions))

@@ -1,0 +1,77 @@
+"""Where the two databases speak differently: INSERT that changes what is there, and numbers that never repeat."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, CursorResult, Table, bindparam, case, func, select, text
+from sqlalchemy import Sequence as DatabaseSequence
+from sqlalchemy.dialects import postgresql, sqlite
+
+from buffer import schema as t
+
+Change = Callable[[Any], dict[str, Any]]
+
+
+class Upsert:
+    """INSERT that changes the row of the same keys where there is one; `change` is given what would be inserted.
+
+    Without `change` the row that is there stays. Built once: to build a statement costs several times what a database
+    needs for it.
+    """
+
+    def __init__(self, table: Table, keys: Sequence[str], change: Change | None = None, *, returning: Any = None) -> None:
+        self._statements = {"sqlite": _built(sqlite.insert(table), keys, change, returning)}
+        self._statements["postgresql"] = _built(postgresql.insert(table), keys, change, returning)
+
+    def execute(self, conn: Connection, parameters: dict[str, Any] | list[dict[str, Any]]) -> CursorResult[Any]:
+        """Execute it with one row or many."""
+        result: CursorResult[Any] = conn.execute(self._statements[conn.dialect.name], parameters)
+        return result
+
+
+def _built(statement: Any, keys: Sequence[str], change: Change | None, returning: Any) -> Any:
+    if change is None:
+        return statement.on_conflict_do_nothing(index_elements=keys)
+    statement = statement.on_conflict_do_update(index_elements=keys, set_=change(statement.excluded))
+    return statement if returning is None else statement.returning(returning)
+
+
+_RESERVE = Upsert(t.sequences, ["name"], lambda new: {"last": t.sequences.c.last + new.last}, returning=t.sequences.c.last)
+_RESERVE_BEYOND = Upsert(
+    t.sequences, ["name"], lambda new: {"last": case((new.last > t.sequences.c.last, new.last), else_=t.sequences.c.last)}
+)
+
+
+def reserve(conn: Connection, name: str, n: int) -> Sequence[int]:
+    """Take the next `n` numbers of a sequence, ascending; sequences start at 1 and never repeat a number.
+
+    On PostgreSQL other processes may have numbers in between.
+    """
+    if conn.dialect.name == "postgresql":
+        return _from_sequence(conn, t.NUMBERS[name], n)
+    last: int = _RESERVE.execute(conn, {"name": name, "last": n}).scalar_one()
+    return range(last - n + 1, last + 1)
+
+
+def _from_sequence(conn: Connection, sequence: DatabaseSequence, n: int) -> Sequence[int]:
+    numbers = select(sequence.next_value()).select_from(func.generate_series(1, bindparam("n")).alias("each"))
+    return sorted(conn.scalars(numbers, {"n": n}))
+
+
+_SMALL_GAP = 10_000
+_LAST_OF_SEQUENCE = text("SELECT coalesce(pg_sequence_last_value(CAST(:name AS regclass)), 0)")
+_SET_SEQUENCE = text("SELECT setval(CAST(:name AS regclass), :number)")
+
+
+def reserve_beyond(conn: Connection, name: str, number: int) -> None:
+    """See to it that the sequence never gives `number` or anything below it."""
+    if conn.dialect.name == "sqlite":
+        _RESERVE_BEYOND.execute(conn, {"name": name, "last": number})
+        return
+    sequence = t.NUMBERS[name]
+    gap = number - conn.scalars(_LAST_OF_SEQUENCE, {"name": sequence.name}).one()
+    if gap > _SMALL_GAP:
+        # It sets the sequence back if others drew more than the gap since it was read: no process is that fast.
+        conn.execute(_SET_SEQUENCE, {"name": sequence.name, "number": number})
+    elif gap > 0:
+        _from_sequence(conn, sequence, gap)

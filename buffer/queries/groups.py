@@ -1,0 +1,250 @@
+"""Adding groups, storing what came of them, and moving them from one status to the next."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy.exc import IntegrityError
+
+from buffer import schema as t
+from buffer.codec import EncodedGroup
+from buffer.errors import DuplicateGroupError, IllegalTransitionError, UnknownGroupError
+from buffer.queries.dialects import Upsert, reserve
+from buffer.queries.transaction import Transaction
+from buffer.status import Status, check_transition
+
+_CHUNK = 500
+"""Ids per IN list: below every driver's limit on bound parameters."""
+
+
+def chunks(ids: Sequence[int]) -> Iterable[Sequence[int]]:
+    """`ids` in pieces that fit into one statement."""
+    return (ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK))
+
+
+# -- adding -----------------------------------------------------------------------------------------------------
+
+_INSERT_GROUP, _INSERT_PROMPT, _INSERT_MEMBER = insert(t.groups), insert(t.prompts), insert(t.rollouts)
+
+_TWICE = ("SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY", "SQLITE_CONSTRAINT_ROWID", "23505")
+"""How the drivers say that a key is there already."""
+
+
+def insert_groups(tx: Transaction, encoded: Sequence[EncodedGroup]) -> None:
+    """Add groups that the database does not have; its unique keys refuse a group id or a prompt that it has."""
+    rows = [
+        {
+            "group_id": e.group_id,
+            "task_name": e.task_name,
+            "status": e.status.value,
+            "ready_seq": seq,
+            "consumed_seq": t.NEVER_CONSUMED,
+            "created_at": tx.now,
+            "updated_at": tx.now,
+            **e.group,
+        }
+        for e, seq in zip(encoded, reserve(tx.conn, "ready", len(encoded)), strict=True)
+    ]
+    try:
+        tx.conn.execute(_INSERT_GROUP, rows)
+    except IntegrityError as error:
+        if _code(error) not in _TWICE:
+            raise
+        raise DuplicateGroupError(
+            f"{_named(encoded)} cannot be added: the database has a group of this id or position already; "
+            "draw prompts through the buffer, or give every group an id and position of its own"
+        ) from error
+    tx.conn.execute(_INSERT_PROMPT, [{"group_id": e.group_id, "data": e.prompt} for e in encoded])
+    tx.conn.execute(_INSERT_MEMBER, [member for e in encoded for member in e.rollouts])
+    _write_payloads(tx.conn, [e for e in encoded if e.arrays])
+    for e in encoded:
+        tx.changed(e.group_id, e.task_name, None, e.status, version=e.group["max_version"], reason=e.group["filter_reason"])
+
+
+def _code(error: IntegrityError) -> str | None:
+    return getattr(error.orig, "sqlite_errorname", None) or getattr(error.orig, "sqlstate", None)
+
+
+def _named(encoded: Sequence[EncodedGroup]) -> str:
+    first = encoded[0]
+    others = f" (or one of {len(encoded) - 1} beside it)" if len(encoded) > 1 else ""
+    return f"group {first.group_id} of task {first.task_name!r} at (epoch {first.group['epoch']}, {first.group['position']}){others}"
+
+
+# -- storing ----------------------------------------------------------------------------------------------------
+
+_RESULT = ("min_version", "max_version", "oldest_version", "freshest_version", "tokens", "payload_bytes", "filter_reason")
+_STORE_RESULT = (
+    update(t.groups)
+    .where(
+        t.groups.c.group_id == bindparam("id"),
+        t.groups.c.status == bindparam("expected"),
+        t.groups.c.task_name == bindparam("task"),
+        t.groups.c.members == bindparam("size"),
+        or_(t.groups.c.status != Status.RUNNING.value, t.groups.c.owner == bindparam("me")),
+    )
+    .values(
+        {name: bindparam(name) for name in ("status", "ready_seq", *_RESULT)}
+        | {"updated_at": bindparam("now"), "owner": None, "crashes": 0}
+    )
+)
+_STORE_MEMBER = (
+    update(t.rollouts)
+    .where(t.rollouts.c.group_id == bindparam("id"), t.rollouts.c.member == bindparam("at"))
+    .values({c.name: bindparam(c.name) for c in t.rollouts.c if c.name not in ("group_id", "member")})
+)
+
+
+def store_results(tx: Transaction, encoded: Sequence[EncodedGroup], stored: Mapping[int, Row[Any]]) -> None:
+    """Write what came of groups that stand in the database as `stored`.
+
+    The rows themselves hold the guard: the expected status, task, size and owner stand in the WHERE.
+    """
+    rows = [
+        {"id": e.group_id, "expected": stored[e.group_id].status, "task": e.task_name, "size": len(e.rollouts), "now": tx.now}
+        | {"me": tx.owner, "status": e.status.value, "ready_seq": seq}
+        | {name: e.group[name] for name in _RESULT}
+        for e, seq in zip(encoded, reserve(tx.conn, "ready", len(encoded)), strict=True)
+    ]
+    require_rowcount(tx.conn.execute(_STORE_RESULT, rows).rowcount, len(rows))
+    _store_members(tx.conn, encoded)
+    _write_payloads(tx.conn, encoded)
+    for e in encoded:
+        source = Status(stored[e.group_id].status)
+        tx.changed(e.group_id, e.task_name, source, e.status, version=e.group["max_version"], reason=_reason(e))
+
+
+def _reason(e: EncodedGroup) -> str | None:
+    """Why a group was filtered or failed."""
+    return e.group["filter_reason"] or next((member["error"] for member in e.rollouts if member["error"]), None)
+
+
+def _store_members(conn: Connection, encoded: Sequence[EncodedGroup]) -> None:
+    members = [{"id": m["group_id"], "at": m["member"], **m} for e in encoded for m in e.rollouts]
+    require_rowcount(conn.execute(_STORE_MEMBER, members).rowcount, len(members))
+
+
+_WRITE_PAYLOAD = Upsert(t.payloads, ["group_id"], lambda new: {"extras": new.extras, "arrays": new.arrays})
+_DROP_PREFIXES = delete(t.prefixes).where(t.prefixes.c.group_id == bindparam("id"))
+
+
+def _write_payloads(conn: Connection, encoded: Sequence[EncodedGroup]) -> None:
+    if encoded:
+        _WRITE_PAYLOAD.execute(conn, [{"group_id": e.group_id, "extras": e.extras, "arrays": e.arrays} for e in encoded])
+        conn.execute(_DROP_PREFIXES, [{"id": e.group_id} for e in encoded])
+
+
+def require_rowcount(found: int, expected: int) -> None:
+    """Raise `IllegalTransitionError` where a statement's WHERE did not hold for all rows."""
+    if found != expected:
+        raise IllegalTransitionError(f"{expected} rows were to change, {found} did: a group is not what it was, or has other members")
+
+
+_STORE_EXPIRED = (
+    update(t.groups)
+    .where(t.groups.c.group_id == bindparam("id"), t.groups.c.status == bindparam("expected"))
+    .values({name: bindparam(name) for name in ("status", *_RESULT)} | {"updated_at": bindparam("now")})
+)
+
+
+def store_expired(tx: Transaction, encoded: Sequence[EncodedGroup], stored: Sequence[Status], reason: str) -> None:
+    """Write groups some of whose members were reset, and that stood in the database as `stored`.
+
+    They keep their place in the queue (`ready_seq`): those that waited longest run again first.
+    """
+    rows = [
+        {"id": e.group_id, "expected": was.value, "status": e.status.value, "now": tx.now} | {name: e.group[name] for name in _RESULT}
+        for e, was in zip(encoded, stored, strict=True)
+    ]
+    require_rowcount(tx.conn.execute(_STORE_EXPIRED, rows).rowcount, len(rows))
+    _store_members(tx.conn, encoded)
+    _write_payloads(tx.conn, encoded)
+    for e, was in zip(encoded, stored, strict=True):
+        tx.changed(e.group_id, e.task_name, was, e.status, version=e.group["max_version"], reason=reason)
+
+
+# -- prefixes ---------------------------------------------------------------------------------------------------
+
+_TOUCH_RUNNING = (
+    update(t.groups)
+    .where(t.groups.c.group_id == bindparam("id"), t.groups.c.status == Status.RUNNING.value, t.groups.c.owner == bindparam("me"))
+    .values(updated_at=bindparam("now"), crashes=0)
+)
+_ADD_PREFIX = insert(t.prefixes).values(
+    group_id=bindparam("id"),
+    number=select(func.coalesce(func.max(t.prefixes.c.number), 0) + 1).where(t.prefixes.c.group_id == bindparam("id")).scalar_subquery(),
+    extras=bindparam("extras"),
+    arrays=bindparam("arrays"),
+)
+
+
+def add_prefixes(tx: Transaction, encoded: Sequence[Any]) -> bool:
+    """Store what running groups of ours decoded; False, and perhaps half of it, where one of them is not ours any more."""
+    touched = tx.conn.execute(_TOUCH_RUNNING, [{"id": e.group_id, "me": tx.owner, "now": tx.now} for e in encoded])
+    if touched.rowcount != len(encoded):
+        return False
+    _store_members(tx.conn, [e for e in encoded if e.rollouts])
+    tx.conn.execute(_ADD_PREFIX, [{"id": e.group_id, "extras": e.extras, "arrays": e.arrays} for e in encoded])
+    return True
+
+
+# -- moving -----------------------------------------------------------------------------------------------------
+
+_g = t.groups.c
+ROWS = select(_g.group_id, _g.task_name, _g.status, _g.members, _g.consumed_seq, _g.take, _g.owner, _g.crashes, _g.max_version)
+"""What a move needs to know of a group."""
+
+_KNOWN = ROWS.add_columns(select(func.coalesce(func.max(t.timelines.c.timeline) + 1, 0)).scalar_subquery().label("timeline")).where(
+    _g.group_id.in_(bindparam("ids", expanding=True))
+)
+
+
+def known(conn: Connection, group_ids: Sequence[int]) -> dict[int, Row[Any]]:
+    """What `ROWS` selects, and the number of the run's timeline, of those of the groups that exist."""
+    found: dict[int, Row[Any]] = {}
+    for chunk in chunks(group_ids):
+        found |= {row.group_id: row for row in conn.execute(_KNOWN, {"ids": chunk})}
+    return found
+
+
+def rows_of(conn: Connection, group_ids: Sequence[int]) -> list[Row[Any]]:
+    """What `known` gives of each, in the order asked for; an unknown id is an error."""
+    found = known(conn, group_ids)
+    return [found[group_id] for group_id in all_of(group_ids, found)]
+
+
+def all_of(group_ids: Sequence[int], found: Mapping[int, Any]) -> Sequence[int]:
+    """`group_ids`, if all of them were found."""
+    if missing := [group_id for group_id in group_ids if group_id not in found]:
+        raise UnknownGroupError(f"no group {missing[0]} is in the database; query() lists those that are")
+    return group_ids
+
+
+_MOVE = (
+    update(t.groups)
+    .where(_g.group_id == bindparam("id"), _g.status == bindparam("expected"))
+    .values(status=bindparam("status"), owner=bindparam("owner_now"), updated_at=bindparam("now"))
+)
+
+
+def move(tx: Transaction, rows: Sequence[Row[Any]], target: Status, *, reason: str | None = None) -> None:
+    """Take groups (rows of `ROWS`) to `target`; refused where the table does not allow it. What runs is ours."""
+    if not rows:
+        return
+    note_moves(tx, rows, target, reason=reason)
+    owner = tx.owner if target is Status.RUNNING else None
+    changes = [{"id": row.group_id, "expected": row.status, "status": target.value, "owner_now": owner, "now": tx.now} for row in rows]
+    require_rowcount(tx.conn.execute(_MOVE, changes).rowcount, len(rows))
+
+
+def note_moves(tx: Transaction, rows: Sequence[Row[Any]], target: Status, *, reason: str | None = None, step: int | None = None) -> None:
+    """Check that the groups may go to `target`, and note that they do."""
+    for row in rows:
+        check_transition(Status(row.status), target, f"group {row.group_id} of task {row.task_name!r}")
+        tx.changed(row.group_id, row.task_name, Status(row.status), target, reason=reason, step=step, version=row.max_version)
+
+
+def claimable(conn: Connection, task_name: str, status: Status, limit: int) -> list[Row[Any]]:
+    """The oldest groups of the task that wait in `status` and that nobody else claims at this moment."""
+    statement = ROWS.where(_g.task_name == task_name, _g.status == status.value).order_by(_g.consumed_seq, _g.ready_seq)
+    return list(conn.execute(statement.limit(limit).with_for_update(skip_locked=True)))

@@ -1,0 +1,103 @@
+"""Whole groups, and those that a question finds."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, bindparam, func, select
+
+from buffer import schema as t
+from buffer.codec import decode_group
+from buffer.queries.consumption import timeline as current_timeline
+from buffer.queries.groups import all_of, chunks
+from buffer.rollout import RolloutGroup
+from buffer.status import Status
+
+
+def load_groups(conn: Connection, group_ids: Sequence[int]) -> list[RolloutGroup]:
+    """Whole groups, payloads included, in the order asked for; an unknown id is an error."""
+    loaded: dict[int, RolloutGroup] = {}
+    for chunk in chunks(group_ids):
+        loaded |= _load_chunk(conn, chunk)
+    return [loaded[group_id] for group_id in all_of(group_ids, loaded)]
+
+
+_PREFIXES = (
+    select(t.prefixes.c.group_id, t.prefixes.c.extras, t.prefixes.c.arrays)
+    .where(t.prefixes.c.group_id.in_(bindparam("ids", expanding=True)))
+    .order_by(t.prefixes.c.group_id, t.prefixes.c.number)
+)
+
+
+def _load_chunk(conn: Connection, group_ids: Sequence[int]) -> dict[int, RolloutGroup]:
+    members: dict[int, list[Mapping[str, Any]]] = {}
+    order = (t.rollouts.c.group_id, t.rollouts.c.member)
+    for row in conn.execute(select(t.rollouts).where(t.rollouts.c.group_id.in_(group_ids)).order_by(*order)).mappings():
+        members.setdefault(row["group_id"], []).append(dict(row))
+    prefixes: dict[int, list[tuple[str, bytes]]] = {}
+    for group_id, extras, arrays in conn.execute(_PREFIXES, {"ids": group_ids}):
+        prefixes.setdefault(group_id, []).append((extras, arrays))
+    timeline = current_timeline(conn)
+    joined = t.groups.join(t.prompts).outerjoin(t.payloads, t.payloads.c.group_id == t.groups.c.group_id)
+    statement = select(t.groups, t.prompts.c.data, t.payloads.c.extras, t.payloads.c.arrays).select_from(joined)
+    rows = conn.execute(statement.where(t.groups.c.group_id.in_(group_ids))).mappings()
+    return {
+        row["group_id"]: decode_group(
+            dict(row),
+            members.get(row["group_id"], []),
+            row["data"],
+            None if row["arrays"] is None else (row["extras"], row["arrays"]),
+            prefixes.get(row["group_id"], ()),
+            timeline,
+        )
+        for row in rows
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """What is asked of groups, all of it at once; None (of `status`, nothing) asks nothing. See `ReplayBuffer.query`."""
+
+    task_name: str | None = None
+    status: Collection[Status] = ()
+    step: int | None = None
+    min_version: int | None = None
+    max_version: int | None = None
+    min_reward: float | None = None
+    max_reward: float | None = None
+    error: str | None = None
+    min_attempts: int | None = None
+
+
+def find(conn: Connection, filters: Filters, limit: int, offset: int) -> list[int]:
+    """Ids of the groups that are as asked, oldest first."""
+    statement = select(t.groups.c.group_id).where(*_of_groups(filters), *_of_members(filters))
+    return list(conn.scalars(statement.order_by(t.groups.c.group_id).limit(limit).offset(offset)))
+
+
+def _of_groups(filters: Filters) -> Iterable[ColumnElement[bool]]:
+    if filters.task_name is not None:
+        yield t.groups.c.task_name == filters.task_name
+    if filters.status:
+        yield t.groups.c.status.in_([s.value for s in filters.status])
+    if filters.step is not None:
+        # The statuses are those that a step goes with; naming them lets the index on it be used.
+        yield t.groups.c.status.in_([Status.CONSUMED.value, Status.ARCHIVED.value])
+        yield t.groups.c.consumed_step == filters.step
+    if filters.min_version is not None:
+        yield t.groups.c.min_version >= filters.min_version
+    if filters.max_version is not None:
+        yield t.groups.c.max_version <= filters.max_version
+
+
+def _of_members(filters: Filters) -> Iterable[ColumnElement[bool]]:
+    members = select(t.rollouts.c.member).where(t.rollouts.c.group_id == t.groups.c.group_id)
+    mean = select(func.avg(t.rollouts.c.reward)).where(t.rollouts.c.group_id == t.groups.c.group_id).scalar_subquery()
+    if filters.min_reward is not None:
+        yield mean >= filters.min_reward
+    if filters.max_reward is not None:
+        yield mean <= filters.max_reward
+    if filters.error is not None:
+        yield members.where(t.rollouts.c.error.contains(filters.error, autoescape=True)).exists()
+    if filters.min_attempts is not None:
+        yield members.where(t.rollouts.c.attempts >= filters.min_attempts).exists()
