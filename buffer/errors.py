@@ -55,3 +55,7 @@ class BufferLockedError(DatabaseError):
 
 class CorruptPayloadError(DatabaseError):
     """A stored payload does not decode: lengths and bytes disagree."""
+
+
+class FileFormatError(ReplayBufferError, ValueError):
+    """A file of groups cannot be read: it is foreign, damaged or cut off."""
