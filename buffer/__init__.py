@@ -2,6 +2,7 @@
 
 from buffer.operations import DrawnRow, ResumeReport
 from buffer.policies import Fifo, FreshestFirst, StalestFirst, TakePolicy
+from buffer.queries import RecordedStep
 from buffer.replay_buffer import AuditReport, DatasetCursor, ReplayBuffer
 from buffer.rollout import Position, RolloutGroup, RolloutState, Turn
 from buffer.status import Status
@@ -13,6 +14,7 @@ __all__ = [
     "Fifo",
     "FreshestFirst",
     "Position",
+    "RecordedStep",
     "ReplayBuffer",
     "ResumeReport",
     "RolloutGroup",

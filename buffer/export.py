@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -163,7 +163,7 @@ def write_jsonl(path: str | os.PathLike[str], groups: Iterable[RolloutGroup], *,
     return write_groups(path, groups, overwrite=overwrite)
 
 
-def read_groups(path: str | os.PathLike[str]) -> Iterator[RolloutGroup]:
+def read_groups(path: str | os.PathLike[str]) -> Generator[RolloutGroup]:
     """The groups of a file, one after the other; closing the iterator closes the file.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,12 +10,26 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from buffer import arguments as args
-from buffer import database, operations, queries
+from buffer import database, operations, queries, transfer
 from buffer.codec import encode_group, to_json
 from buffer.errors import BufferClosedError, ReplayBufferError, ResumeRequiredError
-from buffer.operations import Claim, Commit, Draw, DrawnRow, Expire, Expired, Opening, Operation, ResumeReport, Rewind, Rewound, Take
+from buffer.operations import (
+    Claim,
+    Commit,
+    Draw,
+    DrawnRow,
+    Expire,
+    Expired,
+    Opening,
+    Operation,
+    Restore,
+    ResumeReport,
+    Rewind,
+    Rewound,
+    Take,
+)
 from buffer.policies import Fifo, TakePolicy
-from buffer.queries import Filters
+from buffer.queries import Filters, RecordedStep
 from buffer.rollout import RolloutGroup
 from buffer.staleness import Level
 from buffer.status import CLAIMABLE, Status, parse_status
@@ -406,14 +421,85 @@ class ReplayBuffer:
         """Check the conservation law: drawn prompts = groups over all statuses, counters = rows, no orphans."""
         return await self._read(_audit)
 
+    # -- copies -------------------------------------------------------------------------------------------------
+
+    async def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        task_name: str | None = None,
+        status: Status | str | Collection[Status | str] = (),
+        overwrite: bool = False,
+    ) -> int:
+        """Write groups to a file for other programs, or for `import_file`; gives how many.
+
+        While the run goes on: each slice of groups is as it stands when its turn comes, and groups that come into being
+        meanwhile are left out. So are those whose tokens were pruned. The file appears when it is whole.
+
+        Args:
+            path: ends in .parquet (needs the extra `parquet`), .jsonl or .jsonl.gz; see `buffer.export`.
+            task_name: whose groups; by default of all tasks.
+            status: one, or any of several; by default any.
+            overwrite: replace a file that is there.
+
+        Raises:
+            FileExistsError: the file is there.
+            ValueError: an unknown ending.
+        """
+        if task_name is not None:
+            args.require_task(task_name)
+        statuses = [parse_status(s) for s in ([status] if isinstance(status, str) else status)]
+        return await transfer.export(self._read, path, task_name, statuses, overwrite)
+
+    async def import_file(self, path: str | os.PathLike[str]) -> int:
+        """Add the groups of a file that `export` wrote, with their ids, statuses and steps; gives how many were added.
+
+        Groups that are here already, as they stand in the file, are passed over: an import that was broken off is begun
+        again. What ran when it was exported is interrupted. A file holds no dataset's position: to draw on where a run
+        stood, use `fork`. Where batches of the file are consumed and not committed, `take` needs a `resume` first.
+
+        The file is read twice, and nothing is stored before all of it was found good. Then it is stored slice by slice.
+
+        Raises:
+            FileFormatError: the file is foreign, damaged or cut off.
+            DuplicateGroupError: a group of this id or position is here, and is another.
+            StepError: steps of the file do not go with what is committed or consumed here.
+        """
+        self._check_writable()
+        added, consumed = await transfer.import_file(self._read, self._write, path)
+        self._needs_resume |= consumed
+        return added
+
+    async def put_restored(self, groups: Sequence[RolloutGroup]) -> None:
+        """Add groups as they stood in another buffer, consumed and archived ones included, in one transaction.
+
+        Those that were consumed keep their steps, and their order is that of `groups`.
+
+        Raises:
+            DuplicateGroupError: a group of this id or position is here.
+            IllegalTransitionError: a group is running, or its status and step of consumption disagree.
+            StepError: their steps do not go with what is committed or consumed here.
+        """
+        if groups:
+            await self._write(operations.restore, Restore([encode_group(g) for g in groups], [g.consumed_step for g in groups]))
+            self._needs_resume |= any(group.status is Status.CONSUMED for group in groups)
+
+    async def recorded_steps(self, task_name: str) -> list[RecordedStep]:
+        """The steps at which groups of the task were consumed and not given back, ascending."""
+        args.require_task(task_name)
+        return await self._read(queries.recorded_steps, task_name)
+
     # -- inside -------------------------------------------------------------------------------------------------
 
     async def _write(self, operation: Operation, argument: Any) -> Any:
         return await self._submit(operation, argument).answer
 
-    def _submit(self, operation: Operation, argument: Any) -> Request:
+    def _check_writable(self) -> None:
         if self._read_only:
             raise ReplayBufferError("this buffer was opened with read_only=True; open it without to write")
+
+    def _submit(self, operation: Operation, argument: Any) -> Request:
+        self._check_writable()
         self._check_open()
         if self._writer is None:
             raise BufferClosedError(_NOT_OPEN)

@@ -4,6 +4,7 @@ from producer.asynchronous import AsyncProduceStrategy
 from producer.experience import make_experience
 from producer.filters import GroupFilter, zero_variance
 from producer.prompts import PromptSampler, ReplayPromptSampler
+from producer.replay import ReplaySource
 from producer.strategy import ProducedBatch, ProduceStrategy
 from producer.sync import SyncProduceStrategy
 
@@ -14,6 +15,7 @@ __all__ = [
     "ProducedBatch",
     "PromptSampler",
     "ReplayPromptSampler",
+    "ReplaySource",
     "SyncProduceStrategy",
     "make_experience",
     "zero_variance",

@@ -40,12 +40,13 @@ def batch_metrics(
     ended = (Status.COMPLETED, Status.INTERRUPTED, Status.FILTERED, Status.FAILED)
     metrics |= {f"produce/{status}": outcomes.get(status, 0) for status in ended}
     metrics |= {f"buffer/{status}": n for status, n in counts.items()}
-    return metrics | _batch_statistics(groups, version)
+    return metrics | batch_statistics(groups, version)
 
 
-def _batch_statistics(groups: Sequence[RolloutGroup], version: int) -> Metrics:
+def batch_statistics(groups: Sequence[RolloutGroup], version: int | None) -> Metrics:
+    """The metrics that tell of the groups alone; of their staleness only where the policy's version is known."""
     rollouts = [state for group in groups for state in group.rollouts]
-    stale = [staleness for group in groups if (staleness := group.staleness(version)) is not None]
+    stale = [] if version is None else [staleness for group in groups if (staleness := group.staleness(version)) is not None]
     reasons = Counter(state.finish_reason for state in rollouts)
     return {
         **_spread("batch/reward", [state.reward for state in rollouts if state.reward is not None]),

@@ -162,7 +162,8 @@ class ProduceStrategy(ABC):
             await self._fill(agent_loop, sampler, progress)
         counts = await self.buffer.counts(task_name)
         # Nothing is awaited after it: what is taken when the caller is cancelled would be consumed, and reach nobody.
-        groups = await self.buffer.take(task_name, batch_size, step=step, version=version, policy=self._policy)
+        taken = await self.buffer.take(task_name, batch_size, step=step, version=version, policy=self._policy)
+        groups = sorted(taken, key=lambda group: group.group_id)
         counts[Status.COMPLETED] -= len(groups)
         counts[Status.CONSUMED] += len(groups)
         metrics = batch_metrics(
@@ -174,7 +175,7 @@ class ProduceStrategy(ABC):
             seconds=time.perf_counter() - began,
             version=version,
         )
-        return ProducedBatch(sorted(groups, key=lambda group: group.group_id), step, metrics)
+        return ProducedBatch(groups, step, metrics)
 
     async def _completed(self, agent_loop: AgentLoop, progress: _Progress) -> int | None:
         """Count what waits in the buffer, after expiring what is too stale; the policy's version if that is the whole batch."""

@@ -111,6 +111,7 @@ async def small_run(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 READERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Awaitable[dict[str, Any]]]] = {
     "README.md": training,
     "docs/how-to/choose-an-engine.md": tiny_model,
+    "docs/how-to/export-and-replay.md": small_run,
     "docs/how-to/look-into-a-run.md": small_run,
     "docs/how-to/resume-a-run.md": small_run,
 }

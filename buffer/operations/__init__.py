@@ -13,6 +13,7 @@ from buffer.operations.expiring import Expire, Expired, expire
 from buffer.operations.rewinding import Commit, ResumeReport, Rewind, Rewound, commit, resume
 from buffer.operations.running import Claim, Opened, Opening, claim, opened, release, release_claimed, release_dead, start
 from buffer.operations.storing import checkpoint, put
+from buffer.operations.transfer import Restore, restore
 from buffer.queries import Transaction
 
 Operation = Callable[[Transaction, Sequence[Any]], Sequence[Any]]
@@ -28,6 +29,7 @@ __all__ = [
     "Opening",
     "Operation",
     "ResumeReport",
+    "Restore",
     "Rewind",
     "Rewound",
     "Take",
@@ -47,6 +49,7 @@ __all__ = [
     "release",
     "release_claimed",
     "release_dead",
+    "restore",
     "resume",
     "start",
     "take",

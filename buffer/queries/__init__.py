@@ -33,6 +33,15 @@ from buffer.queries.leases import (
 )
 from buffer.queries.reading import Filters, find, load_groups
 from buffer.queries.transaction import Deltas, Transaction
+from buffer.queries.transfer import (
+    RecordedStep,
+    at_positions,
+    first_consumed,
+    insert_restored,
+    recorded_steps,
+    stored_order,
+    unpruned,
+)
 from buffer.queries.values import (
     add_drawn,
     count,
@@ -47,10 +56,12 @@ from buffer.queries.values import (
 __all__ = [
     "Deltas",
     "Filters",
+    "RecordedStep",
     "Transaction",
     "add_drawn",
     "add_prefixes",
     "anything_sampled",
+    "at_positions",
     "begin_timeline",
     "claimable",
     "consume",
@@ -68,8 +79,10 @@ __all__ = [
     "fail_unfinished",
     "find",
     "first_completed",
+    "first_consumed",
     "forget_producers",
     "insert_groups",
+    "insert_restored",
     "known",
     "last_step",
     "load_groups",
@@ -77,6 +90,7 @@ __all__ = [
     "move",
     "move_cursor",
     "orphans",
+    "recorded_steps",
     "register_producer",
     "requalify",
     "reserve",
@@ -89,8 +103,10 @@ __all__ = [
     "store_expired",
     "store_results",
     "stored_counts",
+    "stored_order",
     "task_names",
     "timeline",
     "unconsume",
+    "unpruned",
     "waiting_newer_than",
 ]
