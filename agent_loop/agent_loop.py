@@ -5,11 +5,14 @@ import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import replace
 from typing import cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_loop.decoding import Decoding, Watcher, standing
 from agent_loop.engines.base import Completion, Engine, FinishReason
 from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError, RewardError
 from agent_loop.rewards import REWARD_THREADS, Reward, judge
@@ -68,6 +71,10 @@ class AgentLoop(ABC):
         self._threads = asyncio.Semaphore(REWARD_THREADS)
         self._judging: dict[asyncio.Task[None], int] = {}
         self._called_off: set[asyncio.Task[None]] = set()
+        # By identity: rollouts of two buffers may have one id.
+        self._watchers: dict[int, Watcher] = {}
+        self._generating: dict[int, Watcher | None] = {}
+        self._decoding: dict[int, Decoding] = {}
 
     @abstractmethod
     async def generate(self, state: RolloutState) -> RolloutState:
@@ -122,6 +129,23 @@ class AgentLoop(ABC):
         if self.engine is not None and requests:
             await self.engine.interrupt(requests)
 
+    def watch(self, group: RolloutGroup, watcher: Watcher) -> None:
+        """Tell `watcher` how the group gets on, from its next run to `unwatch`."""
+        self._watchers[id(group)] = watcher
+
+    def unwatch(self, group: RolloutGroup) -> None:
+        """Tell nobody any more; again is nothing."""
+        self._watchers.pop(id(group), None)
+
+    def snapshot(self, group: RolloutGroup) -> RolloutGroup:
+        """A copy of the group as it stands now, to be stored while it runs.
+
+        Responses hold what was decoded so far, of requests under way too (their versions as the engine has told them so far).
+        One whose `generate` has not returned is not finished, whatever it says.
+        """
+        rollouts = [standing(state, self._decoding.get(id(state)), finished=id(state) not in self._generating) for state in group.rollouts]
+        return replace(group, rollouts=rollouts)
+
     def interrupted(self, state: RolloutState) -> bool:
         """Whether this rollout was asked to stop; long loops without engine calls look here."""
         return state.group_id in self._stopping
@@ -131,6 +155,8 @@ class AgentLoop(ABC):
 
         The engine is not asked when the response is at its limit ("length"), ends in a stop token already
         ("stop"), or was asked to stop ("abort"). `sampling.max_tokens` bounds the whole response.
+
+        Where the request fails or is cancelled midway, what was decoded of it is appended before the error is raised.
         """
         if self.engine is None:
             raise RuntimeError("this agent loop has no engine to extend a rollout with; pass engine=")
@@ -142,9 +168,24 @@ class AgentLoop(ABC):
             return ended
         left = params.max_tokens - int(state.response_ids.size)
         params = params.replace(max_tokens=left, seed=_request_seed(params.seed, state))
-        completion = await self._request(state, np.concatenate([state.prompt_ids, state.response_ids]), params)
+        completion = await self._decoded(state, np.concatenate([state.prompt_ids, state.response_ids]), params)
         state.append(completion.token_ids, logprobs=completion.logprobs, version=completion.versions)
         return completion.finish_reason
+
+    async def _decoded(self, state: RolloutState, ids: NDArray[np.int32], params: SamplingParams) -> Completion:
+        """The completion of a request, whose tokens `snapshot` sees as they come."""
+        decoding = self._decoding[id(state)] = Decoding(state.index, self._generating.get(id(state)))
+        try:
+            completion = await self._request(state, ids, params, decoding)
+        except BaseException:
+            with suppress(ValueError):  # tokens that no rollout takes must not hide what ended the request
+                decoding.append_to(state)
+            raise
+        finally:
+            if self._decoding.get(id(state)) is decoding:
+                del self._decoding[id(state)]
+        decoding.check(completion)
+        return completion
 
     def _params(self, state: RolloutState, sampling: SamplingParams) -> SamplingParams:
         try:
@@ -162,7 +203,7 @@ class AgentLoop(ABC):
             return "length"
         return "abort" if self.interrupted(state) else None
 
-    async def _request(self, state: RolloutState, ids: NDArray[np.int32], params: SamplingParams) -> Completion:
+    async def _request(self, state: RolloutState, ids: NDArray[np.int32], params: SamplingParams, decoding: Decoding) -> Completion:
         assert self.engine is not None
         # Numbered: another buffer's rollout may have the same id in the same engine.
         request_id = f"{state.rollout_id}-{next(_REQUEST_NUMBERS)}"
@@ -170,36 +211,48 @@ class AgentLoop(ABC):
         # Known before the first await: an interrupt that comes while the request is on its way must reach it.
         requests.add(request_id)
         try:
-            return await self.engine.generate(ids, params, request_id=request_id, session_id=state.rollout_id)
+            return await self.engine.generate(
+                ids,
+                params,
+                request_id=request_id,
+                session_id=state.rollout_id,
+                on_tokens=decoding.add,
+                piece_tokens=decoding.piece_tokens,
+            )
         finally:
             requests.discard(request_id)
             if not requests:
                 self._requests.pop(state.group_id, None)
 
     async def _run_member(self, group: RolloutGroup, index: int) -> None:
-        state = group.rollouts[index]
+        state, watcher = group.rollouts[index], self._watchers.get(id(group))
         while True:
             try:
                 if not state.finished:
-                    state = group.rollouts[index] = await self._generated(state)
+                    state = group.rollouts[index] = await self._generated(state, watcher)
                 state.status = await self._settled(state)
-                return
+                break
             except (EngineDeadError, EngineClosedError, asyncio.CancelledError):
                 _interrupt(state)
                 raise
             except Exception as error:  # noqa: BLE001 - the one place where an exception becomes a failed rollout
                 if self._failed_for_good(state, error):
-                    return
+                    break
             await asyncio.sleep(self._back_off * 2 ** (state.attempts - 1))
+        if watcher is not None and state.status is not Status.INTERRUPTED:
+            watcher.ended(index)
 
-    async def _generated(self, state: RolloutState) -> RolloutState:
+    async def _generated(self, state: RolloutState, watcher: Watcher | None) -> RolloutState:
         """What `generate` made of `state`; only one that returns, and says why the response ends, can have finished it."""
         state.finish_reason = None
+        self._generating[id(state)] = watcher
         try:
             returned = _same_rollout(state, await self.generate(state))
         except BaseException:
             state.finish_reason = None  # as of a first turn, after which another was to come
             raise
+        finally:
+            del self._generating[id(state)]
         if returned.finish_reason not in _FINISH_REASONS and not self.interrupted(state):
             given, returned.finish_reason = returned.finish_reason, None
             raise ValueError(

@@ -213,6 +213,14 @@ class EngineSuite(ABC):
             joined = np.concatenate([getattr(piece, name) for piece in call.pieces])
             np.testing.assert_array_equal(joined, getattr(call.task.result(), name))
 
+    async def test_larger_pieces_bring_every_token_once(self, engine: Engine) -> None:
+        pieces: list[Completion] = []
+        params = SamplingParams(max_tokens=20, ignore_eos=True)
+        prompt = self.prompts(engine, 1)[0]
+        completion = await engine.generate(prompt, params, request_id="large", on_tokens=pieces.append, piece_tokens=8)
+        for name in ("token_ids", "logprobs", "versions"):
+            np.testing.assert_array_equal(np.concatenate([getattr(piece, name) for piece in pieces]), getattr(completion, name))
+
     async def test_32_concurrent_requests_all_return(self, engine: Engine) -> None:
         responses = await self.many(engine, self.prompts(engine, 32), [SamplingParams(max_tokens=24)] * 32, "concurrent")
         assert all(response.finish_reason in ("stop", "length") and 1 <= len(response.token_ids) <= 24 for response in responses)

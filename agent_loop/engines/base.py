@@ -16,6 +16,8 @@ from agent_loop.sampling import SamplingParams, whole
 FinishReason = Literal["stop", "length", "abort"]
 PauseMode = Literal["abort", "wait", "keep"]
 
+_FINISH_REASONS = get_args(FinishReason)
+
 WeightSource = str | Path | Mapping[str, Any] | Iterable[tuple[str, Any]]
 """Where new weights come from: a folder in Hugging Face's format, or a state dict (mapping or (name, tensor) pairs)."""
 
@@ -41,10 +43,10 @@ class Completion:
 
     def __post_init__(self) -> None:
         sizes = (len(self.token_ids), len(self.logprobs), len(self.versions))
-        if len(set(sizes)) != 1:
+        if not sizes[0] == sizes[1] == sizes[2]:
             raise ValueError(f"token_ids, logprobs and versions have lengths {sizes}; they need one length")
-        if self.finish_reason not in get_args(FinishReason):
-            raise ValueError(f"unknown finish reason {self.finish_reason!r}; known are {get_args(FinishReason)}")
+        if self.finish_reason not in _FINISH_REASONS:
+            raise ValueError(f"unknown finish reason {self.finish_reason!r}; known are {_FINISH_REASONS}")
 
     @classmethod
     def of(cls, token_ids: Sequence[int], logprobs: Sequence[float], versions: int | Sequence[int], finish_reason: str) -> "Completion":
@@ -100,6 +102,7 @@ class Engine(ABC):
         request_id: str,
         session_id: str | None = None,
         on_tokens: OnTokens | None = None,
+        piece_tokens: int = 1,
     ) -> Completion:
         """Sample one response.
 
@@ -109,7 +112,10 @@ class Engine(ABC):
             request_id: unique among the requests in flight; names it for `interrupt`.
             session_id: the same for all requests of one rollout, its turns and continuations; an engine may keep by it
                 what belongs together. None: the request stands alone.
-            on_tokens: sees new tokens as they come, for checkpoints; each token exactly once.
+            on_tokens: sees new tokens as they come, for checkpoints; each token exactly once. Where the call fails or is
+                cancelled, it has seen all tokens but those that an engine elsewhere had not sent yet.
+            piece_tokens: how many tokens `on_tokens` may be shown at once. An engine for which a piece costs much waits for
+                so many; others may show fewer.
 
         Returns:
             The whole response, or after `interrupt` the tokens so far with finish reason "abort".

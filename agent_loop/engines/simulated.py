@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_loop.engines.base import Completion, Engine, FinishReason, OnTokens, PauseMode, WeightSource
-from agent_loop.engines.simulated_policy import Lengths, Policy, Request, Script, Step, TablePolicy, policy_for, weights_seed
+from agent_loop.engines.simulated_policy import Decoder, Lengths, Policy, Request, Script, Step, TablePolicy, policy_for, weights_seed
 from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
 
@@ -123,6 +123,7 @@ class SimulatedEngine(Engine):
         request_id: str,
         session_id: str | None = None,
         on_tokens: OnTokens | None = None,
+        piece_tokens: int = 1,
     ) -> Completion:
         """See `Engine`."""
         self._check_alive()
@@ -135,25 +136,32 @@ class SimulatedEngine(Engine):
         try:
             self._admit()
             await request.may_decode.wait()
-            await self._decode(request, on_tokens)
+            await self._decode(request, None if on_tokens is None else _Shown(request, on_tokens, piece_tokens))
             return request.completion()
         finally:
             self._forget(request)
             request.returned.set()
 
-    async def _decode(self, request: "_InFlight", on_tokens: OnTokens | None) -> None:
+    async def _decode(self, request: "_InFlight", shown: "_Shown | None") -> None:
         if request.finish_reason is not None:
             return
         self._maybe_fail(request.what.request_id)
         decoder = self.policy.start(request.what, request.params)
+        try:
+            await self._decode_with(decoder, request, shown)
+        finally:
+            if shown is not None:
+                shown.all()
+
+    async def _decode_with(self, decoder: Decoder, request: "_InFlight", shown: "_Shown | None") -> None:
         while request.finish_reason is None:
             await request.may_decode.wait()
             await self._token_time(request)
             if request.finish_reason is None and request.may_decode.is_set():
                 self._check_alive()
                 request.take(decoder(request.context, self._weights), self._version, self.eos_token_ids)
-                if on_tokens is not None:
-                    on_tokens(request.completion(start=len(request.logprobs) - 1))
+                if shown is not None:
+                    shown.another()
 
     async def _token_time(self, request: "_InFlight") -> None:
         if self._rate is None:
@@ -284,3 +292,24 @@ class _InFlight:
         """The tokens from `start` on; "abort" for an unfinished response."""
         ids = self.context[len(self.what.prompt_ids) + start :]
         return Completion.of(ids, self.logprobs[start:], self.versions[start:], self.finish_reason or "abort")
+
+
+class _Shown:
+    """Shows the tokens of a request to `on_tokens`, in pieces of a given size; the last may be smaller."""
+
+    __slots__ = ("_next", "_on_tokens", "_piece_tokens", "_request")
+
+    def __init__(self, request: _InFlight, on_tokens: OnTokens, piece_tokens: int) -> None:
+        self._request, self._on_tokens, self._piece_tokens = request, on_tokens, piece_tokens
+        self._next = 0
+
+    def another(self) -> None:
+        """A token was added."""
+        if len(self._request.logprobs) - self._next >= self._piece_tokens:
+            self.all()
+
+    def all(self) -> None:
+        """Show what was not shown yet."""
+        start, self._next = self._next, len(self._request.logprobs)
+        if start < self._next:
+            self._on_tokens(self._request.completion(start=start))

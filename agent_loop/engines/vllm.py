@@ -222,6 +222,7 @@ class VLLMEngine(Engine):
         request_id: str,
         session_id: str | None = None,
         on_tokens: OnTokens | None = None,
+        piece_tokens: int = 1,
     ) -> Completion:
         """Sample one response; see `Engine.generate`.
 
@@ -239,14 +240,20 @@ class VLLMEngine(Engine):
         self._idle.clear()
         try:
             with self._translated():
-                return await self._sample(ids, params, request_id, session_id, on_tokens)
+                return await self._sample(ids, params, request_id, session_id, on_tokens, piece_tokens)
         finally:
             self._running.discard(request_id)
             if not self._running:
                 self._idle.set()
 
     async def _sample(
-        self, ids: NDArray[np.int32], params: SamplingParams, request_id: str, session_id: str | None, on_tokens: OnTokens | None
+        self,
+        ids: NDArray[np.int32],
+        params: SamplingParams,
+        request_id: str,
+        session_id: str | None,
+        on_tokens: OnTokens | None,
+        piece_tokens: int,
     ) -> Completion:
         from vllm.inputs.engine import tokens_input
 
@@ -254,7 +261,7 @@ class VLLMEngine(Engine):
         # The salt keeps blocks of the prefix cache apart by version: those of requests in flight outlive an update.
         given = tokens_input(ids.tolist(), cache_salt=str(self._version))
         tokens, logprobs = list[int](), list[float]()
-        asked = vllm_params(params, self._eos_token_ids, streamed=on_tokens is not None)
+        asked = vllm_params(params, self._eos_token_ids, piece_tokens=None if on_tokens is None else piece_tokens)
         async with aclosing(self._alive().generate(given, asked, request_id, session_id=session_id)) as outputs:
             async for output in outputs:
                 part = output.outputs[0]

@@ -117,8 +117,8 @@ def obituary(llm: Any) -> str:
     return f"vLLM's engine process is gone (exit code {codes or 'unknown'}); nothing sent to it is answered, make a new engine"
 
 
-def vllm_params(params: SamplingParams, eos_token_ids: Collection[int], *, streamed: bool) -> Any:
-    """`params` in vLLM's words."""
+def vllm_params(params: SamplingParams, eos_token_ids: Collection[int], *, piece_tokens: int | None) -> Any:
+    """`params` in vLLM's words; `piece_tokens` None: the whole response at its end, else in pieces of so many tokens."""
     from vllm.sampling_params import RequestOutputKind
     from vllm.sampling_params import SamplingParams as VLLMSamplingParams
 
@@ -138,7 +138,8 @@ def vllm_params(params: SamplingParams, eos_token_ids: Collection[int], *, strea
         flat_logprobs=True,
         detokenize=bool(params.stop),
         include_stop_str_in_output=True,
-        output_kind=RequestOutputKind.DELTA if streamed else RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.FINAL_ONLY if piece_tokens is None else RequestOutputKind.DELTA,
+        stream_interval=piece_tokens,
         skip_clone=True,
     )
 

@@ -1,0 +1,89 @@
+"""Tokens on their way: what was decoded of requests that still run, kept beside their rollouts until they end."""
+
+import copy
+from typing import Protocol
+
+import numpy as np
+
+from agent_loop.engines.base import Completion
+from agent_loop.errors import EngineError
+from buffer.rollout import RolloutState
+
+MOST_PIECE_TOKENS = 16
+"""Tokens that an engine may bring at once: each piece costs the event loop microseconds, whatever its size."""
+
+
+class Watcher(Protocol):
+    """Is told how the members of a running group get on; on the event loop, for each piece: it must be quick."""
+
+    @property
+    def piece_tokens(self) -> int:
+        """How many tokens it can wait for, 1 or more."""
+
+    def decoded(self, member: int, tokens: int) -> None:
+        """So many tokens more were decoded of this member."""
+
+    def ended(self, member: int) -> None:
+        """This member is whole and judged, or failed for good."""
+
+
+class Decoding:
+    """The tokens of one request so far, in the pieces in which they came.
+
+    They are appended to the rollout once, when the request ends: for each piece it would copy the whole response, and
+    only the completion has the last word on versions.
+    """
+
+    __slots__ = ("_member", "_pieces", "_watcher")
+
+    def __init__(self, member: int, watcher: Watcher | None) -> None:
+        self._member, self._watcher = member, watcher
+        self._pieces: list[Completion] = []
+
+    @property
+    def piece_tokens(self) -> int:
+        """How many tokens the engine may bring at once."""
+        return MOST_PIECE_TOKENS if self._watcher is None else min(MOST_PIECE_TOKENS, self._watcher.piece_tokens)
+
+    def add(self, piece: Completion) -> None:
+        """Keep a piece; it is the engine's `on_tokens`."""
+        self._pieces.append(piece)
+        if self._watcher is not None:
+            self._watcher.decoded(self._member, len(piece.token_ids))
+
+    def append_to(self, state: RolloutState) -> None:
+        """Append everything that came to the response."""
+        if self._pieces:
+            whole = self._joined()
+            state.append(whole.token_ids, logprobs=whole.logprobs, version=whole.versions)
+
+    def check(self, completion: Completion) -> None:
+        """Raise `EngineError` unless the pieces are the beginning of the completion."""
+        if self._pieces:
+            tokens = self._joined().token_ids
+            if not np.array_equal(tokens, completion.token_ids[: tokens.size]):
+                raise EngineError(
+                    f"the engine's pieces ({tokens.size} tokens) are not the beginning of its completion ({len(completion.token_ids)} "
+                    "tokens); on_tokens must see each token once, in order"
+                )
+
+    def _joined(self) -> Completion:
+        if len(self._pieces) > 1:
+            ids = np.concatenate([piece.token_ids for piece in self._pieces])
+            logprobs = np.concatenate([piece.logprobs for piece in self._pieces])
+            versions = np.concatenate([piece.versions for piece in self._pieces])
+            self._pieces = [Completion(ids, logprobs, versions, "abort")]
+        return self._pieces[0]
+
+
+def standing(state: RolloutState, decoding: Decoding | None, *, finished: bool) -> RolloutState:
+    """A copy of a rollout at this moment, with what was decoded of the request under way; its lists are its own."""
+    copied = copy.copy(state)
+    copied.turns, copied.metrics, copied.reward_parts = list(state.turns), dict(state.metrics), dict(state.reward_parts)
+    copied.messages = None if state.messages is None else [dict(message) for message in state.messages]
+    copied.media = None if state.media is None else list(state.media)
+    if decoding is not None:
+        decoding.append_to(copied)
+    if not finished:
+        copied.finish_reason = None  # as of a first turn, after which another is to come
+    return copied
