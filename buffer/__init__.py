@@ -1,9 +1,10 @@
 """What a rollout is, and the durable store that keeps them."""
 
+from buffer.audit import AuditReport
 from buffer.operations import DrawnRow, ResumeReport
 from buffer.policies import Fifo, FreshestFirst, StalestFirst, TakePolicy
 from buffer.queries import RecordedStep
-from buffer.replay_buffer import AuditReport, DatasetCursor, ReplayBuffer
+from buffer.replay_buffer import DatasetCursor, PruneReport, ReplayBuffer, Transition
 from buffer.rollout import Position, RolloutGroup, RolloutState, Turn
 from buffer.status import Status
 
@@ -15,6 +16,7 @@ __all__ = [
     "FreshestFirst",
     "Position",
     "RecordedStep",
+    "PruneReport",
     "ReplayBuffer",
     "ResumeReport",
     "RolloutGroup",
@@ -22,5 +24,6 @@ __all__ = [
     "StalestFirst",
     "Status",
     "TakePolicy",
+    "Transition",
     "Turn",
 ]

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import time
 from collections.abc import Iterable
 from typing import SupportsIndex, TypeVar
 
@@ -96,3 +97,17 @@ def future_is_expired(future: object) -> bool:
     if future not in ("keep", "expire"):
         raise ValueError(f"future={future!r} is unknown; choose 'keep' or 'expire'")
     return future == "expire"
+
+
+def drawn_between(min_age: float | None, max_age: float | None) -> tuple[float | None, float | None]:
+    """Ages in seconds as the latest and the earliest time (since 1970) at which a group may have been drawn."""
+    low, high = checked_range("age", number_or_none("min_age", min_age), number_or_none("max_age", max_age))
+    now = time.time()
+    return None if low is None else now - low, None if high is None else now - high
+
+
+def one_of(name: str, value: str, known: Iterable[str]) -> str:
+    """`value`, if it is one of those known."""
+    if value not in (choices := list(known)):
+        raise ValueError(f"{name}={value!r} is unknown; choose among {choices}")
+    return value

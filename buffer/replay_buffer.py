@@ -4,13 +4,14 @@ import asyncio
 import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from buffer import arguments as args
-from buffer import database, operations, queries, transfer
+from buffer import audit, database, operations, queries, transfer
+from buffer.audit import AuditReport
 from buffer.codec import encode_group, to_json
 from buffer.errors import BufferClosedError, ReplayBufferError, ResumeRequiredError
 from buffer.operations import (
@@ -22,6 +23,8 @@ from buffer.operations import (
     Expired,
     Opening,
     Operation,
+    Prune,
+    PrunedSlice,
     Restore,
     ResumeReport,
     Rewind,
@@ -38,6 +41,7 @@ from buffer.store import Reader, Request, Writer, uninterrupted
 T = TypeVar("T")
 
 _READER_THREADS = 2
+_AUDIT_SLICE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +53,35 @@ class DatasetCursor:
 
 
 @dataclass(frozen=True, slots=True)
-class AuditReport:
-    """What `ReplayBuffer.audit` found; `problems` is empty when the conservation law holds."""
+class Transition:
+    """One change of a group's status, as `ReplayBuffer.history` tells it.
 
-    drawn: Mapping[str, int]
-    counts: Mapping[str, Mapping[Status, int]]
-    problems: Sequence[str] = field(default_factory=list)
+    Attributes:
+        at: seconds since 1970.
+        source: the status before; None where the group came into being.
+        target: the status after.
+        owner: the process that wrote it: host, process id and a random part.
+        step: of the trainer, where the group was handed out.
+        version: the newest among its trainable tokens then; None without one.
+        reason: an error, a filter's reason, staleness, a rewind; None where the statuses say it all.
+    """
 
-    @property
-    def ok(self) -> bool:
-        """Whether everything adds up."""
-        return not self.problems
+    at: float
+    source: Status | None
+    target: Status
+    owner: str
+    step: int | None
+    version: int | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What `ReplayBuffer.prune` gave up: payloads and their bytes, and rows of groups whose payloads were gone."""
+
+    payloads: int
+    payload_bytes: int
+    rows: int
 
 
 _NOT_OPEN = "the buffer is not open; use `async with ReplayBuffer.open(url) as buffer`"
@@ -387,10 +409,13 @@ class ReplayBuffer:
         max_reward: float | None = None,
         error: str | None = None,
         min_attempts: int | None = None,
+        min_age: float | None = None,
+        max_age: float | None = None,
+        order: Literal["oldest", "newest", "changed", "stalest", "best", "worst"] = "oldest",
         limit: int = 100,
         offset: int = 0,
     ) -> list[RolloutGroup]:
-        """Groups of which all holds that is asked, oldest first, payloads included.
+        """Groups of which all holds that is asked, payloads included.
 
         Args:
             task_name: whose groups.
@@ -402,6 +427,10 @@ class ReplayBuffer:
             max_reward: that mean is at most this.
             error: some member's error holds this text; capital letters of ASCII count as small ones, "" finds any error.
             min_attempts: some member failed at least so often.
+            min_age: they were drawn at least so many seconds ago.
+            max_age: at most so many.
+            order: "oldest" or "newest" by when they were drawn, last "changed" first, "stalest" first, "best" or "worst" mean
+                reward first (those without one last).
             limit: the most groups.
             offset: how many of those found are passed over.
         """
@@ -414,12 +443,65 @@ class ReplayBuffer:
             *args.checked_range("reward", args.number_or_none("min_reward", min_reward), args.number_or_none("max_reward", max_reward)),
             args.text_or_none("error", error),
             args.whole_or_none("min_attempts", min_attempts),
+            *args.drawn_between(min_age, max_age),
+            args.one_of("order", order, queries.ORDERS),
         )
         return await self._read(_find_and_load, filters, limit, offset)
 
-    async def audit(self) -> AuditReport:
-        """Check the conservation law: drawn prompts = groups over all statuses, counters = rows, no orphans."""
-        return await self._read(_audit)
+    async def history(self, group_id: int) -> list[Transition]:
+        """Every change of the group's status, the first first; `UnknownGroupError` if there is no such group."""
+        (group_id,) = args.plain_ids([group_id])
+        rows = await self._read(queries.history, group_id)
+        return [
+            Transition(
+                row.at, None if row.source is None else Status(row.source), Status(row.target), row.owner, row.step, row.version, row.reason
+            )
+            for row in rows
+        ]
+
+    async def audit(self, *, payloads: bool = False) -> AuditReport:
+        """Check the conservation law: drawn prompts = groups over all statuses, counters = rows, no orphans.
+
+        With `payloads` every payload is decoded too, and compared with the columns that are read in its place; that takes
+        its time, and is done in slices, of which each sees its own state of the database.
+        """
+        report = await self._read(audit.audit)
+        after: int | None = 0 if payloads else None
+        problems = list(report.problems)
+        while after is not None:
+            found, after = await self._read(audit.audit_payloads, after, _AUDIT_SLICE)
+            problems += found
+        return replace(report, problems=problems)
+
+    async def prune(
+        self, *, keep_steps: int | None = None, keep_last: int | None = None, max_bytes: int | None = None, rows: bool = False
+    ) -> PruneReport:
+        """Give up payloads of committed groups beyond any of the bounds: their tokens are gone, their rows stay.
+
+        It is done in small slices, each durable by itself; other writes go on in between. The file does not become smaller:
+        its free pages are used again. A group whose payload is gone is still found, counted and told the history of.
+
+        Args:
+            keep_steps: the payloads of so many steps up to the committed one are kept.
+            keep_last: those of so many groups are kept, the last consumed.
+            max_bytes: the oldest go until those left take no more.
+            rows: also give up the rows of groups without a payload, but for the last step's; `audit` knows how many were.
+        """
+        bounds = {"keep_steps": keep_steps, "keep_last": keep_last, "max_bytes": max_bytes}
+        given = {name: args.whole_or_none(name, bound) for name, bound in bounds.items()}
+        if not rows and all(bound is None for bound in given.values()):
+            raise ValueError(f"prune() was told nothing to give up; give one of {', '.join(given)}, or rows=True")
+        done = await self._prune(Prune(given["keep_steps"], given["keep_last"], given["max_bytes"]))
+        return replace(done, rows=(await self._prune(Prune(None, None, None, rows=True))).rows) if rows else done
+
+    async def _prune(self, request: Prune) -> PruneReport:
+        total = PruneReport(0, 0, 0)
+        while True:
+            # One slice a request, the next only when it is done: whoever else waits for the writer has its turn between.
+            done: PrunedSlice = await self._write(operations.prune, request)
+            if not done.payloads and not done.rows:
+                return total
+            total = PruneReport(total.payloads + done.payloads, total.payload_bytes + done.payload_bytes, total.rows + done.rows)
 
     # -- copies -------------------------------------------------------------------------------------------------
 
@@ -552,18 +634,3 @@ def _find_and_load(conn: Any, filters: Filters, limit: int, offset: int) -> list
 
 def _counts_by_task(conn: Any) -> dict[str, dict[Status, int]]:
     return {task_name: queries.counts(conn, task_name) for task_name in queries.task_names(conn)}
-
-
-def _audit(conn: Any) -> AuditReport:
-    drawn, rows, stored = queries.drawn_by_task(conn), queries.counted_rows(conn), queries.stored_counts(conn)
-    problems = [
-        f"task {task!r}: {stored.get((task, status), 0)} counted as {status}, {rows.get((task, status), 0)} rows are"
-        for task, status in sorted(set(rows) | set(stored))
-        if stored.get((task, status), 0) != rows.get((task, status), 0)
-    ]
-    for task in sorted(set(drawn) | {task for task, _ in rows}):
-        present = sum(n for (name, _), n in rows.items() if name == task)
-        if present != drawn.get(task, 0):
-            problems.append(f"task {task!r}: {drawn.get(task, 0)} prompts drawn, {present} groups present")
-    problems += [f"{n} {what}" for what, n in queries.orphans(conn).items()]
-    return AuditReport(drawn, _counts_by_task(conn), problems)

@@ -10,6 +10,7 @@ from typing import Any
 from buffer.operations.consuming import Take, Taken, check_step, committed_step, give_back, next_step, take
 from buffer.operations.drawing import Draw, DrawnRow, cursor, draw
 from buffer.operations.expiring import Expire, Expired, expire
+from buffer.operations.pruning import Prune, PrunedSlice, prune
 from buffer.operations.rewinding import Commit, ResumeReport, Rewind, Rewound, commit, resume
 from buffer.operations.running import Claim, Opened, Opening, claim, opened, release, release_claimed, release_dead, start
 from buffer.operations.storing import checkpoint, put
@@ -28,6 +29,8 @@ __all__ = [
     "Opened",
     "Opening",
     "Operation",
+    "Prune",
+    "PrunedSlice",
     "ResumeReport",
     "Restore",
     "Rewind",
@@ -45,6 +48,7 @@ __all__ = [
     "give_back",
     "next_step",
     "opened",
+    "prune",
     "put",
     "release",
     "release_claimed",

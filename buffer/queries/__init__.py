@@ -3,7 +3,7 @@
 Functions that write take the `Transaction` under way, those that only read its connection.
 """
 
-from buffer.queries.audit import counted_rows, drawn_by_task, orphans, stored_counts
+from buffer.queries.audit import counted_rows, drawn_by_task, faults, stored_counts
 from buffer.queries.consumption import (
     anything_sampled,
     begin_timeline,
@@ -31,7 +31,8 @@ from buffer.queries.leases import (
     register_producer,
     running_without_owner,
 )
-from buffer.queries.reading import Filters, find, load_groups
+from buffer.queries.reading import ORDERS, Filters, find, history, hot_columns, ids_after, load_groups
+from buffer.queries.retention import Bounds, drop_groups, drop_payloads, prunable, pruned, seq_before_last, seq_within_bytes
 from buffer.queries.transaction import Deltas, Transaction
 from buffer.queries.transfer import (
     RecordedStep,
@@ -54,6 +55,8 @@ from buffer.queries.values import (
 )
 
 __all__ = [
+    "ORDERS",
+    "Bounds",
     "Deltas",
     "Filters",
     "RecordedStep",
@@ -75,12 +78,18 @@ __all__ = [
     "counts",
     "cursor",
     "drawn_by_task",
+    "drop_groups",
+    "drop_payloads",
     "drop_steps_after",
     "fail_unfinished",
+    "faults",
     "find",
     "first_completed",
     "first_consumed",
     "forget_producers",
+    "history",
+    "hot_columns",
+    "ids_after",
     "insert_groups",
     "insert_restored",
     "known",
@@ -89,14 +98,17 @@ __all__ = [
     "meta_value",
     "move",
     "move_cursor",
-    "orphans",
     "recorded_steps",
+    "prunable",
+    "pruned",
     "register_producer",
     "requalify",
     "reserve",
     "reserve_beyond",
     "rows_of",
     "running_without_owner",
+    "seq_before_last",
+    "seq_within_bytes",
     "set_meta_value",
     "stale",
     "step_version",

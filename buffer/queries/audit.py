@@ -1,14 +1,25 @@
 """What an audit counts one by one, and compares with what the counters say."""
 
-from sqlalchemy import Connection, func, select
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from sqlalchemy import ColumnElement, Connection, Select, func, or_, select
 
 from buffer import schema as t
 from buffer.status import Status
 
 
-def drawn_by_task(conn: Connection) -> dict[str, int]:
-    """Prompts ever drawn, by task."""
-    return {row.task_name: row.drawn for row in conn.execute(select(t.tasks.c.task_name, t.tasks.c.drawn))}
+class Task(NamedTuple):
+    """Prompts ever drawn of a task, and how many of their groups were given up since."""
+
+    drawn: int
+    pruned: int
+
+
+def drawn_by_task(conn: Connection) -> dict[str, Task]:
+    """What was drawn, by task."""
+    rows = conn.execute(select(t.tasks.c.task_name, t.tasks.c.drawn, t.tasks.c.pruned))
+    return {row.task_name: Task(row.drawn, row.pruned) for row in rows}
 
 
 def counted_rows(conn: Connection) -> dict[tuple[str, Status], int]:
@@ -23,21 +34,55 @@ def stored_counts(conn: Connection) -> dict[tuple[str, Status], int]:
     return {(task, Status(status)): n for task, status, n in rows}
 
 
-def orphans(conn: Connection) -> dict[str, int]:
-    """Rows of the other tables that belong to no group, and groups that lack what they need."""
-    no_group = {
-        table.name: select(func.count())
-        .select_from(table.outerjoin(t.groups, t.groups.c.group_id == table.c.group_id))
-        .where(t.groups.c.group_id.is_(None))
-        for table in (t.rollouts, t.prompts, t.payloads)
-    }
-    found = {f"rows of {name} without a group": conn.scalar(statement) or 0 for name, statement in no_group.items()}
+_EXAMPLES = 5
+_g = t.groups.c
+
+
+class Fault(NamedTuple):
+    """Something that is wrong with `n` groups, of which `examples` are the first."""
+
+    what: str
+    n: int
+    examples: list[int]
+
+
+def faults(conn: Connection) -> list[Fault]:
+    """Rows of other tables that belong to no group, groups that lack what they need, and columns that contradict each other."""
+    found = []
+    for what, ids in _questions():
+        n = conn.scalar(select(func.count()).select_from(ids.subquery())) or 0
+        if n:
+            found.append(Fault(what, n, list(conn.scalars(ids.order_by(*ids.selected_columns).limit(_EXAMPLES)))))
+    return found
+
+
+def _questions() -> Iterator[tuple[str, Select[Any]]]:
+    for table in (t.rollouts, t.prompts, t.payloads, t.prefixes, t.transitions):
+        joined = table.outerjoin(t.groups, _g.group_id == table.c.group_id)
+        yield f"rows of {table.name} without a group", select(table.c.group_id).select_from(joined).where(_g.group_id.is_(None))
     for table in (t.rollouts, t.prompts):
-        lacks = ~select(table.c.group_id).where(table.c.group_id == t.groups.c.group_id).exists()
-        found[f"groups without {table.name}"] = conn.scalar(select(func.count()).select_from(t.groups).where(lacks)) or 0
-    consumed = t.groups.c.status.in_([Status.CONSUMED.value, Status.ARCHIVED.value])
-    without_step = consumed != t.groups.c.consumed_step.is_not(None)
-    found["groups whose status and step of consumption disagree"] = (
-        conn.scalar(select(func.count()).select_from(t.groups).where(without_step)) or 0
-    )
-    return {what: n for what, n in found.items() if n}
+        yield f"groups without {table.name}", select(_g.group_id).where(~_rows_of(table).exists())
+    for what, condition in _contradictions().items():
+        yield what, select(_g.group_id).where(condition)
+
+
+def _rows_of(table: Any) -> Select[Any]:
+    return select(table.c.group_id).where(table.c.group_id == _g.group_id)
+
+
+def _contradictions() -> dict[str, ColumnElement[bool]]:
+    consumed = _g.status.in_([Status.CONSUMED.value, Status.ARCHIVED.value])
+    n_members = select(func.count()).where(t.rollouts.c.group_id == _g.group_id).scalar_subquery()
+    n_tokens = select(func.sum(t.rollouts.c.tokens)).where(t.rollouts.c.group_id == _g.group_id).scalar_subquery()
+    has_prefix = _rows_of(t.prefixes).exists()
+    return {
+        "groups whose status and step of consumption disagree": consumed != _g.consumed_step.is_not(None),
+        "groups with another number of rollouts than they say": n_members != _g.members,
+        # A running group's tokens are counted when it is stored; until then its prefixes have more.
+        "groups with other tokens than their rollouts": (n_tokens != _g.tokens) & ~has_prefix,
+        "groups with tokens and without a payload": (_g.tokens > 0) & _g.pruned_at.is_(None) & ~_rows_of(t.payloads).exists() & ~has_prefix,
+        "groups with a payload that was given up": _g.pruned_at.is_not(None) & _rows_of(t.payloads).exists(),
+        "groups that run and belong to nobody": (_g.status == Status.RUNNING.value) & _g.owner.is_(None),
+        "groups with prefixes that neither run nor wait": has_prefix
+        & or_(_g.status.not_in([Status.RUNNING.value, Status.INTERRUPTED.value])),
+    }

@@ -1,15 +1,16 @@
 """Whole groups, and those that a question finds."""
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, bindparam, func, select
+from sqlalchemy import ColumnElement, Connection, Row, bindparam, func, select
 
 from buffer import schema as t
 from buffer.codec import decode_group
 from buffer.queries.consumption import timeline as current_timeline
-from buffer.queries.groups import all_of, chunks
+from buffer.queries.groups import all_of, chunks, known
 from buffer.rollout import RolloutGroup
 from buffer.status import Status
 
@@ -67,12 +68,29 @@ class Filters:
     max_reward: float | None = None
     error: str | None = None
     min_attempts: int | None = None
+    drawn_before: float | None = None
+    drawn_after: float | None = None
+    order: str = "oldest"
 
 
 def find(conn: Connection, filters: Filters, limit: int, offset: int) -> list[int]:
-    """Ids of the groups that are as asked, oldest first."""
+    """Ids of the groups that are as asked, in the order asked for."""
     statement = select(t.groups.c.group_id).where(*_of_groups(filters), *_of_members(filters))
-    return list(conn.scalars(statement.order_by(t.groups.c.group_id).limit(limit).offset(offset)))
+    ordered = statement.order_by(*ORDERS[filters.order], t.groups.c.group_id)
+    return list(conn.scalars(ordered.limit(limit).offset(offset)))
+
+
+_MEAN_REWARD = select(func.avg(t.rollouts.c.reward)).where(t.rollouts.c.group_id == t.groups.c.group_id).scalar_subquery()
+
+ORDERS: dict[str, Sequence[ColumnElement[Any]]] = {
+    "oldest": (),
+    "newest": (t.groups.c.group_id.desc(),),
+    "changed": (t.groups.c.updated_at.desc(),),
+    "stalest": (t.groups.c.oldest_version,),
+    "best": (func.coalesce(_MEAN_REWARD, -math.inf).desc(),),
+    "worst": (func.coalesce(_MEAN_REWARD, math.inf),),
+}
+"""Orders of what `query` finds, ties by age."""
 
 
 def _of_groups(filters: Filters) -> Iterable[ColumnElement[bool]]:
@@ -88,16 +106,44 @@ def _of_groups(filters: Filters) -> Iterable[ColumnElement[bool]]:
         yield t.groups.c.min_version >= filters.min_version
     if filters.max_version is not None:
         yield t.groups.c.max_version <= filters.max_version
+    if filters.drawn_before is not None:
+        yield t.groups.c.created_at <= filters.drawn_before
+    if filters.drawn_after is not None:
+        yield t.groups.c.created_at >= filters.drawn_after
 
 
 def _of_members(filters: Filters) -> Iterable[ColumnElement[bool]]:
     members = select(t.rollouts.c.member).where(t.rollouts.c.group_id == t.groups.c.group_id)
-    mean = select(func.avg(t.rollouts.c.reward)).where(t.rollouts.c.group_id == t.groups.c.group_id).scalar_subquery()
     if filters.min_reward is not None:
-        yield mean >= filters.min_reward
+        yield filters.min_reward <= _MEAN_REWARD
     if filters.max_reward is not None:
-        yield mean <= filters.max_reward
+        yield filters.max_reward >= _MEAN_REWARD
     if filters.error is not None:
-        yield members.where(t.rollouts.c.error.contains(filters.error, autoescape=True)).exists()
+        yield members.where(t.rollouts.c.error.icontains(filters.error, autoescape=True)).exists()
     if filters.min_attempts is not None:
         yield members.where(t.rollouts.c.attempts >= filters.min_attempts).exists()
+
+
+_IDS_AFTER = select(t.groups.c.group_id).where(t.groups.c.group_id > bindparam("after")).order_by(t.groups.c.group_id)
+
+
+def ids_after(conn: Connection, after: int, limit: int) -> list[int]:
+    """The next ids behind `after`."""
+    return list(conn.scalars(_IDS_AFTER.limit(limit), {"after": after}))
+
+
+def hot_columns(conn: Connection, group_id: int) -> Row[Any]:
+    """The group's row, and whether something of it is `checkpointed` only."""
+    prefixes = select(t.prefixes.c.number).where(t.prefixes.c.group_id == t.groups.c.group_id).exists()
+    return conn.execute(select(t.groups, prefixes.label("checkpointed")).where(t.groups.c.group_id == group_id)).one()
+
+
+# -- history --------------------------------------------------------------------------------------------------
+
+_HISTORY = select(t.transitions).where(t.transitions.c.group_id == bindparam("id")).order_by(t.transitions.c.transition_id)
+
+
+def history(conn: Connection, group_id: int) -> list[Row[Any]]:
+    """The transitions of a group, in order; an unknown id is an error."""
+    all_of([group_id], known(conn, [group_id]))
+    return list(conn.execute(_HISTORY, {"id": group_id}))

@@ -2,7 +2,6 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,6 @@ from buffer.operations import Expired, expiring
 from tests.buffer.groups import a_group, fill, ids, plain, put_all, url
 
 TASK = "math"
-
-
-@pytest.fixture
-async def buffer(tmp_path: Path) -> AsyncIterator[ReplayBuffer]:
-    """An open buffer, audited at the end."""
-    async with ReplayBuffer.open(url(tmp_path)) as opened:
-        yield opened
-        report = await opened.audit()
-        assert report.ok, report.problems
 
 
 def of_versions(group_id: int, *members: list[int], status: Status = Status.COMPLETED) -> RolloutGroup:

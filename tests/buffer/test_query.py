@@ -81,6 +81,33 @@ async def test_filters_find(buffer: ReplayBuffer, filters: dict[str, Any], expec
     assert ids(await buffer.query(**filters)) == expected
 
 
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("oldest", [1, 2, 3, 4, 5, 6, 7, 8]),
+        ("newest", [8, 7, 6, 5, 4, 3, 2, 1]),
+        ("stalest", [1, 2, 8, 3, 4, 5, 6, 7]),
+        ("best", [3, 8, 2, 1, 4, 5, 6, 7]),
+        ("worst", [1, 2, 3, 8, 4, 5, 6, 7]),
+    ],
+)
+async def test_they_come_in_the_order_asked_for_and_page_by_page(buffer: ReplayBuffer, order: Any, expected: list[int]) -> None:
+    assert ids(await buffer.query(order=order)) == expected
+    pages = [ids(await buffer.query(order=order, limit=3, offset=offset)) for offset in (0, 3, 6)]
+    assert [group_id for page in pages for group_id in page] == expected
+
+
+async def test_what_changed_last_comes_first(buffer: ReplayBuffer) -> None:
+    await buffer.start([6])
+    assert ids(await buffer.query(order="changed", limit=1)) == [6]
+
+
+async def test_by_age(buffer: ReplayBuffer) -> None:
+    assert len(await buffer.query(max_age=3600)) == 8
+    assert await buffer.query(min_age=3600) == []
+    assert len(await buffer.query(min_age=-3600, max_age=3600)) == 8
+
+
 async def test_the_step_is_that_of_what_is_not_given_back(buffer: ReplayBuffer) -> None:
     await buffer.commit(1)
     await buffer.resume(1)
@@ -100,6 +127,8 @@ async def test_the_step_is_that_of_what_is_not_given_back(buffer: ReplayBuffer) 
         ({"step": 0}, "step=0 must be a whole number, 1 or more"),
         ({"min_attempts": -1}, "min_attempts=-1 must be a whole number, 0 or more"),
         ({"error": 100}, "error=100 must be text"),
+        ({"min_age": 2, "max_age": 1}, r"min_age=2\.0 lies above max_age=1\.0"),
+        ({"order": "id; DROP TABLE groups"}, "order='id; DROP TABLE groups' is unknown; choose among .*'oldest', 'newest'"),
     ],
 )
 async def test_what_can_find_nothing_is_refused(buffer: ReplayBuffer, filters: dict[str, Any], message: str) -> None:

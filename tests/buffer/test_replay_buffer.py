@@ -3,7 +3,6 @@
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +20,6 @@ from buffer.errors import (
     UnknownGroupError,
 )
 from tests.buffer.groups import a_group, draw, finished, ids, plain, put_all, rows, turns, url
-
-
-@pytest.fixture
-async def buffer(tmp_path: Path) -> AsyncIterator[ReplayBuffer]:
-    """An open buffer, audited at the end."""
-    async with ReplayBuffer.open(url(tmp_path)) as opened:
-        yield opened
-        report = await opened.audit()
-        assert report.ok, report.problems
-
 
 # -- storing ---------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,73 @@
+"""The conservation law, checked: prompts drawn = the sum over all statuses, each drawn prompt in exactly one group."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection
+
+from buffer import queries
+from buffer.codec import encode_group
+from buffer.errors import CorruptPayloadError
+from buffer.status import Status
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """What `ReplayBuffer.audit` found; `problems` is empty when the conservation law holds.
+
+    Attributes:
+        drawn: prompts ever drawn, by task.
+        counts: groups by task and status.
+        problems: what is wrong and with which groups, a sentence each.
+    """
+
+    drawn: Mapping[str, int]
+    counts: Mapping[str, Mapping[Status, int]]
+    problems: Sequence[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything adds up."""
+        return not self.problems
+
+
+def audit(conn: Connection) -> AuditReport:
+    """Everything but the payloads, in one state of the database."""
+    drawn = queries.drawn_by_task(conn)
+    counts = {task_name: queries.counts(conn, task_name) for task_name in queries.task_names(conn)}
+    return AuditReport({task: of.drawn for task, of in drawn.items()}, counts, list(_problems(conn, drawn)))
+
+
+def _problems(conn: Connection, drawn: Mapping[str, Any]) -> Iterator[str]:
+    rows, stored = queries.counted_rows(conn), queries.stored_counts(conn)
+    for task, status in sorted(set(rows) | set(stored)):
+        counted, there = stored.get((task, status), 0), rows.get((task, status), 0)
+        if counted != there:
+            yield f"task {task!r}: {counted} counted as {status}, {there} rows are"
+    for task in sorted(set(drawn) | {task for task, _ in rows}):
+        present = sum(n for (name, _), n in rows.items() if name == task)
+        n_drawn, n_pruned = drawn.get(task, (0, 0))
+        if present + n_pruned != n_drawn:
+            yield f"task {task!r}: {n_drawn} prompts drawn, {present} groups present, {n_pruned} given up"
+    for fault in queries.faults(conn):
+        yield f"{fault.n} {fault.what} (groups {', '.join(map(str, fault.examples))}{', ...' if fault.n > len(fault.examples) else ''})"
+
+
+def audit_payloads(conn: Connection, after: int, limit: int) -> tuple[list[str], int | None]:
+    """Problems of the payloads of the next `limit` groups behind the id `after`, and behind which id to go on; None at the end."""
+    ids = queries.ids_after(conn, after, limit)
+    problems = [problem for group_id in ids for problem in _payload_problems(conn, group_id)]
+    return problems, ids[-1] if len(ids) == limit else None
+
+
+def _payload_problems(conn: Connection, group_id: int) -> Iterator[str]:
+    try:
+        (group,) = queries.load_groups(conn, [group_id])
+    except CorruptPayloadError as error:
+        yield str(error)
+        return
+    said, found = queries.hot_columns(conn, group_id), encode_group(group).group
+    for name in ("tokens", "min_version", "max_version", "oldest_version", "freshest_version"):
+        if said.pruned_at is None and not said.checkpointed and getattr(said, name) != found[name]:
+            yield f"group {group_id}: {name} is {getattr(said, name)}, its payload says {found[name]}"
