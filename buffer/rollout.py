@@ -8,8 +8,11 @@ from typing import Any, NamedTuple, SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from buffer.staleness import fresh_mask, oldest_version, staleness
+from buffer.staleness import FIRST_TIMELINE, Level, Timeline, fresh_mask, oldest_version, staleness, too_stale
 from buffer.status import GROUP_WIDE, Status, group_status, parse_status
+
+TOKEN_ARRAYS = ("response_ids", "logprobs", "loss_mask", "versions", "timelines")
+"""The fields of a rollout that hold one value a token."""
 
 FINISHED = frozenset({"stop", "length"})
 """Finish reasons after which a response needs no more tokens."""
@@ -46,7 +49,11 @@ class RolloutState:
 
     It is owned by one agent loop at a time. `response_ids` (int32), `logprobs` (float32, natural log, of the
     sampled tokens), `loss_mask` (uint8, 1 where trainable) and `versions` (int32, the policy that produced the
-    token) always have one length. `append` is the only way tokens enter and `reset` the only way they leave.
+    token) and `timelines` (int32, the number of the timeline of that version) always have one length. `append` is the only
+    way tokens enter and `reset` the only way they leave.
+
+    `timeline` is the run's when the state was handed out: `append` stamps its number on tokens, and staleness is counted on
+    it (see `buffer.staleness`). It is not stored. Tokens given without `timelines` are of this timeline.
 
     A loop may add to `messages` and `media`: they are stored with the response, and `reset` makes them the row's again.
     `row`, `prompt` and `sampling` are for reading: they are stored once, when the prompt is drawn.
@@ -59,6 +66,7 @@ class RolloutState:
     attempts: int = 0
     interruptions: int = 0
     error: str | None = None
+    timeline: Timeline = FIRST_TIMELINE
 
     row: Mapping[str, Any] = field(default_factory=dict)
     prompt: str | None = None
@@ -71,6 +79,7 @@ class RolloutState:
     logprobs: NDArray[np.float32] = field(default_factory=lambda: _array(None, np.float32))
     loss_mask: NDArray[np.uint8] = field(default_factory=lambda: _array(None, np.uint8))
     versions: NDArray[np.int32] = field(default_factory=lambda: _array(None, np.int32))
+    timelines: NDArray[np.int32] = field(default_factory=lambda: _array(None, np.int32))
     finish_reason: str | None = None
     text: str | None = None
     turns: list[Turn] = field(default_factory=list)
@@ -94,12 +103,14 @@ class RolloutState:
         self.logprobs = _array(self.logprobs, np.float32)
         self.loss_mask = _array(self.loss_mask, np.uint8)
         self.versions = _array(self.versions, np.int32)
+        timelines = _array(self.timelines, np.int32)
+        self.timelines = timelines if timelines.size else self._of_now(self.response_ids.size)
         self.turns = [Turn(*turn) for turn in self.turns]
         # Lists of its own: siblings come from one row, and what one of them appends is not the others'.
         self.messages = None if self.messages is None else [dict(message) for message in self.messages]
         self.media = None if self.media is None else list(self.media)
         self._check_lengths()
-        _check_not_negative(self.rollout_id, token_ids=self.response_ids, versions=self.versions)
+        _check_not_negative(self.rollout_id, token_ids=self.response_ids, versions=self.versions, timelines=self.timelines)
         if (self.loss_mask > 1).any():
             raise ValueError(f"rollout {self.rollout_id}: loss_mask holds {self.loss_mask.max()}; it is 1 where trainable, else 0")
         _check_logprobs(self.logprobs, self.loss_mask, self.rollout_id)
@@ -119,9 +130,27 @@ class RolloutState:
         """The oldest version among the trainable tokens; None where there is none."""
         return oldest_version(self.versions, self.loss_mask)
 
+    @property
+    def effective_versions(self) -> NDArray[np.int64]:
+        """One a token: the version from which its staleness is counted on `timeline`; `versions` unless a rewind undid some."""
+        return self.timeline.effective(self.versions, self.timelines)
+
+    @property
+    def undone(self) -> bool:
+        """Whether a trainable token was produced by weights that a rewind undid."""
+        return bool((self.timeline.undone(self.versions, self.timelines) & (self.loss_mask == 1)).any())
+
+    def staleness(self, version: int) -> int | None:
+        """`version` minus the oldest effective version among the trainable tokens; None where there is none."""
+        return staleness(oldest_version(self.effective_versions, self.loss_mask), version)
+
+    def too_stale(self, version: int, max_staleness: int, level: Level = Level.SEQUENCE) -> bool:
+        """Whether the staleness at `version` exceeds the bound; see `buffer.staleness.Level` for what `level` looks at."""
+        return too_stale(self.effective_versions, self.loss_mask, version, max_staleness, level)
+
     def masked(self, version: int, max_staleness: int) -> "RolloutState":
         """A copy in which tokens that are too stale at `version` are not trained on; see `buffer.staleness`."""
-        mask = fresh_mask(self.versions, self.loss_mask, version, max_staleness)
+        mask = fresh_mask(self.effective_versions, self.loss_mask, version, max_staleness)
         return replace(self, loss_mask=mask, reward_parts=dict(self.reward_parts), metrics=dict(self.metrics))
 
     def append(
@@ -166,6 +195,7 @@ class RolloutState:
         self.logprobs = _joined(self.logprobs, new_logprobs)
         self.loss_mask = _joined(self.loss_mask, new_mask)
         self.versions = _joined(self.versions, new_versions)
+        self.timelines = _joined(self.timelines, self._of_now(ids.size))
         self._extend_turns("assistant" if trainable else "environment", start)
 
     def reset(self) -> None:
@@ -176,8 +206,14 @@ class RolloutState:
         self.logprobs = _array(None, np.float32)
         self.loss_mask = _array(None, np.uint8)
         self.versions = _array(None, np.int32)
+        self.timelines = _array(None, np.int32)
         self.finish_reason = self.text = self.score = self.reward = None
         self.turns, self.reward_parts, self.metrics = [], {}, {}
+
+    def _of_now(self, n: int) -> NDArray[np.int32]:
+        numbers = np.full(n, self.timeline.number, np.int32)
+        numbers.flags.writeable = False
+        return numbers
 
     def _extend_turns(self, role: str, start: int) -> None:
         end = int(self.response_ids.size)
@@ -188,7 +224,7 @@ class RolloutState:
             self.turns.append(Turn(role, start, end))
 
     def _check_lengths(self) -> None:
-        lengths = {name: getattr(self, name).size for name in ("response_ids", "logprobs", "loss_mask", "versions")}
+        lengths = {name: getattr(self, name).size for name in TOKEN_ARRAYS}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"rollout {self.rollout_id}: lengths differ ({lengths}); ids, logprobs, mask and versions need one length")
 
@@ -265,8 +301,9 @@ class RolloutGroup:
         return min(known) if known else None
 
     def staleness(self, version: int) -> int | None:
-        """`version` minus the oldest version among the trainable tokens of all members; None where there is none."""
-        return staleness(self.min_version, version)
+        """The largest of the members': how far the oldest trainable token lies behind `version`; None where there is none."""
+        known = [own for rollout in self.rollouts if (own := rollout.staleness(version)) is not None]
+        return max(known, default=None)
 
     def masked(self, version: int, max_staleness: int) -> "RolloutGroup":
         """A copy for training at `version`: tokens staler than `max_staleness` get mask 0. This group stays as it is.

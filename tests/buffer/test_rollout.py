@@ -8,7 +8,7 @@ import pytest
 from buffer import Position, RolloutGroup, RolloutState, Status, Turn
 from buffer.rollout import prompt_fields
 
-ARRAYS = ("response_ids", "logprobs", "loss_mask", "versions")
+ARRAYS = ("response_ids", "logprobs", "loss_mask", "versions", "timelines")
 
 
 def a_rollout(**fields: Any) -> RolloutState:
@@ -16,7 +16,7 @@ def a_rollout(**fields: Any) -> RolloutState:
 
 
 def tokens(n: int, **other: Any) -> dict[str, Any]:
-    return {"response_ids": range(n), "logprobs": [-1.0] * n, "loss_mask": [1] * n, "versions": [0] * n} | other
+    return {"response_ids": range(n), "logprobs": [-1.0] * n, "loss_mask": [1] * n, "versions": [0] * n, "timelines": [0] * n} | other
 
 
 @pytest.mark.parametrize("short", ARRAYS)
@@ -41,6 +41,7 @@ def test_a_trainable_token_needs_a_finite_logprob_and_others_do_not(bad: float) 
         (tokens(1, response_ids=[1.5]), "whole numbers within the range of int32"),
         (tokens(1, response_ids=[2**40]), "whole numbers within the range of int32"),
         (tokens(1, versions=np.array([2**40])), "whole numbers within the range of int32"),
+        (tokens(1, timelines=[-1]), "timelines hold -1"),
         (tokens(1, loss_mask=[-1]), "whole numbers within the range of uint8"),
     ],
 )
@@ -98,7 +99,7 @@ def test_a_refused_append_adds_nothing(arguments: dict[str, Any], message: str) 
     rollout = a_rollout(**tokens(1))
     with pytest.raises(ValueError, match=message):
         rollout.append([1, 2], **arguments)
-    assert [getattr(rollout, name).size for name in ARRAYS] == [1, 1, 1, 1]
+    assert [getattr(rollout, name).size for name in ARRAYS] == [1] * len(ARRAYS)
     assert rollout.turns == []
 
 
