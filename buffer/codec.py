@@ -1,83 +1,192 @@
-"""Groups to and from what the tables hold: JSON for words, raw little-endian arrays for tokens, never pickle.
+"""Groups to and from what the tables hold: JSON for words, bytes for tokens and text (`buffer.payload`), never pickle.
 
-Layout of `payloads.arrays`: for each member prompt_ids (int32, unless shared with member 0), response_ids (int32),
-logprobs (float32) and the versions' runs (int32 value, int32 length); after all members, each one's loss_mask
-(uint8). The lengths stand in `payloads.extras`. Masks come last so that every 4-byte array is aligned.
+Storing has two halves. `snapshot` is quick, for the event loop: it keeps what may still change. `encode` makes the rows of it,
+wherever there is time.
 """
 
 import json
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from buffer.errors import CorruptPayloadError
-from buffer.rollout import Position, RolloutGroup, RolloutState, drawn_fields
-from buffer.staleness import NO_VERSION, Timeline
-from buffer.status import Status, member_status
+from buffer.payload import NOTHING, Response, Runs, Span, pack, unpack
+from buffer.rollout import Position, RolloutGroup, RolloutState, Turn, drawn_fields
+from buffer.staleness import FIRST_TIMELINE, NO_VERSION, Timeline
+from buffer.status import Status, group_status, member_status
 
-if sys.byteorder != "little":
-    raise ImportError("Millrace stores arrays little-endian and does not run on a big-endian machine")
-
-_SHARED = -1
 _REMEDY = "the database was damaged or edited: restore it from a copy, or delete this group's row"
 _PROMPT_FIELDS = ("row", "prompt", "messages", "media", "sampling")
 
 
+class GroupSnapshot(NamedTuple):
+    """A group as it was at one moment, detached from the objects it came from."""
+
+    group_id: int
+    task_name: str
+    rollouts: Sequence[RolloutState]
+    position: Position | None
+    filter_reason: str | None
+
+    @property
+    def status(self) -> Status:
+        """Derived from the members; see `buffer.status.group_status`."""
+        return group_status([rollout.status for rollout in self.rollouts])
+
+
+def snapshot(group: RolloutGroup) -> GroupSnapshot:
+    """`group` as it is now: what happens to it afterwards does not reach the snapshot. What lies within rows is shared."""
+    rollouts = [rollout.detached() for rollout in group.rollouts]
+    row, copy = None, dict[str, Any]()
+    for rollout in rollouts:
+        if rollout.row is not row:
+            row, copy = rollout.row, dict(rollout.row)
+        rollout.row = copy  # members have theirs in common, as before
+    return GroupSnapshot(group.group_id, group.task_name, rollouts, group.position, group.filter_reason)
+
+
 class EncodedGroup(NamedTuple):
-    """A group as rows of the tables, detached from the objects it came from."""
+    """A group as rows of the tables. `timeline` is the number of the one that its effective versions were computed for."""
 
     group_id: int
     task_name: str
     status: Status
     group: dict[str, Any]
     rollouts: list[dict[str, Any]]
-    prompts: list[dict[str, Any]]
     extras: str
     arrays: bytes
+    timeline: int
+    snapshot: GroupSnapshot
 
     @property
     def prompt(self) -> str:
         """The prompts as JSON. They are written once: only who adds the group pays for it, not every result."""
-        return _prompts_to_json(self.prompts, self.group_id)
+        return encode_prompt(self.snapshot.rollouts)
 
 
 def encode_group(group: RolloutGroup) -> EncodedGroup:
-    """Everything the store writes of `group`.
+    """Everything the store writes of `group` as it is now; raises what `encode` does."""
+    return encode(snapshot(group))
+
+
+def encode(snapshot: GroupSnapshot, timeline: Timeline | None = None) -> EncodedGroup:
+    """Everything the store writes of a group, staleness counted on `timeline`, by default on the newest that a member knows.
 
     Raises `ValueError` where an extra is not JSON-able, a score or reward is not finite, or the arrays of a rollout
     do not belong together; `EncodedGroup.prompt` does where a row is not JSON-able.
     """
-    runs = [_runs(rollout.versions) for rollout in group.rollouts]
-    spans = [_trainable_span(rollout, own) for rollout, own in zip(group.rollouts, runs, strict=True)]
-    extras, arrays = _encode_arrays(group.rollouts, runs)
+    rollouts = snapshot.rollouts
+    now = max((rollout.timeline for rollout in rollouts), key=_number) if timeline is None else timeline
+    responses = [Response.of(rollout) for rollout in rollouts]
+    runs = Runs.of(responses)
+    spans = runs.spans(now)
+    lengths, arrays = pack(responses, runs)
+    extras = _extras_to_json(snapshot, rollouts, lengths)
     hot = {
-        "epoch": None if group.position is None else group.position.epoch,
-        "position": None if group.position is None else group.position.offset,
-        "min_version": min((span[0] for span in spans if span), default=None),
-        "max_version": max((span[1] for span in spans if span), default=None),
-        "members": len(group.rollouts),
-        "oldest_version": min((span[0] for span in spans if span), default=NO_VERSION),
-        "freshest_version": min((span[1] for span in spans if span), default=NO_VERSION),
-        "tokens": sum(rollout.response_ids.size for rollout in group.rollouts),
+        "epoch": None if snapshot.position is None else snapshot.position.epoch,
+        "position": None if snapshot.position is None else snapshot.position.offset,
+        **_versions_of([span for span in spans if span]),
+        "members": len(rollouts),
+        "tokens": sum(response.response_ids.size for response in responses),
         "payload_bytes": len(arrays) + len(extras),
-        "filter_reason": None if group.filter_reason is None else _storable_text(group.filter_reason),
+        "filter_reason": None if snapshot.filter_reason is None else _storable_text(snapshot.filter_reason),
     }
-    members = [_hot_member(rollout, span) for rollout, span in zip(group.rollouts, spans, strict=True)]
-    return EncodedGroup(group.group_id, group.task_name, group.status, hot, members, _prompts_of(group), extras, arrays)
+    members = [_hot_member(rollout, span) for rollout, span in zip(rollouts, spans, strict=True)]
+    return EncodedGroup(snapshot.group_id, snapshot.task_name, snapshot.status, hot, members, extras, arrays, now.number, snapshot)
+
+
+def _number(timeline: Timeline) -> int:
+    return timeline.number
+
+
+def _versions_of(spans: Sequence[Span]) -> dict[str, int | None]:
+    """A group's versions, over its members with trainable tokens."""
+    return {
+        "min_version": min((span.oldest for span in spans), default=None),
+        "max_version": max((span.newest for span in spans), default=None),
+        "oldest_version": min((span.oldest_effective for span in spans), default=NO_VERSION),
+        "freshest_version": min((span.newest_effective for span in spans), default=NO_VERSION),
+    }
+
+
+class EncodedPrefix(NamedTuple):
+    """What some members of a running group decoded since they were stored last: hot rows, and a payload to apply to the one before."""
+
+    group_id: int
+    task_name: str
+    rollouts: list[dict[str, Any]]
+    extras: str
+    arrays: bytes
+
+
+def encode_prefix(snapshot: GroupSnapshot, starts: Mapping[int, int]) -> EncodedPrefix:
+    """What the store adds to a running group, of the members that `starts` names, from these tokens on.
+
+    What is small is stored whole; text only of completed members, as it is decoded anew until then. Start at 0 after a reset.
+
+    Raises `ValueError` for a member that is not there, a start beyond its tokens, and what `encode` raises it for.
+    """
+    rollouts = [_member(snapshot, index, start) for index, start in sorted(starts.items())]
+    whole = [Response.of(rollout) for rollout in rollouts]
+    deltas = [
+        response.since(starts[rollout.index])._replace(text=rollout.text if rollout.status is Status.COMPLETED else None)
+        for rollout, response in zip(rollouts, whole, strict=True)
+    ]
+    if not deltas:
+        return EncodedPrefix(snapshot.group_id, snapshot.task_name, [], "[]", b"")
+    lengths, arrays = pack(deltas, Runs.of(deltas))
+    places = [{"member": rollout.index, "start": starts[rollout.index], **own} for rollout, own in zip(rollouts, lengths, strict=True)]
+    spans = Runs.of(whole).spans(FIRST_TIMELINE)
+    members = [_hot_member(rollout, span) for rollout, span in zip(rollouts, spans, strict=True)]
+    return EncodedPrefix(snapshot.group_id, snapshot.task_name, members, _extras_to_json(snapshot, rollouts, places), arrays)
+
+
+def _member(snapshot: GroupSnapshot, index: int, start: int) -> RolloutState:
+    if not 0 <= index < len(snapshot.rollouts):
+        raise ValueError(f"group {snapshot.group_id} has {len(snapshot.rollouts)} members, none at index {index}")
+    rollout = snapshot.rollouts[index]
+    if not 0 <= start <= rollout.response_ids.size:
+        raise ValueError(
+            f"rollout {rollout.rollout_id}: token {start} is none of its {rollout.response_ids.size}; start at 0 after a reset"
+        )
+    return rollout
+
+
+def _extras_to_json(snapshot: GroupSnapshot, rollouts: Sequence[RolloutState], lengths: Sequence[dict[str, Any]]) -> str:
+    drawn = _Drawn()
+    extras = [own | _extra(rollout, drawn) for own, rollout in zip(lengths, rollouts, strict=True)]
+    return to_json(extras, f"messages or metrics of group {snapshot.group_id}")
+
+
+def _extra(rollout: RolloutState, drawn: "_Drawn") -> dict[str, Any]:
+    """What is stored of a member as JSON, empty things left out."""
+    judged = {"turns": rollout.turns, "reward_parts": rollout.reward_parts, "metrics": rollout.metrics}
+    # The conversation and media where they are not the row's: a loop has added turns, or the group was made by hand.
+    now = {"messages": rollout.messages, "media": rollout.media}
+    was = drawn.of(rollout.row)
+    return {name: value for name, value in judged.items() if value} | {
+        name: value for name, value in now.items() if not _same(value, was.get(name))
+    }
+
+
+class _Drawn:
+    """What rows give, each looked at once: the members of a group have one in common."""
+
+    def __init__(self) -> None:
+        self._row: Any = None
+        self._fields: dict[str, Any] = {}
+
+    def of(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if row is not self._row:
+            self._row, self._fields = row, drawn_fields(row)
+        return self._fields
 
 
 def encode_prompt(rollouts: Sequence[RolloutState]) -> str:
     """The prompts of the members as JSON: one object where all share it, as after a draw, else one a member."""
-    return _prompts_to_json([_prompt_of(rollout) for rollout in rollouts], rollouts[0].group_id)
-
-
-def _prompts_to_json(prompts: list[dict[str, Any]], group_id: int) -> str:
+    prompts = [{name: value for name in _PROMPT_FIELDS if (value := getattr(rollout, name))} for rollout in rollouts]
     shared = all(_same(own, prompts[0]) for own in prompts[1:])
-    return to_json(prompts[:1] if shared else prompts, f"row of group {group_id}")
+    return to_json(prompts[:1] if shared else prompts, f"row of group {rollouts[0].group_id}")
 
 
 def _same(own: Any, other: Any) -> bool:
@@ -87,17 +196,49 @@ def _same(own: Any, other: Any) -> bool:
         return to_json(own, "row") == to_json(other, "row")
 
 
+def _hot_member(rollout: RolloutState, span: Span | None) -> dict[str, Any]:
+    return {
+        "group_id": rollout.group_id,
+        "member": rollout.index,
+        "status": rollout.status.value,
+        "attempts": rollout.attempts,
+        "interruptions": rollout.interruptions,
+        "tokens": rollout.response_ids.size,
+        "min_version": span.oldest if span else None,
+        "finish_reason": rollout.finish_reason,
+        "score": _finite(rollout.score, "score", rollout),
+        "reward": _finite(rollout.reward, "reward", rollout),
+        "error": None if rollout.error is None else _storable_text(rollout.error),
+    }
+
+
+def _finite(value: float | None, name: str, rollout: RolloutState) -> float | None:
+    if value is None:
+        return None
+    number = float(value)
+    if not math.isfinite(number):
+        # SQL has no NaN: it would come back as "not judged".
+        raise ValueError(f"rollout {rollout.rollout_id}: {name} is {number}; it must be finite, or None with an error that says why")
+    return number
+
+
+# -- from rows --------------------------------------------------------------------------------------------------
+
+
 def decode_group(
     group_row: Mapping[str, Any],
     member_rows: Sequence[Mapping[str, Any]],
     prompt: str,
     payload: tuple[str, bytes] | None,
-    prefixes: Sequence[tuple[str, bytes]] = (),
-    timeline: Timeline = Timeline(),  # noqa: B008 - a frozen value
+    prefixes: Iterable[tuple[str, bytes]] = (),
+    timeline: Timeline = FIRST_TIMELINE,
 ) -> RolloutGroup:
-    """The group that these rows describe; raises `CorruptPayloadError` where they contradict each other."""
+    """The group that these rows describe, handed out on `timeline`: the payload, and what was decoded since, in order.
+
+    Raises `CorruptPayloadError` where they contradict each other.
+    """
     try:
-        return _decode_group(group_row, member_rows, prompt, payload)
+        return _decode_group(group_row, member_rows, prompt, payload, prefixes, timeline)
     except CorruptPayloadError as error:
         raise CorruptPayloadError(f"group {group_row['group_id']}: {error}; {_REMEDY}") from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -105,31 +246,101 @@ def decode_group(
 
 
 def _decode_group(
-    group_row: Mapping[str, Any], member_rows: Sequence[Mapping[str, Any]], prompt: str, payload: tuple[str, bytes] | None
+    group_row: Mapping[str, Any],
+    member_rows: Sequence[Mapping[str, Any]],
+    prompt: str,
+    payload: tuple[str, bytes] | None,
+    prefixes: Iterable[tuple[str, bytes]],
+    timeline: Timeline,
 ) -> RolloutGroup:
+    prompts = _decode_prompts(prompt, len(member_rows))
+    stored = _decode_payload(payload, len(member_rows))
+    for prefix in prefixes:
+        _apply_prefix(stored, *prefix)
     status = Status(group_row["status"])
-    prompts = json.loads(prompt)
-    stored = _decode_arrays(*payload, len(member_rows)) if payload else [{} for _ in member_rows]
+    if not group_row["task_name"]:
+        raise CorruptPayloadError("its task has no name")
+    if [row["member"] for row in member_rows] != list(range(len(member_rows))):
+        raise CorruptPayloadError(f"its rollouts are members {[row['member'] for row in member_rows]}")
     rollouts = [
-        RolloutState(
-            group_id=group_row["group_id"],
-            index=member["member"],
-            task_name=group_row["task_name"],
-            status=member_status(status, Status(member["status"])),
-            **{name: member[name] for name in ("attempts", "interruptions", "error", "finish_reason", "score", "reward")},
-            **{**(prompts[index] if len(prompts) > 1 else prompts[0]), **stored[index]},
-        )
-        for index, member in enumerate(member_rows)
+        _decode_member(group_row, status, index, row, own, parts, timeline)
+        for index, (row, own, parts) in enumerate(zip(member_rows, prompts, stored, strict=True))
     ]
-    position = None if group_row["epoch"] is None else Position(group_row["epoch"], group_row["position"])
     return RolloutGroup(
         group_id=group_row["group_id"],
         rollouts=rollouts,
         task_name=group_row["task_name"],
-        position=position,
+        position=None if group_row["epoch"] is None else Position(group_row["epoch"], group_row["position"]),
         consumed_step=group_row["consumed_step"],
         filter_reason=group_row["filter_reason"],
     )
+
+
+def _decode_prompts(prompt: str, members: int) -> list[dict[str, Any]]:
+    """What was drawn, one a member."""
+    prompts = json.loads(prompt)
+    for own in prompts:
+        if unknown := own.keys() - _PROMPT_FIELDS:
+            raise CorruptPayloadError(f"a prompt has fields {sorted(unknown)[:4]}, which prompts have not")
+    return prompts if len(prompts) > 1 else [prompts[0]] * members
+
+
+class _Stored(NamedTuple):
+    """Of one member: what the bytes of its payload hold, and its extras."""
+
+    response: Response
+    extra: Mapping[str, Any]
+
+
+def _decode_payload(payload: tuple[str, bytes] | None, members: int) -> list[_Stored]:
+    if payload is None:
+        return [_Stored(NOTHING, {})] * members
+    extras = json.loads(payload[0])
+    if len(extras) != members:
+        raise CorruptPayloadError(f"a payload of {len(extras)} members stands beside {members} rollouts")
+    return list(map(_Stored, unpack(extras, payload[1]), extras))
+
+
+def _apply_prefix(stored: list[_Stored], extras_json: str, arrays: bytes) -> None:
+    """Go on with what was decoded after `stored`: tokens are added, everything else is replaced."""
+    extras = json.loads(extras_json)
+    for delta, extra in zip(unpack(extras, arrays), extras, strict=True):
+        member, start = extra["member"], extra["start"]
+        if type(member) is not int or type(start) is not int or not 0 <= member < len(stored):
+            raise CorruptPayloadError(f"a prefix goes on at token {start!r} of member {member!r} of {len(stored)}")
+        stored[member] = _Stored(stored[member].response.continued(start, delta), extra)
+
+
+def _decode_member(
+    group: Mapping[str, Any],
+    status: Status,
+    index: int,
+    row: Mapping[str, Any],
+    prompt: Mapping[str, Any],
+    stored: _Stored,
+    timeline: Timeline,
+) -> RolloutState:
+    """The member without `RolloutState`'s own checks, which `unpack` has done for all members at once."""
+    response, extra = stored
+    # The conversation that a loop changed wins over the row's.
+    messages, media = extra.get("messages", prompt.get("messages")), extra.get("media", prompt.get("media"))
+    state: RolloutState = object.__new__(RolloutState)
+    state.group_id, state.index, state.task_name, state.timeline = group["group_id"], index, group["task_name"], timeline
+    state.status = member_status(status, Status(row["status"]))
+    state.attempts, state.interruptions, state.error = row["attempts"], row["interruptions"], row["error"]
+    state.finish_reason, state.score, state.reward = row["finish_reason"], row["score"], row["reward"]
+    state.row, state.prompt, state.sampling = prompt.get("row", {}), prompt.get("prompt"), prompt.get("sampling", {})
+    # Lists of its own, as in `RolloutState`: members have their prompt in common.
+    state.messages = None if messages is None else [dict(message) for message in messages]
+    state.media = None if media is None else list(media)
+    state.prompt_ids, state.response_ids, state.logprobs = response.prompt_ids, response.response_ids, response.logprobs
+    state.loss_mask, state.versions, state.timelines = response.loss_mask, response.versions, response.timelines
+    state.text, state.turns = response.text, [Turn(*turn) for turn in extra.get("turns", ())]
+    state.reward_parts, state.metrics = extra.get("reward_parts", {}), extra.get("metrics", {})
+    return state
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------
 
 
 def to_json(value: Any, what: str) -> str:
@@ -157,7 +368,8 @@ def _is_utf8(text: str) -> bool:
 
 
 def _storable_text(text: str) -> str:
-    return text if _is_utf8(text) else text.encode(errors="backslashreplace").decode()
+    """With what a column of text cannot hold, half a surrogate pair and the character 0, escaped."""
+    return (text if _is_utf8(text) else text.encode(errors="backslashreplace").decode()).replace("\0", "\\x00")
 
 
 def _plain(value: Any) -> Any:
@@ -166,155 +378,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"a value of type {type(value).__name__} is not JSON")
-
-
-def _prompts_of(group: RolloutGroup) -> list[dict[str, Any]]:
-    return [_prompt_of(rollout) for rollout in group.rollouts]
-
-
-def _prompt_of(rollout: RolloutState) -> dict[str, Any]:
-    # Containers of its own: the writer's thread encodes them while the caller may go on with the rollout.
-    fields = {name: value for name in _PROMPT_FIELDS if (value := getattr(rollout, name))}
-    return {
-        name: dict(value) if isinstance(value, Mapping) else value if isinstance(value, str) else list(value)
-        for name, value in fields.items()
-    }
-
-
-def _changed(rollout: RolloutState) -> dict[str, Any]:
-    """The conversation and media where they are not the row's: a loop has added turns, or the group was made by hand."""
-    drawn = drawn_fields(rollout.row)
-    now = {"messages": rollout.messages, "media": rollout.media}
-    return {name: value for name, value in now.items() if not _same(value, drawn.get(name))}
-
-
-def _hot_member(rollout: RolloutState, span: tuple[int, int] | None) -> dict[str, Any]:
-    return {
-        "group_id": rollout.group_id,
-        "member": rollout.index,
-        "status": rollout.status.value,
-        "attempts": rollout.attempts,
-        "interruptions": rollout.interruptions,
-        "tokens": rollout.response_ids.size,
-        "min_version": span[0] if span else None,
-        "finish_reason": rollout.finish_reason,
-        "score": _finite(rollout.score, "score", rollout),
-        "reward": _finite(rollout.reward, "reward", rollout),
-        "error": None if rollout.error is None else _storable_text(rollout.error),
-    }
-
-
-def _finite(value: float | None, name: str, rollout: RolloutState) -> float | None:
-    if value is None:
-        return None
-    number = float(value)
-    if not math.isfinite(number):
-        # SQL has no NaN: it would come back as "not judged".
-        raise ValueError(f"rollout {rollout.rollout_id}: {name} is {number}; it must be finite, or None with an error that says why")
-    return number
-
-
-def _encode_arrays(rollouts: Sequence[RolloutState], runs: Sequence[NDArray[np.int32]]) -> tuple[str, bytes]:
-    extras: list[dict[str, Any]] = []
-    words, masks = [], []
-    first = None if rollouts[0].prompt_ids is None else rollouts[0].prompt_ids.tobytes()
-    for rollout, own_runs in zip(rollouts, runs, strict=True):
-        prompt = None if rollout.prompt_ids is None else rollout.prompt_ids.tobytes()
-        shared = rollout.index > 0 and prompt is not None and prompt == first
-        n = rollout.response_ids.size
-        parts = [rollout.response_ids.tobytes(), rollout.logprobs.tobytes(), own_runs.tobytes()]
-        mask = rollout.loss_mask.tobytes()
-        if [len(part) for part in parts] != [4 * n, 4 * n, own_runs.nbytes] or len(mask) != n or rollout.versions.size != n:
-            raise ValueError(
-                f"rollout {rollout.rollout_id}: its arrays are not int32, float32, uint8 and int32 of one length; "
-                "tokens enter by append() and leave by reset() only"
-            )
-        words += parts if prompt is None or shared else [prompt, *parts]
-        masks.append(mask)
-        extras.append(
-            {
-                "n": n,
-                "prompt_n": None if prompt is None else _SHARED if shared else len(prompt) // 4,
-                "runs": len(own_runs),
-                "text": rollout.text,
-                "turns": rollout.turns,
-                "reward_parts": rollout.reward_parts,
-                "metrics": rollout.metrics,
-                **_changed(rollout),
-            }
-        )
-    return to_json(extras, f"text, messages or metrics of group {rollouts[0].group_id}"), b"".join(words + masks)
-
-
-def _runs(versions: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Run-length encoding: (value, length) rows, int32, shape (runs, 2)."""
-    if versions.size == 0:
-        return np.empty((0, 2), np.int32)
-    changes = np.flatnonzero(versions[1:] != versions[:-1]) + 1
-    if not changes.size:
-        return np.array([[versions[0], versions.size]], np.int32)
-    starts = np.concatenate([[0], changes])
-    lengths = np.diff(starts, append=versions.size)
-    return np.stack([versions[starts], lengths], axis=1).astype(np.int32)
-
-
-def _trainable_span(rollout: RolloutState, runs: NDArray[np.int32]) -> tuple[int, int] | None:
-    """The oldest and the newest version among the trainable tokens; None where there is none."""
-    if len(runs) == 1:
-        version = int(runs[0, 0])
-        return (version, version) if rollout.loss_mask.any() else None
-    trainable = rollout.versions[rollout.loss_mask == 1]
-    return (int(trainable.min()), int(trainable.max())) if trainable.size else None
-
-
-class _ArrayReader:
-    """Reads arrays one after the other out of a buffer, without copying."""
-
-    def __init__(self, buffer: bytes, offset: int) -> None:
-        self._buffer, self._offset = buffer, offset
-
-    def read(self, dtype: type[np.generic], count: int) -> NDArray[Any]:
-        array = np.frombuffer(self._buffer, dtype=dtype, count=count, offset=self._offset)
-        self._offset += array.nbytes
-        return array
-
-
-def _decode_arrays(extras_json: str, arrays: bytes, members: int) -> list[dict[str, Any]]:
-    extras = json.loads(extras_json)
-    if len(extras) != members:
-        raise CorruptPayloadError(f"a payload of {len(extras)} members stands beside {members} rollouts")
-    if any(e["n"] < 0 or e["runs"] < 0 or (e["prompt_n"] is not None and e["prompt_n"] < _SHARED) for e in extras):
-        raise CorruptPayloadError("a length is negative")
-    words_total = sum(4 * (max(e["prompt_n"] or 0, 0) + 2 * e["n"] + 2 * e["runs"]) for e in extras)
-    if words_total + sum(e["n"] for e in extras) != len(arrays):
-        raise CorruptPayloadError(f"a payload has {len(arrays)} bytes, its lengths say otherwise")
-    words, masks = _ArrayReader(arrays, 0), _ArrayReader(arrays, words_total)
-    decoded: list[dict[str, Any]] = []
-    for extra in extras:
-        decoded.append(_decode_member(extra, words, masks, decoded))
-    return decoded
-
-
-def _decode_member(extra: dict[str, Any], words: _ArrayReader, masks: _ArrayReader, before: list[dict[str, Any]]) -> dict[str, Any]:
-    if extra["prompt_n"] == _SHARED:
-        prompt_ids = before[0]["prompt_ids"]
-    else:
-        prompt_ids = None if extra["prompt_n"] is None else words.read(np.int32, extra["prompt_n"])
-    response_ids = words.read(np.int32, extra["n"])
-    logprobs = words.read(np.float32, extra["n"])
-    runs = words.read(np.int32, 2 * extra["runs"]).reshape(-1, 2)
-    if (runs[:, 1] < 1).any() or runs[:, 1].sum(dtype=np.int64) != extra["n"]:
-        # Before np.repeat: a forged length must not become an allocation.
-        raise CorruptPayloadError(f"runs of versions {runs.tolist()[:4]} do not cover {extra['n']} tokens")
-    return {
-        "prompt_ids": prompt_ids,
-        "response_ids": response_ids,
-        "logprobs": logprobs,
-        "versions": np.repeat(runs[:, 0], runs[:, 1]),
-        "loss_mask": masks.read(np.uint8, extra["n"]),
-        "text": extra["text"],
-        "turns": extra["turns"],
-        "reward_parts": extra["reward_parts"],
-        "metrics": extra["metrics"],
-        **{name: extra[name] for name in ("messages", "media") if name in extra},  # they win over those of the prompt
-    }

@@ -64,6 +64,7 @@ COLUMNS: Mapping[str, Kind] = {
     "logprobs": Kind.FLOAT32,
     "loss_mask": Kind.UINT8,
     "versions": Kind.INT32,
+    "timelines": Kind.INT32,
     "finish_reason": Kind.TEXT,
     "text": Kind.TEXT,
     "turns": Kind.JSON,
@@ -79,7 +80,7 @@ _OF_GROUP = ("group_id", "task_name", "consumed_step", "filter_reason")
 _OF_MEMBER = tuple(
     name
     for name in RolloutState.__dataclass_fields__
-    if name not in _OF_GROUP  # the group's id and task are the member's
+    if name not in (*_OF_GROUP, "timeline")  # the group's id and task are the member's; `timeline` is the reading run's
 )
 
 

@@ -161,8 +161,8 @@ payloads = Table(
     "payloads",
     metadata,
     Column("group_id", _Id, ForeignKey("groups.group_id", ondelete="CASCADE"), primary_key=True, autoincrement=False),
-    Column("extras", Text, nullable=False),  # JSON: lengths of the arrays, text, turns, parts of the reward
-    Column("arrays", LargeBinary, nullable=False),  # see buffer/codec.py
+    Column("extras", Text, nullable=False),  # JSON: lengths of the arrays, turns, parts of the reward
+    Column("arrays", LargeBinary, nullable=False),  # see buffer/payload.py
 )
 
 prefixes = Table(

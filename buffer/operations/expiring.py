@@ -9,7 +9,7 @@ from buffer import queries as q
 from buffer.codec import encode_group
 from buffer.queries import Transaction
 from buffer.rollout import RolloutGroup
-from buffer.staleness import Level, oldest_fresh, too_stale
+from buffer.staleness import Level, oldest_fresh
 from buffer.status import Status, check_transition
 
 _SLICE_GROUPS, _SLICE_TOKENS = 64, 2**18
@@ -62,7 +62,7 @@ def _expire_groups(tx: Transaction, groups: Sequence[RolloutGroup], request: Exp
 
 def _reset_stale(group: RolloutGroup, request: Expire) -> bool:
     """Reset the members that are too stale, and say whether there are any; the others stay as they are."""
-    stale = [r for r in group.rollouts if too_stale(r.versions, r.loss_mask, request.version, request.max_staleness, request.level)]
+    stale = [r for r in group.rollouts if r.too_stale(request.version, request.max_staleness, request.level)]
     for rollout in stale:
         check_transition(rollout.status, Status.EXPIRED, f"rollout {rollout.rollout_id}")
         rollout.reset()

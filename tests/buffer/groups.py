@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from buffer import DrawnRow, Position, ReplayBuffer, RolloutGroup, RolloutState, Status
+from buffer.staleness import FIRST_TIMELINE, Timeline
 from buffer.status import GROUP_WIDE
 
 
@@ -26,10 +27,11 @@ def a_group(
     tokens: int = 3,
     version: int = 0,
     position: Position | None = None,
+    timeline: Timeline = FIRST_TIMELINE,
 ) -> RolloutGroup:
-    """A group as a strategy would put it: prompt `group_id`, every member with `tokens` tokens of `version`."""
-    status = Status(status)
-    rollouts = [RolloutState(group_id, index, task_name, row={"prompt": f"p{group_id}"}, prompt=f"p{group_id}") for index in range(size)]
+    """A group as a strategy would put it: prompt `group_id`, every member with `tokens` tokens of `version` on `timeline`."""
+    status, prompt = Status(status), f"p{group_id}"
+    rollouts = [RolloutState(group_id, index, task_name, timeline=timeline, row={"prompt": prompt}, prompt=prompt) for index in range(size)]
     for rollout in rollouts:
         fill(rollout, tokens, version)
         rollout.status = Status.COMPLETED if status in GROUP_WIDE else status

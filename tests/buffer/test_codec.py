@@ -12,14 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from buffer import Position, RolloutGroup, RolloutState, Status, Turn
-from buffer.codec import EncodedGroup, decode_group, encode_group
+from buffer.codec import EncodedGroup, decode_group, encode, encode_group, snapshot
 from buffer.errors import CorruptPayloadError
+from buffer.rollout import TOKEN_ARRAYS
+from buffer.staleness import NO_VERSION, Timeline
 from buffer.status import GROUP_WIDE, group_status, member_status
 from tests.buffer.groups import a_group, plain
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 INT32 = st.integers(0, 2**31 - 1)
 TEXT = st.text(max_size=20)  # all of unicode but half surrogate pairs
+COLUMN_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
@@ -47,7 +50,8 @@ def responses(draw: st.DrawFn) -> dict[str, Any]:
     logprobs = np.array(draw(st.lists(FLOATS, min_size=n, max_size=n)), np.float32)
     logprobs[mask == 0] = draw(st.sampled_from([0.0, math.nan, -math.inf]))
     ids = draw(st.lists(INT32, min_size=n, max_size=n))
-    return {"response_ids": ids, "logprobs": logprobs, "loss_mask": mask, "versions": versions}
+    timelines = np.array(draw(st.just([0] * n) | st.lists(st.integers(0, 3), min_size=n, max_size=n)), np.int32)
+    return {"response_ids": ids, "logprobs": logprobs, "loss_mask": mask, "versions": versions, "timelines": timelines}
 
 
 @st.composite
@@ -57,7 +61,7 @@ def judgements(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "attempts": draw(st.integers(0, 9)),
         "interruptions": draw(st.integers(0, 9)),
-        "error": draw(st.none() | TEXT),
+        "error": draw(st.none() | COLUMN_TEXT),
         "finish_reason": draw(st.sampled_from([None, "stop", "length", "abort"])),
         "text": draw(st.none() | st.text(max_size=60)),
         "turns": draw(st.lists(st.builds(Turn, TEXT, st.integers(0, 9), st.integers(0, 9)), max_size=3)),
@@ -83,7 +87,7 @@ def groups(draw: st.DrawFn) -> RolloutGroup:
             RolloutState(group_id, index, task_name, status, prompt_ids=prompt_ids, **prompt, **draw(responses()), **draw(judgements()))
         )
     position = draw(st.none() | st.builds(Position, st.integers(0, 2**40), st.integers(0, 2**40)))
-    return RolloutGroup(group_id, rollouts, task_name, position, filter_reason=draw(st.none() | TEXT))
+    return RolloutGroup(group_id, rollouts, task_name, position, filter_reason=draw(st.none() | COLUMN_TEXT))
 
 
 def stored(encoded: EncodedGroup) -> dict[str, Any]:
@@ -119,8 +123,51 @@ def test_what_is_indexed_agrees_with_what_is_stored(group: RolloutGroup) -> None
     encoded = encode_group(group)
     assert encoded.group["min_version"] == group.min_version
     assert [member["min_version"] for member in encoded.rollouts] == [rollout.min_version for rollout in group.rollouts]
+    assert encoded.group["payload_bytes"] == len(encoded.arrays) + len(encoded.extras)
     assert encoded.group["tokens"] == sum(member["tokens"] for member in encoded.rollouts)
     assert encoded.status is group_status(group.statuses)
+
+
+@UNHURRIED
+@given(groups(), st.lists(st.integers(0, 2**31), max_size=4))
+def test_what_expires_by_is_counted_on_the_timeline_of_now(group: RolloutGroup, forks: list[int]) -> None:
+    timeline = Timeline(tuple(forks))
+    encoded = encode(snapshot(group), timeline)
+    for rollout in group.rollouts:
+        rollout.timeline = timeline
+    members = [rollout.effective_versions[rollout.loss_mask == 1].tolist() for rollout in group.rollouts]
+    assert encoded.group["oldest_version"] == min((min(own) for own in members if own), default=NO_VERSION)
+    assert encoded.group["freshest_version"] == min((max(own) for own in members if own), default=NO_VERSION)
+    assert encoded.group["min_version"] == group.min_version, "a rewind leaves the plain versions as they are"
+    assert encoded.timeline == len(forks)
+    assert encode(encoded.snapshot).arrays == encoded.arrays, "a snapshot can be encoded again"
+
+
+def test_without_a_timeline_staleness_is_counted_on_the_newest_that_a_member_knows() -> None:
+    group = a_group(1, version=9)
+    group.rollouts[1].timeline = Timeline((5,))
+    encoded = encode_group(group)
+    assert (encoded.timeline, encoded.group["oldest_version"], encoded.group["min_version"]) == (1, 1, 9)
+    assert encode(encoded.snapshot, Timeline((5, 3))).group["oldest_version"] == -3
+
+
+@UNHURRIED
+@given(groups())
+def test_a_group_is_handed_out_on_the_timeline_of_now(group: RolloutGroup) -> None:
+    timeline = Timeline((3,))
+    decoded = decode_group(**stored(encode_group(group)), timeline=timeline)
+    assert {rollout.timeline for rollout in decoded.rollouts} == {timeline}
+    decoded.rollouts[0].append([1], logprobs=[-1.0], version=3)
+    assert decoded.rollouts[0].timelines[-1] == 1
+
+
+def test_timelines_are_stored_only_of_runs_that_were_rewound() -> None:
+    group = a_group(1)
+    assert "timelines" not in encode_group(group).extras
+    group.rollouts[0].timeline = Timeline((0,))
+    group.rollouts[0].append([1, 2], logprobs=[-1.0, -1.0], version=0)
+    extras = json.loads(encode_group(group).extras)
+    assert [extra.get("timelines") for extra in extras] == [[[0, 3], [1, 2]], None]
 
 
 def test_a_prompt_that_all_members_share_is_stored_once() -> None:
@@ -138,13 +185,29 @@ def test_equal_rows_with_arrays_are_shared_and_others_are_not() -> None:
     assert len(json.loads(encode_group(RolloutGroup(1, other)).prompt)) == 2
 
 
-def test_half_a_surrogate_pair_in_any_text_is_kept_or_escaped() -> None:
-    group = a_group(1)
-    group.rollouts[0].text = group.rollouts[0].prompt = "half \ud83d"
-    group.rollouts[0].error = group.filter_reason = "half \ud83d"
+def test_what_a_column_of_text_cannot_hold_is_kept_or_escaped() -> None:
+    group, odd = a_group(1), "half \ud83d of a pair, and \0"
+    group.rollouts[0].text = group.rollouts[0].prompt = odd
+    group.rollouts[0].error = group.filter_reason = odd
     decoded = decode_group(**stored(encode_group(group)))
-    assert (decoded.rollouts[0].text, decoded.rollouts[0].prompt) == ("half \ud83d", "half \ud83d")
-    assert decoded.rollouts[0].error == decoded.filter_reason == "half \\ud83d"
+    assert (decoded.rollouts[0].text, decoded.rollouts[0].prompt) == (odd, odd)
+    assert decoded.rollouts[0].error == decoded.filter_reason == "half \\ud83d of a pair, and \\x00"
+
+
+@pytest.mark.parametrize("text", ["\ud83d\ude00", "two \ude00\ud83d", "ü\ud83d€", "\0", ""])
+def test_text_comes_back_as_it_was_half_pairs_or_not(text: str) -> None:
+    group = a_group(1)
+    group.rollouts[1].text = text
+    decoded = decode_group(**stored(encode_group(group)))
+    assert [rollout.text for rollout in decoded.rollouts] == ["three", text]
+    assert "three" not in encode_group(group).extras, "text is not escaped as JSON"
+
+
+def test_text_that_is_none_is_refused() -> None:
+    group = a_group(1)
+    group.rollouts[1].text = 5  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="rollout math-1-1: text is 5; it must be text, or None"):
+        encode_group(group)
 
 
 def circular() -> dict[str, Any]:
@@ -200,13 +263,17 @@ def change_payload(change: Callable[[str, bytes], tuple[str, bytes]]) -> Callabl
     return forge
 
 
+IDS, LOGPROBS, RUNS, MASKS, TEXTS = 0, 24, 48, 64, 70
+"""Where these begin in the payload of `a_group(1)`: 2 members of 3 tokens each."""
+
+
+def change_bytes(at: int, new: bytes) -> Callable[[dict[str, Any]], None]:
+    return change_payload(lambda extras, arrays: (extras, arrays[:at] + new + arrays[at + len(new) :]))
+
+
 def change_runs(*runs: int) -> Callable[[dict[str, Any]], None]:
-    """Writes over the first member's one run of versions, which stands behind its 3 tokens and 3 logprobs."""
-
-    def change(extras: str, arrays: bytes) -> tuple[str, bytes]:
-        return extras, arrays[:24] + np.array(runs, np.int32).tobytes() + arrays[32:]
-
-    return change_payload(change)
+    """Writes over the first member's one run of versions."""
+    return change_bytes(RUNS, np.array(runs, np.int32).tobytes())
 
 
 def change_row(name: str, value: Any, table: str = "group_row") -> Callable[[dict[str, Any]], None]:
@@ -243,9 +310,24 @@ FORGED: dict[str, Callable[[dict[str, Any]], None]] = {
     "truncated bytes": change_payload(lambda extras, arrays: (extras, arrays[:-1])),
     "no bytes": change_payload(lambda extras, arrays: (extras, b"")),
     "bytes too many": change_payload(lambda extras, arrays: (extras, arrays + b"\0")),
-    "mask of twos": change_payload(lambda extras, arrays: (extras, arrays[:-1] + b"\2")),
+    "mask of twos": change_bytes(TEXTS - 1, b"\2"),
+    "negative token": change_bytes(IDS + 12, np.int32(-1).tobytes()),
+    "negative version": change_runs(-1, 3),
+    "run beyond its member": change_bytes(RUNS, np.array([0, 4, 0, 2], np.int32).tobytes()),
+    "text that is not UTF-8": change_bytes(TEXTS, b"\xff"),
+    "text longer than its bytes": change_extras(text_n=6),
+    "negative text": change_extras(text_n=-1),
+    "text of no length": change_extras(text_n="5"),
+    "text that is shared out otherwise": change_extras(text_n=True),
+    "timelines of no shape": change_extras(timelines=3),
+    "timelines of none": change_extras(timelines=[]),
+    "timelines that are too long": change_extras(timelines=[[1, 4]]),
+    "timelines that are far too long": change_extras(timelines=[[1, 2**40]]),
+    "negative timeline": change_extras(timelines=[[-1, 3]]),
+    "timeline beyond all numbers": change_extras(timelines=[[2**31, 3]]),
+    "fractional timeline": change_extras(timelines=[[1.0, 3]]),
     "bytes that are text": change_payload(lambda extras, arrays: (extras, "x" * len(arrays))),  # type: ignore[return-value, arg-type]
-    "infinite logprob": change_payload(lambda extras, arrays: (extras, arrays[:12] + np.float32(np.inf).tobytes() + arrays[16:])),
+    "infinite logprob": change_bytes(LOGPROBS + 4, np.float32(np.inf).tobytes()),
     "prompt that is not JSON": set_prompt("{"),
     "prompt nested without end": set_prompt("[" * 100_000),
     "no prompt": set_prompt("[]"),
@@ -318,3 +400,80 @@ def test_what_is_added_after_encoding_is_not_stored() -> None:
     assert (
         decode_group(**stored(encoded)).rollouts[0].messages == json.loads(encoded.prompt)[0]["messages"] == group.rollouts[0].messages[:1]
     )
+
+
+@UNHURRIED
+@given(groups())
+def test_a_snapshot_is_the_group_as_it_was(group: RolloutGroup) -> None:
+    before, taken = plain(group), snapshot(group)
+    for rollout in group.rollouts:
+        rollout.append([7], logprobs=[-1.0])
+        for values in (rollout.reward_parts, rollout.metrics, rollout.row):
+            values["later"] = 1.0  # type: ignore[index]
+        for message in rollout.messages or []:
+            message["role"] = "later"
+        for added in (rollout.messages, rollout.media, rollout.turns):
+            if added:
+                added.append(added[0])
+        rollout.status, rollout.text, rollout.score = Status.RUNNING, "later", 0.5
+    kept = RolloutGroup(taken.group_id, list(taken.rollouts), taken.task_name, taken.position, filter_reason=taken.filter_reason)
+    assert plain(kept) == before
+
+
+def test_a_snapshot_shares_what_never_changes() -> None:
+    group = a_group(1)
+    for was, taken in zip(group.rollouts, snapshot(group).rollouts, strict=True):
+        assert all(getattr(was, name) is getattr(taken, name) for name in TOKEN_ARRAYS)
+
+
+def test_every_array_that_is_decoded_is_read_only() -> None:
+    for payload in (stored(encode_group(a_group(1))), stored(encode_group(a_group(1))) | {"payload": None}):
+        for rollout in decode_group(**payload).rollouts:
+            assert not any(getattr(rollout, name).flags.writeable for name in TOKEN_ARRAYS)
+
+
+def test_a_response_longer_than_most_comes_back() -> None:
+    group = a_group(1, size=1, tokens=2**16 + 3)
+    assert plain(decode_group(**stored(encode_group(group)))) == plain(group)
+
+
+FIRST_SCHEMA = (
+    '[{"n":3,"prompt_n":2,"runs":2,"text":"f\u00fcnf","turns":[["assistant",0,3]],"reward_parts":{"a":0.5},"metrics":{}},'
+    '{"n":2,"prompt_n":-1,"runs":1,"text":null,"turns":[],"reward_parts":{},"metrics":{"m":1.0}},'
+    '{"n":0,"prompt_n":null,"runs":0,"text":"","turns":[],"reward_parts":{},"metrics":{},"messages":[{"role":"user"}]}]',
+    bytes.fromhex(
+        "6500000066000000"  # prompt_ids 101, 102
+        "010000000200000003000000" "000000bf000080bf0000c0bf" "07000000010000000800000002000000"
+        "0400000005000000" "000000c0000020c0" "0900000002000000"
+        "010001" "0101"
+    ),
+)  # fmt: skip
+"""A payload as version 1 of the schema has it."""
+
+
+def test_a_payload_of_the_first_schema_decodes() -> None:
+    rollouts = [RolloutState(1, index, "math", Status.COMPLETED, prompt="p") for index in range(3)]
+    parts = stored(encode_group(RolloutGroup(1, rollouts, "math"))) | {"payload": FIRST_SCHEMA}
+    one, two, three = decode_group(**parts).rollouts
+    assert [one.prompt_ids.tolist(), two.prompt_ids.tolist(), three.prompt_ids] == [[101, 102], [101, 102], None]  # type: ignore[union-attr]
+    assert [state.response_ids.tolist() for state in (one, two, three)] == [[1, 2, 3], [4, 5], []]
+    assert [state.logprobs.tolist() for state in (one, two, three)] == [[-0.5, -1.0, -1.5], [-2.0, -2.5], []]
+    assert [state.versions.tolist() for state in (one, two, three)] == [[7, 8, 8], [9, 9], []]
+    assert [state.loss_mask.tolist() for state in (one, two, three)] == [[1, 0, 1], [1, 1], []]
+    assert [state.timelines.tolist() for state in (one, two, three)] == [[0, 0, 0], [0, 0], []]
+    assert [state.text for state in (one, two, three)] == ["fünf", None, ""]
+    assert (one.turns, one.reward_parts, two.metrics, three.messages) == (
+        [Turn("assistant", 0, 3)],
+        {"a": 0.5},
+        {"m": 1.0},
+        [{"role": "user"}],
+    )
+
+
+@pytest.mark.parametrize("at", [8, 20, 32, 48, len(FIRST_SCHEMA[1]) - 1])
+def test_a_damaged_payload_of_the_first_schema_is_refused(at: int) -> None:
+    rollouts = [RolloutState(1, index, "math", Status.COMPLETED, prompt="p") for index in range(3)]
+    arrays = FIRST_SCHEMA[1][:at] + b"\xff\xff\xff\xff" + FIRST_SCHEMA[1][at + 4 :]
+    parts = stored(encode_group(RolloutGroup(1, rollouts, "math"))) | {"payload": (FIRST_SCHEMA[0], arrays[: len(FIRST_SCHEMA[1])])}
+    with pytest.raises(CorruptPayloadError):
+        decode_group(**parts)

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from buffer import Fifo, FreshestFirst, ReplayBuffer, StalestFirst, Status, TakePolicy
 from buffer.errors import CursorConflictError, IllegalTransitionError, ResumeRequiredError, StepError
+from buffer.staleness import Timeline
 from buffer.status import CLAIMABLE
 from tests.buffer.groups import a_group, fill, ids, rows, url
 
@@ -34,6 +35,7 @@ class Modelled:
     status: Status
     ready: int
     version: int | None = None
+    timeline: int = 0
     step: int | None = None
     consumed: int | None = None
 
@@ -50,6 +52,7 @@ class BufferModel(RuleBasedStateMachine):
         self.offsets: Counter[str] = Counter()
         self.next_id, self.clock, self.consumptions = 1, 0, 0
         self.committed: int | None = None
+        self.forks: list[int] = []
         self.needs_resume = False
 
     @initialize()
@@ -83,11 +86,19 @@ class BufferModel(RuleBasedStateMachine):
         ]
         return [group_id for *_, group_id in sorted(chosen)]
 
+    def effective(self, known: Modelled) -> int:
+        """The version from which the group's staleness is counted: as far behind the fork as it lay before it."""
+        assert known.version is not None
+        fork = min(self.forks[known.timeline :], default=known.version)
+        return min(known.version, 2 * fork - known.version)
+
+    def sampled(self, known: Modelled, version: int) -> None:
+        known.ready, known.version, known.timeline = self.tick(), version, len(self.forks)
+
     def to_hand_out(self, task: str, policy: TakePolicy) -> list[int]:
         def key(group_id: int) -> tuple[float, ...]:
             g = self.groups[group_id]
-            assert g.version is not None
-            by = {Fifo: 0, StalestFirst: g.version, FreshestFirst: -g.version}[type(policy)]
+            by = {Fifo: 0, StalestFirst: self.effective(g), FreshestFirst: -self.effective(g)}[type(policy)]
             return (0, g.consumed) if g.consumed is not None else (1, by, g.ready)
 
         return sorted(self.those(task, S.COMPLETED), key=key)
@@ -151,15 +162,17 @@ class BufferModel(RuleBasedStateMachine):
         if outcome is S.FILTERED:
             group.mark(outcome)
         self.run(self.buffer.put(group))
-        self.groups[group_id].status, self.groups[group_id].ready, self.groups[group_id].version = outcome, self.tick(), version
+        self.groups[group_id].status = outcome
+        self.sampled(self.groups[group_id], version)
 
     @rule(
         task=TASKS, status=st.sampled_from([S.PENDING, S.COMPLETED, S.INTERRUPTED, S.EXPIRED, S.FAILED, S.FILTERED]), jump=st.integers(0, 3)
     )
     def put_a_new_one(self, task: str, status: Status, jump: int) -> None:
         group_id = self.next_id + jump
-        self.run(self.buffer.put(a_group(group_id, status, task_name=task, version=jump)))
-        self.groups[group_id] = Modelled(task, status, self.tick(), jump)
+        self.run(self.buffer.put(a_group(group_id, status, task_name=task, version=jump, timeline=Timeline(tuple(self.forks)))))
+        self.groups[group_id] = Modelled(task, status, 0)
+        self.sampled(self.groups[group_id], jump)
         self.next_id = group_id + 1
 
     @precondition(lambda self: self.groups)
@@ -173,10 +186,11 @@ class BufferModel(RuleBasedStateMachine):
             S.INTERRUPTED: {S.EXPIRED},
             S.EXPIRED: {S.DISCARDED},
         }
-        group = a_group(group_id, status, task_name=known.task, version=2)
+        group = a_group(group_id, status, task_name=known.task, version=2, timeline=Timeline(tuple(self.forks)))
         if status in allowed.get(known.status, set()):
             self.run(self.buffer.put(group))
-            known.status, known.ready, known.version = status, self.tick(), 2
+            known.status = status
+            self.sampled(known, 2)
         else:
             with pytest.raises(IllegalTransitionError):
                 self.run(self.buffer.put(group))
@@ -209,7 +223,10 @@ class BufferModel(RuleBasedStateMachine):
         stale = [
             g
             for g in self.groups.values()
-            if g.task == task and g.status in (S.COMPLETED, S.INTERRUPTED) and g.version is not None and version - g.version > max_staleness
+            if g.task == task
+            and g.status in (S.COMPLETED, S.INTERRUPTED)
+            and g.version is not None
+            and version - self.effective(g) > max_staleness
         ]
         assert self.run(self.buffer.expire(task, version=version, max_staleness=max_staleness, level=level)) == len(stale)
         for known in stale:
@@ -232,6 +249,10 @@ class BufferModel(RuleBasedStateMachine):
                 self.run(self.buffer.resume(step))
             return
         report = self.run(self.buffer.resume(step))
+        if any(known.version is not None for known in self.groups.values()):
+            assert report.timeline == len(self.forks) + 1
+        if report.timeline > len(self.forks):
+            self.forks.append(report.version)
         rewound = [g for g in self.groups.values() if g.status is S.CONSUMED and g.step is not None and g.step > step]
         for known in rewound:
             known.status, known.step = S.COMPLETED, None

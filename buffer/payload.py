@@ -1,0 +1,310 @@
+"""The arrays of a payload: raw little-endian numbers, then texts in UTF-8, never pickle. Their lengths stand in the extras.
+
+Layout of `payloads.arrays`, each part for one member after the other: prompt_ids (int32, unless shared with a member before),
+response_ids (int32), logprobs (float32), the versions' runs (int32 value, int32 length), loss_mask (uint8), text. What is
+4 bytes wide comes first, so that it is aligned. Parts of one kind lie together, so that they are checked at once.
+
+Files of schema 1 hold the first four member by member, and their text in the extras; these are put in order when read.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from buffer.errors import CorruptPayloadError
+from buffer.rollout import TOKEN_ARRAYS, RolloutState
+from buffer.staleness import Timeline
+
+if sys.byteorder != "little":
+    raise ImportError("Millrace stores arrays little-endian and does not run on a big-endian machine")
+
+_SHARED = -1
+_KINDS = tuple(map(np.dtype, (np.int32, np.float32, np.uint8, np.int32, np.int32)))
+
+
+class Response(NamedTuple):
+    """What a payload's bytes hold of one member: arrays of one length, its prompt's ids and its text."""
+
+    response_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    loss_mask: NDArray[np.uint8]
+    versions: NDArray[np.int32]
+    timelines: NDArray[np.int32]
+    prompt_ids: NDArray[np.int32] | None = None
+    text: str | None = None
+
+    @classmethod
+    def of(cls, rollout: RolloutState) -> "Response":
+        """The rollout's own; raises `ValueError` where its arrays do not belong together, or its text is none."""
+        ids, logprobs, mask = rollout.response_ids, rollout.logprobs, rollout.loss_mask
+        versions, timelines = rollout.versions, rollout.timelines
+        kinds = (ids.dtype, logprobs.dtype, mask.dtype, versions.dtype, timelines.dtype)
+        if kinds != _KINDS or not ids.shape == logprobs.shape == mask.shape == versions.shape == timelines.shape == (len(ids),):
+            raise ValueError(
+                f"rollout {rollout.rollout_id}: its arrays are not int32, float32, uint8 and int32 of one length; "
+                "tokens enter by append() and leave by reset() only"
+            )
+        if rollout.text is not None and not isinstance(rollout.text, str):
+            raise ValueError(f"rollout {rollout.rollout_id}: text is {rollout.text!r:.100}; it must be text, or None")
+        return cls(ids, logprobs, mask, versions, timelines, rollout.prompt_ids, rollout.text)
+
+    def since(self, start: int) -> "Response":
+        """Without the first `start` tokens, and without the prompt's ids if there are any such."""
+        if start == 0:
+            return self
+        return self._replace(**{name: getattr(self, name)[start:] for name in TOKEN_ARRAYS}, prompt_ids=None)
+
+    def continued(self, start: int, delta: "Response") -> "Response":
+        """The first `start` tokens, then those of `delta`, with its text; from 0 on with its prompt's ids too."""
+        if not 0 <= start <= self.response_ids.size:
+            raise CorruptPayloadError(f"a prefix goes on at token {start} where {self.response_ids.size} are stored")
+        if start == 0:
+            return delta
+        joined = {name: np.concatenate([getattr(self, name)[:start], getattr(delta, name)]) for name in TOKEN_ARRAYS}
+        for array in joined.values():
+            array.flags.writeable = False
+        return delta._replace(**joined, prompt_ids=self.prompt_ids)
+
+
+class Span(NamedTuple):
+    """The oldest and the newest version among a member's trainable tokens, plain and effective (see `buffer.staleness`)."""
+
+    oldest: int
+    newest: int
+    oldest_effective: int
+    newest_effective: int
+
+
+class Runs(NamedTuple):
+    """Runs of tokens of one version and timeline, of members one after the other; `bounds` says where each one's begin."""
+
+    bounds: list[int]
+    versions: NDArray[np.int32]
+    timelines: NDArray[np.int32]
+    lengths: NDArray[np.int32]
+    trainable: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, responses: Sequence[Response]) -> "Runs":
+        """Those of the responses, in order."""
+        bounds = [0, *accumulate(response.versions.size for response in responses)]
+        total = bounds[-1]
+        versions = np.concatenate([response.versions for response in responses])
+        timelines = np.concatenate([response.timelines for response in responses])
+        begins = np.zeros(total, np.bool_)
+        np.not_equal(versions[1:], versions[:-1], out=begins[1:])
+        if timelines.any():
+            begins[1:] |= timelines[1:] != timelines[:-1]
+        begins[[bound for bound in bounds if bound < total]] = True
+        starts = np.flatnonzero(begins)
+        mask = np.concatenate([response.loss_mask for response in responses])
+        return cls(
+            np.searchsorted(starts, bounds).tolist(),
+            versions[starts],
+            timelines[starts],
+            (np.append(starts[1:], total) - starts if total else starts).astype(np.int32),
+            np.maximum.reduceat(mask, starts) == 1 if total else np.zeros(0, np.bool_),
+        )
+
+    def spans(self, timeline: Timeline) -> list[Span | None]:
+        """Of each member, as `timeline` counts; None where nothing is trainable."""
+        effective = timeline.effective(self.versions, self.timelines).tolist()
+        known = list(zip(self.versions.tolist(), effective, self.trainable.tolist(), strict=True))
+        return [_span(known[first:last]) for first, last in pairwise(self.bounds)]
+
+    def of_timelines(self, member: int) -> list[list[int]]:
+        """The (timeline, length) of one member's runs; empty where all are of timeline 0."""
+        own = slice(self.bounds[member], self.bounds[member + 1])
+        numbers = self.timelines[own]
+        return list(map(list, zip(numbers.tolist(), self.lengths[own].tolist(), strict=True))) if numbers.any() else []
+
+
+def _span(runs: Sequence[tuple[int, int, bool]]) -> Span | None:
+    plain = [version for version, _, trainable in runs if trainable]
+    if not plain:
+        return None
+    effective = [version for _, version, trainable in runs if trainable]
+    return Span(min(plain), max(plain), min(effective), max(effective))
+
+
+# -- to bytes ---------------------------------------------------------------------------------------------------
+
+
+def pack(responses: Sequence[Response], runs: Runs) -> tuple[list[dict[str, Any]], bytes]:
+    """The lengths of each response's parts, for the extras, and all parts as bytes."""
+    lengths: list[dict[str, Any]] = []
+    prompts: list[bytes] = []
+    texts: list[bytes] = []
+    for member, response in enumerate(responses):
+        own: dict[str, Any] = {"n": response.response_ids.size, "runs": runs.bounds[member + 1] - runs.bounds[member]}
+        if response.prompt_ids is not None:
+            own["prompt_n"] = _add_prompt(response.prompt_ids.tobytes(), prompts)
+        if response.text is not None:
+            texts.append(response.text.encode(errors="surrogatepass"))
+            own["text_n"] = len(texts[-1])
+        if timelines := runs.of_timelines(member) if runs.timelines.any() else []:
+            own["timelines"] = timelines
+        lengths.append(own)
+    ids = [response.response_ids.tobytes() for response in responses]
+    logprobs = [response.logprobs.tobytes() for response in responses]
+    masks = [response.loss_mask.tobytes() for response in responses]
+    pairs = np.stack([runs.versions, runs.lengths], axis=1).tobytes()
+    return lengths, b"".join([*prompts, *ids, *logprobs, pairs, *masks, *texts])
+
+
+def _add_prompt(ids: bytes, prompts: list[bytes]) -> int:
+    if prompts and ids == prompts[0]:
+        return _SHARED
+    prompts.append(ids)
+    return len(ids) // 4
+
+
+# -- from bytes -------------------------------------------------------------------------------------------------
+
+
+class _Lengths(NamedTuple):
+    """Of one member's parts: of the prompt and the response in tokens, of the runs in pairs, of the text in bytes."""
+
+    prompt: int | None
+    n: int
+    runs: int
+    text: int | None
+
+    @classmethod
+    def of(cls, extra: Mapping[str, Any]) -> "_Lengths":
+        own = cls(extra.get("prompt_n"), extra["n"], extra["runs"], extra.get("text_n"))
+        least = (_SHARED, 0, 0, 0)
+        if any(type(length) is not int or length < low for length, low in zip(own, least, strict=True) if length is not None):
+            raise CorruptPayloadError(f"lengths {own} are no lengths")
+        return own
+
+
+class _Columns(NamedTuple):
+    """The parts of one kind of all members together, read-only and not copied."""
+
+    prompts: NDArray[np.int32]
+    ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    runs: NDArray[np.int32]
+    mask: NDArray[np.uint8]
+    texts: memoryview
+
+
+def unpack(extras: Sequence[Mapping[str, Any]], arrays: bytes) -> list[Response]:
+    """The responses that `pack` made into these lengths and bytes.
+
+    Raises `CorruptPayloadError` or another error of Python's where they contradict each other, never after an allocation
+    larger than the bytes.
+    """
+    lengths = [_Lengths.of(extra) for extra in extras]
+    columns = _columns(lengths, arrays, in_order=not any("text" in extra for extra in extras))
+    _check(columns)
+    versions = _versions(columns.runs, lengths)
+    responses: list[Response] = []
+    at = prompt_at = text_at = 0
+    first_prompt: NDArray[np.int32] | None = None
+    for own, extra in zip(lengths, extras, strict=True):
+        end = at + own.n
+        prompt_ids, text = None, extra.get("text")
+        if own.prompt == _SHARED:
+            if first_prompt is None:
+                raise CorruptPayloadError("a prompt is shared with no member")
+            prompt_ids = first_prompt
+        elif own.prompt is not None:
+            prompt_ids = columns.prompts[prompt_at : prompt_at + own.prompt]
+            first_prompt = prompt_ids if first_prompt is None else first_prompt
+            prompt_at += own.prompt
+        if own.text is not None:
+            text = str(columns.texts[text_at : text_at + own.text], "utf-8", "surrogatepass")
+            text_at += own.text
+        timelines = _timelines(extra["timelines"], own.n) if "timelines" in extra else _zeros(own.n)
+        responses.append(
+            Response(columns.ids[at:end], columns.logprobs[at:end], columns.mask[at:end], versions[at:end], timelines, prompt_ids, text)
+        )
+        at = end
+    return responses
+
+
+def _columns(lengths: Sequence[_Lengths], arrays: bytes, *, in_order: bool) -> _Columns:
+    prompts = sum(max(own.prompt or 0, 0) for own in lengths)
+    n, runs = sum(own.n for own in lengths), sum(own.runs for own in lengths)
+    width = prompts + 2 * n + 2 * runs
+    if 4 * width + n + sum(own.text or 0 for own in lengths) != len(arrays):
+        raise CorruptPayloadError(f"a payload has {len(arrays)} bytes, its lengths say otherwise")
+    if not in_order:
+        arrays = _ordered(lengths, arrays)
+    words = np.frombuffer(arrays, np.int32, width)
+    mask = np.frombuffer(arrays, np.uint8, n, 4 * width)
+    ids, logprobs = words[prompts : prompts + n], words[prompts + n : prompts + 2 * n].view(np.float32)
+    return _Columns(words[:prompts], ids, logprobs, words[prompts + 2 * n :].reshape(-1, 2), mask, memoryview(arrays)[4 * width + n :])
+
+
+def _ordered(lengths: Sequence[_Lengths], arrays: bytes) -> bytes:
+    """A payload of schema 1, whose 4-byte parts lie member by member, with its parts of one kind together."""
+    parts: list[list[bytes]] = [[], [], [], []]
+    at = 0
+    for own in lengths:
+        for kind, size in zip(parts, (max(own.prompt or 0, 0), own.n, own.n, 2 * own.runs), strict=True):
+            kind.append(arrays[at : at + 4 * size])
+            at += 4 * size
+    return b"".join([part for kind in parts for part in kind] + [arrays[at:]])
+
+
+def _check(columns: _Columns) -> None:
+    """What `RolloutState` would check member by member."""
+    if not columns.ids.size:
+        return
+    if columns.ids.min() < 0:
+        raise CorruptPayloadError(f"a token id is {columns.ids.min()}; they are 0 or more")
+    if columns.mask.max() > 1:
+        raise CorruptPayloadError(f"a mask holds {columns.mask.max()}; it is 1 where trainable, else 0")
+    finite = np.isfinite(columns.logprobs)
+    if not finite.all() and not finite[columns.mask == 1].all():
+        raise CorruptPayloadError("a log-probability of a trainable token is not finite")
+
+
+def _versions(runs: NDArray[np.int32], lengths: Sequence[_Lengths]) -> NDArray[np.int32]:
+    """One a token, of all members; refused where a member's runs are not as long as its response."""
+    _check_runs(runs, [own.runs for own in lengths], [own.n for own in lengths])
+    versions: NDArray[np.int32] = np.repeat(runs[:, 0], runs[:, 1])
+    versions.flags.writeable = False
+    return versions
+
+
+def _check_runs(runs: NDArray[Any], counts: Sequence[int], sizes: Sequence[int]) -> None:
+    # Before np.repeat: a forged length must not become an allocation.
+    ends = np.concatenate([[0], np.cumsum(runs[:, 1], dtype=np.int64)])
+    covered = ends[[0, *accumulate(counts)]].tolist()
+    if covered != [0, *accumulate(sizes)] or (runs.size and (runs[:, 1].min() < 1 or runs[:, 0].min() < 0)):
+        raise CorruptPayloadError(f"runs of versions {runs.tolist()[:4]} do not cover {sum(sizes)} tokens")
+
+
+def _timelines(pairs: Any, n: int) -> NDArray[np.int32]:
+    runs = np.array(pairs)
+    if runs.ndim != 2 or runs.shape[1] != 2 or runs.dtype != np.int64 or runs.max() > np.iinfo(np.int32).max:
+        raise CorruptPayloadError(f"timelines {pairs!r:.100} are no pairs of a number and a length")
+    _check_runs(runs, [len(runs)], [n])
+    timelines = np.repeat(runs[:, 0], runs[:, 1]).astype(np.int32)
+    timelines.flags.writeable = False
+    return timelines
+
+
+_NO_TIMELINES = np.zeros(2**16, np.int32)
+_NO_TIMELINES.flags.writeable = False
+
+
+def _zeros(n: int) -> NDArray[np.int32]:
+    """Read-only zeros, in common with others where they are not many."""
+    if n <= _NO_TIMELINES.size:
+        return _NO_TIMELINES[:n]
+    zeros = np.zeros(n, np.int32)
+    zeros.flags.writeable = False
+    return zeros
+
+
+NOTHING = Response.of(RolloutState(group_id=0, index=0))
+"""Of a member of which nothing was stored."""
