@@ -68,6 +68,6 @@ def _payload_problems(conn: Connection, group_id: int) -> Iterator[str]:
         yield str(error)
         return
     said, found = queries.hot_columns(conn, group_id), encode_group(group).group
-    for name in ("tokens", "min_version", "max_version", "oldest_version", "freshest_version"):
+    for name in ("tokens", "min_version", "max_version", "oldest_version"):
         if said.pruned_at is None and not said.checkpointed and getattr(said, name) != found[name]:
             yield f"group {group_id}: {name} is {getattr(said, name)}, its payload says {found[name]}"

@@ -14,7 +14,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.schema import CreateIndex
 
-from buffer import queries, schema
+from buffer import migrations, queries, schema
 from buffer.errors import (
     BufferLockedError,
     DatabaseError,
@@ -111,19 +111,20 @@ def _apply(connection: sqlite3.Connection, settings: Iterable[str]) -> None:
 
 
 def prepare(conn: Connection, synchronous: str) -> None:
-    """Make a connection fit for writing: the database is ours and of this version, or was empty and is now; else refuse."""
+    """Make a connection fit for writing: the database is ours, brought forward to this version, or was empty and is now; else refuse."""
     with conn.begin():
         is_new = not inspect(conn).get_table_names()
         if not is_new:
-            check(conn)
+            _stored_version(conn, to_migrate=True)
     # Only now: they change the file, and somebody else's is left as it was.
     _apply(_driver(conn), file_settings(synchronous))
     with conn.begin():
         if is_new:
             schema.metadata.create_all(conn)
-            queries.set_meta_value(conn, "schema_version", str(schema.SCHEMA_VERSION))
         else:
+            migrations.migrate(conn, _stored_version(conn, to_migrate=True), schema.SCHEMA_VERSION)
             _make_missing_indexes(conn)
+        queries.set_meta_value(conn, "schema_version", str(schema.SCHEMA_VERSION))
 
 
 def _make_missing_indexes(conn: Connection) -> None:
@@ -134,16 +135,24 @@ def _make_missing_indexes(conn: Connection) -> None:
 
 
 def check(conn: Connection) -> None:
-    """Refuse a database that is not ours, or of another schema version."""
+    """Refuse to read a database that is not ours, or of another schema version."""
+    _stored_version(conn, to_migrate=False)
+
+
+def _stored_version(conn: Connection, *, to_migrate: bool) -> int:
+    """The schema version of our database; one that is not ours is refused, and one that cannot be used or brought forward."""
     tables = set(inspect(conn).get_table_names())
     if schema.meta.name not in tables:
         what = f"holds other tables ({', '.join(sorted(tables)[:3])})" if tables else "is empty"
         raise ForeignDatabaseError(f"the database {what} and is no Millrace buffer; give another file")
-    stored = queries.meta_value(conn, "schema_version")
-    if stored != str(schema.SCHEMA_VERSION):
-        newer = stored is not None and stored.isdigit() and int(stored) > schema.SCHEMA_VERSION
-        remedy = "install a newer Millrace" if newer else "restore it from a copy"
-        raise SchemaVersionError(f"the database has schema version {stored}, this Millrace knows {schema.SCHEMA_VERSION}; {remedy}")
+    stored, current = queries.meta_value(conn, "schema_version") or "none", schema.SCHEMA_VERSION
+    older = stored != str(current) and migrations.migratable(stored, current)
+    if stored == str(current) or (older and to_migrate):
+        return int(stored)
+    newer = stored.isdigit() and int(stored) > current
+    forward = "open it for writing once, as `millrace migrate` does" if older else "restore it from a copy"
+    remedy = "install a newer Millrace" if newer else forward
+    raise SchemaVersionError(f"the database has schema version {stored}, this Millrace knows {current}; {remedy}")
 
 
 def abandon(conn: Connection) -> None:

@@ -254,7 +254,7 @@ def _execute(path: Path, statement: str) -> None:
 
 CASES: list[tuple[Callable[[Path], None], type[Exception], str]] = [
     (newer, SchemaVersionError, "schema version 999, this Millrace knows 2; install a newer Millrace"),
-    (of_no_version, SchemaVersionError, "schema version None, .*; restore it from a copy"),
+    (of_no_version, SchemaVersionError, "schema version none, .*; restore it from a copy"),
     (foreign, ForeignDatabaseError, r"other tables \(accounts\) and is no Millrace buffer; give another file"),
     (text, DatabaseError, "run.db: file is not a database; the file is something else; give another one"),
     (truncated, DatabaseError, "run.db: database disk image is malformed; the file is damaged: restore it from a copy"),
