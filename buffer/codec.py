@@ -16,6 +16,7 @@ from buffer.staleness import FIRST_TIMELINE, NO_VERSION, Timeline
 from buffer.status import Status, group_status, member_status
 
 _REMEDY = "the database was damaged or edited: restore it from a copy, or delete this group's row"
+_STATUSES = {status.value: status for status in Status}
 _PROMPT_FIELDS = ("row", "prompt", "messages", "media", "sampling")
 
 
@@ -326,7 +327,7 @@ def _decode_member(
     messages, media = extra.get("messages", prompt.get("messages")), extra.get("media", prompt.get("media"))
     state: RolloutState = object.__new__(RolloutState)
     state.group_id, state.index, state.task_name, state.timeline = group["group_id"], index, group["task_name"], timeline
-    state.status = member_status(status, Status(row["status"]))
+    state.status = member_status(status, _STATUSES[row["status"]])
     state.attempts, state.interruptions, state.error = row["attempts"], row["interruptions"], row["error"]
     state.finish_reason, state.score, state.reward = row["finish_reason"], row["score"], row["reward"]
     state.row, state.prompt, state.sampling = prompt.get("row", {}), prompt.get("prompt"), prompt.get("sampling", {})

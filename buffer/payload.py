@@ -9,6 +9,7 @@ Files of schema 1 hold the first four member by member, and their text in the ex
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -139,6 +140,7 @@ def pack(responses: Sequence[Response], runs: Runs) -> tuple[list[dict[str, Any]
     lengths: list[dict[str, Any]] = []
     prompts: list[bytes] = []
     texts: list[bytes] = []
+    rewound = bool(runs.timelines.any())
     for member, response in enumerate(responses):
         own: dict[str, Any] = {"n": response.response_ids.size, "runs": runs.bounds[member + 1] - runs.bounds[member]}
         if response.prompt_ids is not None:
@@ -146,7 +148,7 @@ def pack(responses: Sequence[Response], runs: Runs) -> tuple[list[dict[str, Any]
         if response.text is not None:
             texts.append(response.text.encode(errors="surrogatepass"))
             own["text_n"] = len(texts[-1])
-        if timelines := runs.of_timelines(member) if runs.timelines.any() else []:
+        if rewound and (timelines := runs.of_timelines(member)):
             own["timelines"] = timelines
         lengths.append(own)
     ids = [response.response_ids.tobytes() for response in responses]
@@ -177,10 +179,13 @@ class _Lengths(NamedTuple):
     @classmethod
     def of(cls, extra: Mapping[str, Any]) -> "_Lengths":
         own = cls(extra.get("prompt_n"), extra["n"], extra["runs"], extra.get("text_n"))
-        least = (_SHARED, 0, 0, 0)
-        if any(type(length) is not int or length < low for length, low in zip(own, least, strict=True) if length is not None):
-            raise CorruptPayloadError(f"lengths {own} are no lengths")
+        if not (_is_length(own.n) and _is_length(own.runs) and _is_length(own.text or 0) and _is_length((own.prompt or 0) - _SHARED)):
+            raise CorruptPayloadError(f"lengths {tuple(own)} are no lengths")
         return own
+
+
+def _is_length(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 class _Columns(NamedTuple):
@@ -203,30 +208,43 @@ def unpack(extras: Sequence[Mapping[str, Any]], arrays: bytes) -> list[Response]
     lengths = [_Lengths.of(extra) for extra in extras]
     columns = _columns(lengths, arrays, in_order=not any("text" in extra for extra in extras))
     _check(columns)
-    versions = _versions(columns.runs, lengths)
+    runs = columns.runs.tolist()
+    prompts = _prompts(lengths, columns.prompts)
     responses: list[Response] = []
-    at = prompt_at = text_at = 0
-    first_prompt: NDArray[np.int32] | None = None
-    for own, extra in zip(lengths, extras, strict=True):
-        end = at + own.n
-        prompt_ids, text = None, extra.get("text")
-        if own.prompt == _SHARED:
-            if first_prompt is None:
-                raise CorruptPayloadError("a prompt is shared with no member")
-            prompt_ids = first_prompt
-        elif own.prompt is not None:
-            prompt_ids = columns.prompts[prompt_at : prompt_at + own.prompt]
-            first_prompt = prompt_ids if first_prompt is None else first_prompt
-            prompt_at += own.prompt
-        if own.text is not None:
+    at = run_at = text_at = 0
+    for own, extra, prompt_ids in zip(lengths, extras, prompts, strict=True):
+        end, run_end = at + own.n, run_at + own.runs
+        versions = _expanded(runs[run_at:run_end], own.n)
+        timelines = _expanded(extra["timelines"], own.n) if "timelines" in extra else _constant(0, own.n)
+        if own.text is None:
+            text = extra.get("text")
+        else:
             text = str(columns.texts[text_at : text_at + own.text], "utf-8", "surrogatepass")
             text_at += own.text
-        timelines = _timelines(extra["timelines"], own.n) if "timelines" in extra else _zeros(own.n)
         responses.append(
-            Response(columns.ids[at:end], columns.logprobs[at:end], columns.mask[at:end], versions[at:end], timelines, prompt_ids, text)
+            Response(columns.ids[at:end], columns.logprobs[at:end], columns.mask[at:end], versions, timelines, prompt_ids, text)
         )
-        at = end
+        at, run_at = end, run_end
     return responses
+
+
+def _prompts(lengths: Sequence[_Lengths], ids: NDArray[np.int32]) -> list[NDArray[np.int32] | None]:
+    """Of each member; those that share one have the first that is there."""
+    prompts: list[NDArray[np.int32] | None] = []
+    first: NDArray[np.int32] | None = None
+    at = 0
+    for own in lengths:
+        if own.prompt is None:
+            prompts.append(None)
+        elif own.prompt != _SHARED:
+            prompts.append(ids[at : at + own.prompt])
+            first = prompts[-1] if first is None else first
+            at += own.prompt
+        elif first is None:
+            raise CorruptPayloadError("a prompt is shared with no member")
+        else:
+            prompts.append(first)
+    return prompts
 
 
 def _columns(lengths: Sequence[_Lengths], arrays: bytes, *, in_order: bool) -> _Columns:
@@ -267,43 +285,35 @@ def _check(columns: _Columns) -> None:
         raise CorruptPayloadError("a log-probability of a trainable token is not finite")
 
 
-def _versions(runs: NDArray[np.int32], lengths: Sequence[_Lengths]) -> NDArray[np.int32]:
-    """One a token, of all members; refused where a member's runs are not as long as its response."""
-    _check_runs(runs, [own.runs for own in lengths], [own.n for own in lengths])
-    versions: NDArray[np.int32] = np.repeat(runs[:, 0], runs[:, 1])
-    versions.flags.writeable = False
-    return versions
-
-
-def _check_runs(runs: NDArray[Any], counts: Sequence[int], sizes: Sequence[int]) -> None:
+def _expanded(runs: Sequence[Sequence[int]], n: int) -> NDArray[np.int32]:
+    """One value a token of `n`, read-only; refused where the runs (value, length) are not as long."""
+    if len(runs) == 1 and _is_length(runs[0][0]) and runs[0][1] == n and n:
+        return _constant(runs[0][0], n)
     # Before np.repeat: a forged length must not become an allocation.
-    ends = np.concatenate([[0], np.cumsum(runs[:, 1], dtype=np.int64)])
-    covered = ends[[0, *accumulate(counts)]].tolist()
-    if covered != [0, *accumulate(sizes)] or (runs.size and (runs[:, 1].min() < 1 or runs[:, 0].min() < 0)):
-        raise CorruptPayloadError(f"runs of versions {runs.tolist()[:4]} do not cover {sum(sizes)} tokens")
+    if sum(length for _, length in runs) != n or not all(_is_length(value) and _is_length(length - 1) for value, length in runs):
+        raise CorruptPayloadError(f"runs {runs[:4]} do not cover {n} tokens")
+    values: NDArray[np.int32] = np.repeat(np.array([value for value, _ in runs], np.int32), [length for _, length in runs])
+    values.flags.writeable = False
+    return values
 
 
-def _timelines(pairs: Any, n: int) -> NDArray[np.int32]:
-    runs = np.array(pairs)
-    if runs.ndim != 2 or runs.shape[1] != 2 or runs.dtype != np.int64 or runs.max() > np.iinfo(np.int32).max:
-        raise CorruptPayloadError(f"timelines {pairs!r:.100} are no pairs of a number and a length")
-    _check_runs(runs, [len(runs)], [n])
-    timelines = np.repeat(runs[:, 0], runs[:, 1]).astype(np.int32)
-    timelines.flags.writeable = False
-    return timelines
+_MANY = 2**15
 
 
-_NO_TIMELINES = np.zeros(2**16, np.int32)
-_NO_TIMELINES.flags.writeable = False
+def _constant(value: int, n: int) -> NDArray[np.int32]:
+    """`value` n times, read-only; one array in common where n is not large, as most responses are of one version."""
+    if n <= _MANY:
+        return _constants(value)[:n]
+    values = np.full(n, value, np.int32)
+    values.flags.writeable = False
+    return values
 
 
-def _zeros(n: int) -> NDArray[np.int32]:
-    """Read-only zeros, in common with others where they are not many."""
-    if n <= _NO_TIMELINES.size:
-        return _NO_TIMELINES[:n]
-    zeros = np.zeros(n, np.int32)
-    zeros.flags.writeable = False
-    return zeros
+@lru_cache(maxsize=16)
+def _constants(value: int) -> NDArray[np.int32]:
+    values = np.full(_MANY, value, np.int32)
+    values.flags.writeable = False
+    return values
 
 
 NOTHING = Response.of(RolloutState(group_id=0, index=0))
