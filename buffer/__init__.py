@@ -1,6 +1,7 @@
 """What a rollout is, and the durable store that keeps them."""
 
 from buffer.audit import AuditReport
+from buffer.forking import ForkReport
 from buffer.operations import DrawnRow, ResumeReport
 from buffer.policies import Fifo, FreshestFirst, StalestFirst, TakePolicy
 from buffer.queries import RecordedStep
@@ -13,6 +14,7 @@ __all__ = [
     "DatasetCursor",
     "DrawnRow",
     "Fifo",
+    "ForkReport",
     "FreshestFirst",
     "Position",
     "RecordedStep",

@@ -145,6 +145,8 @@ def _stored_version(conn: Connection, *, to_migrate: bool) -> int:
     if schema.meta.name not in tables:
         what = f"holds other tables ({', '.join(sorted(tables)[:3])})" if tables else "is empty"
         raise ForeignDatabaseError(f"the database {what} and is no Millrace buffer; give another file")
+    if queries.meta_value(conn, "unfinished") is not None:
+        raise DatabaseError("the database is a fork that was broken off; delete it, and fork again")
     stored, current = queries.meta_value(conn, "schema_version") or "none", schema.SCHEMA_VERSION
     older = stored != str(current) and migrations.migratable(stored, current)
     if stored == str(current) or (older and to_migrate):

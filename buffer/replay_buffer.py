@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +11,11 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from buffer import arguments as args
-from buffer import audit, database, operations, queries, transfer
+from buffer import audit, database, forking, operations, queries, transfer
 from buffer.audit import AuditReport
 from buffer.codec import encode_group, to_json
 from buffer.errors import BufferClosedError, ReplayBufferError, ResumeRequiredError
+from buffer.forking import ForkReport
 from buffer.operations import (
     Claim,
     Commit,
@@ -566,10 +568,43 @@ class ReplayBuffer:
             await self._write(operations.restore, Restore([encode_group(g) for g in groups], [g.consumed_step for g in groups]))
             self._needs_resume |= any(group.status is Status.CONSUMED for group in groups)
 
+    async def fork(self, url: str, *, step: int) -> ForkReport:
+        """Copy this run into a new database, as it stands for a trainer at the checkpoint of `step`.
+
+        What was consumed after `step` is completed in the copy, in its order, also where it is committed here; drawn prompts and
+        the dataset's position are kept, so that nothing is drawn twice. What runs here is interrupted there. A trainer of the
+        fork calls `resume(step=step)`, as after any restart.
+
+        This run may go on: it is read in one transaction, as it was at its beginning. A fork that is broken off leaves a
+        database that cannot be opened and says so.
+
+        Args:
+            url: of the copy; its database must be new or empty.
+            step: of the checkpoint; 0 for the state before training.
+
+        Raises:
+            StepError: tokens of groups consumed after `step` were pruned; it names the oldest possible step.
+            DatabaseError: the other database is not empty, or cannot be written.
+        """
+        step = args.whole_number("step", step, at_least=0, hint="0 for the state before training")
+        target, stop = database.parse_url(url), threading.Event()
+        self._check_open()
+        # A thread of its own: it may take minutes, and the others' reads go on.
+        reader = Reader(database.connect(self._url, read_only=True), self._url, 1)
+        try:
+            return await reader.read(forking.fork, target, step, stop)
+        finally:
+            stop.set()
+            await uninterrupted(reader.close())
+
     async def recorded_steps(self, task_name: str) -> list[RecordedStep]:
         """The steps at which groups of the task were consumed and not given back, ascending."""
         args.require_task(task_name)
         return await self._read(queries.recorded_steps, task_name)
+
+    async def pruned_to(self) -> int:
+        """The last step of which `prune` gave up a group with its row; 0 where there is none. Batches up to it are not whole."""
+        return await self._read(queries.rows_pruned_to)
 
     # -- inside -------------------------------------------------------------------------------------------------
 

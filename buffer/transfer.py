@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from buffer import queries
-from buffer.codec import encode_group
+from buffer.codec import encode, snapshot
 from buffer.errors import DuplicateGroupError
 from buffer.export import GroupWriter, read_groups
 from buffer.export_rows import rows_of, same_rows
@@ -110,10 +110,9 @@ async def _through(path: str | os.PathLike[str], use: Callable[["_File"], Corout
 
 
 def _encoded(conn: Connection, file: "_File") -> Restore | None:
-    groups = file.next()
-    return (
-        Restore([encode_group(group) for group in groups], [group.consumed_step for group in groups], skip_known=True) if groups else None
-    )
+    groups, timeline = file.next(), queries.timeline(conn)
+    encoded = [encode(snapshot(group), timeline) for group in groups]
+    return Restore(encoded, [group.consumed_step for group in groups], skip_known=True) if groups else None
 
 
 class _File:

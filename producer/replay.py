@@ -1,6 +1,6 @@
 """`ReplaySource`: the batches of a run once more, from its database, without engines."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 
 from agent_loop.sampling import whole
 from buffer import RecordedStep, ReplayBuffer, Status
@@ -33,14 +33,16 @@ class ReplaySource:
         counted again.
 
         Raises:
-            ProducerError: the tokens of a step were pruned; before the first batch, if it was so then.
+            ProducerError: tokens of these steps were pruned; before the first batch, if it was so then.
         """
         if whole("first", first) < 1 or (last is not None and whole("last", last) < first):
             raise ValueError(f"first={first}, last={last} are no steps to replay; steps count from 1, and last lies at first or behind")
-        recorded = await self._buffer.recorded_steps(self._task_name)
-        _refuse_pruned([step for step in recorded if step.step >= first], last)
+        recorded = [step for step in await self._buffer.recorded_steps(self._task_name) if last is None or step.step <= last]
+        pruned_to = max([await self._buffer.pruned_to(), *(step.step for step in recorded if step.pruned)])
+        if first <= pruned_to:
+            raise ProducerError(f"tokens of step {pruned_to} were pruned; replay with first={pruned_to + 1}, or from a copy that has them")
         for step in recorded:
-            if step.step >= first and (last is None or step.step <= last):
+            if step.step >= first:
                 yield await self._batch(step)
 
     async def _batch(self, recorded: RecordedStep) -> ProducedBatch:
@@ -49,9 +51,3 @@ class ReplaySource:
         for group in groups:
             group.mark(Status.CONSUMED)  # as it was handed out; by now it may be archived
         return ProducedBatch(groups, recorded.step, batch_statistics(groups, recorded.version))
-
-
-def _refuse_pruned(steps: Sequence[RecordedStep], last: int | None) -> None:
-    pruned = [step.step for step in steps if step.pruned and (last is None or step.step <= last)]
-    if pruned:
-        raise ProducerError(f"the tokens of step {pruned[-1]} were pruned; replay from step {pruned[-1] + 1}, or from a copy that has them")

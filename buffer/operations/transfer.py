@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from buffer import queries as q
-from buffer.codec import EncodedGroup
+from buffer.codec import EncodedGroup, encode
 from buffer.errors import DuplicateGroupError, IllegalTransitionError, StepError
 from buffer.operations.consuming import committed_step
 from buffer.queries import Transaction
@@ -42,6 +42,8 @@ def _restore_one(tx: Transaction, request: Restore) -> int:
             raise IllegalTransitionError(
                 f"group {e.group_id} is {e.status} and consumed_step={step}; consumed and archived groups have a step"
             )
+    now = q.timeline(tx.conn)
+    new = [(e if e.timeline == now.number else encode(e.snapshot, now), step) for e, step in new]
     check_steps(
         tx,
         max((step for e, step in new if step is not None and e.status is Status.ARCHIVED), default=None),

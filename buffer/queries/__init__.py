@@ -20,7 +20,7 @@ from buffer.queries.consumption import (
     unconsume,
     waiting_newer_than,
 )
-from buffer.queries.dialects import reserve, reserve_beyond
+from buffer.queries.dialects import last_number, reserve, reserve_beyond
 from buffer.queries.groups import add_prefixes, claimable, insert_groups, known, move, rows_of, store_expired, store_results
 from buffer.queries.leases import (
     consumed_without_owner,
@@ -32,14 +32,16 @@ from buffer.queries.leases import (
     running_without_owner,
 )
 from buffer.queries.reading import ORDERS, Filters, find, history, hot_columns, ids_after, load_groups
-from buffer.queries.retention import Bounds, drop_groups, drop_payloads, prunable, pruned, seq_before_last, seq_within_bytes
+from buffer.queries.retention import Bounds, drop_groups, drop_payloads, prunable, pruned, rows_pruned_to, seq_before_last, seq_within_bytes
 from buffer.queries.transaction import Deltas, Transaction
 from buffer.queries.transfer import (
     RecordedStep,
     at_positions,
     first_consumed,
     insert_restored,
+    last_pruned_step,
     recorded_steps,
+    reopen_after,
     stored_order,
     unpruned,
 )
@@ -48,6 +50,7 @@ from buffer.queries.values import (
     count,
     counts,
     cursor,
+    forget_meta_value,
     meta_value,
     move_cursor,
     set_meta_value,
@@ -55,10 +58,10 @@ from buffer.queries.values import (
 )
 
 __all__ = [
-    "ORDERS",
     "Bounds",
     "Deltas",
     "Filters",
+    "ORDERS",
     "RecordedStep",
     "Transaction",
     "add_drawn",
@@ -86,6 +89,7 @@ __all__ = [
     "find",
     "first_completed",
     "first_consumed",
+    "forget_meta_value",
     "forget_producers",
     "history",
     "hot_columns",
@@ -93,19 +97,23 @@ __all__ = [
     "insert_groups",
     "insert_restored",
     "known",
+    "last_number",
+    "last_pruned_step",
     "last_step",
     "load_groups",
     "meta_value",
     "move",
     "move_cursor",
-    "recorded_steps",
     "prunable",
     "pruned",
+    "recorded_steps",
     "register_producer",
+    "reopen_after",
     "requalify",
     "reserve",
     "reserve_beyond",
     "rows_of",
+    "rows_pruned_to",
     "running_without_owner",
     "seq_before_last",
     "seq_within_bytes",

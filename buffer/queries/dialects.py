@@ -75,3 +75,12 @@ def reserve_beyond(conn: Connection, name: str, number: int) -> None:
         conn.execute(_SET_SEQUENCE, {"name": sequence.name, "number": number})
     elif gap > 0:
         _from_sequence(conn, sequence, gap)
+
+
+def last_number(conn: Connection, name: str) -> int:
+    """The last number that the sequence gave; 0 before the first."""
+    if conn.dialect.name == "postgresql":
+        given: int = conn.scalars(_LAST_OF_SEQUENCE, {"name": t.NUMBERS[name].name}).one()
+        return given
+    last: int | None = conn.scalar(select(t.sequences.c.last).where(t.sequences.c.name == name))
+    return last or 0

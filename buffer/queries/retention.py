@@ -7,6 +7,7 @@ from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, func, 
 
 from buffer import schema as t
 from buffer.queries.transaction import Transaction
+from buffer.queries.values import meta_value, set_meta_value
 from buffer.status import Status
 
 _g = t.groups.c
@@ -67,7 +68,9 @@ def drop_payloads(tx: Transaction, group_ids: Sequence[int]) -> None:
 def pruned(conn: Connection, limit: int) -> list[Row[Any]]:
     """Archived groups without a payload, the oldest first; those of the last step stay, to tell which it was."""
     last = select(func.max(_g.consumed_step)).where(_g.status == _ARCHIVED.value).scalar_subquery()
-    found = select(_g.group_id, _g.task_name).where(_g.status == _ARCHIVED.value, _g.pruned_at.is_not(None), _g.consumed_step < last)
+    found = select(_g.group_id, _g.task_name, _g.consumed_step).where(
+        _g.status == _ARCHIVED.value, _g.pruned_at.is_not(None), _g.consumed_step < last
+    )
     return list(conn.execute(found.order_by(_g.consumed_step).limit(limit)))
 
 
@@ -81,3 +84,11 @@ def drop_groups(tx: Transaction, rows: Sequence[Row[Any]]) -> None:
         tx.conn.execute(_DROP_GROUP, [{"id": row.group_id} for row in rows])  # the other tables' rows go with it
         tx.conn.execute(_ADD_PRUNED, [{"task": row.task_name} for row in rows])
         tx.deltas.subtract((row.task_name, _ARCHIVED) for row in rows)
+        last = max(row.consumed_step for row in rows)
+        if last > rows_pruned_to(tx.conn):
+            set_meta_value(tx.conn, "rows_pruned_to", str(last))
+
+
+def rows_pruned_to(conn: Connection) -> int:
+    """The last step of which a group's row was given up; 0 where there is none."""
+    return int(meta_value(conn, "rows_pruned_to") or 0)

@@ -95,3 +95,18 @@ def recorded_steps(conn: Connection, task_name: str) -> list[RecordedStep]:
     joined = batches.outerjoin(t.steps, t.steps.c.step == batches.c.consumed_step)
     statement = select(batches.c.consumed_step, t.steps.c.version, batches.c.n, batches.c.pruned).select_from(joined)
     return [RecordedStep(*row) for row in conn.execute(statement.order_by(batches.c.consumed_step))]
+
+
+def last_pruned_step(conn: Connection) -> int:
+    """The last step of which a group's tokens were given up; 0 where there is none."""
+    found: int | None = conn.scalar(select(func.max(_g.consumed_step)).where(_g.pruned_at.is_not(None)))
+    return found or 0
+
+
+def reopen_after(conn: Connection, step: int) -> dict[str, int]:
+    """What is committed at a step later than `step` is only consumed again; gives how many groups of each task."""
+    later = (_g.status == Status.ARCHIVED.value, _g.consumed_step > step)
+    counted = conn.execute(select(_g.task_name, func.count().label("n")).where(*later).group_by(_g.task_name))
+    by_task = {row.task_name: row.n for row in counted}
+    conn.execute(update(t.groups).where(*later).values(status=Status.CONSUMED.value))
+    return by_task

@@ -1,6 +1,6 @@
 """Run-wide values: counts, tasks and their cursors, the timeline, entries of the table of values."""
 
-from sqlalchemy import Connection, bindparam, select, update
+from sqlalchemy import Connection, bindparam, delete, select, update
 
 from buffer import schema as t
 from buffer.errors import CursorConflictError
@@ -36,6 +36,11 @@ _SET_META = Upsert(t.meta, ["key"], lambda new: {"value": new.value})
 def set_meta_value(conn: Connection, key: str, value: str) -> None:
     """Store one run-wide value."""
     _SET_META.execute(conn, {"key": key, "value": value})
+
+
+def forget_meta_value(conn: Connection, key: str) -> None:
+    """Delete one run-wide value."""
+    conn.execute(delete(t.meta).where(t.meta.c.key == key))
 
 
 def cursor(conn: Connection, task_name: str) -> tuple[int, str | None]:
