@@ -77,7 +77,7 @@ def encode(snapshot: GroupSnapshot, timeline: Timeline | None = None) -> Encoded
     do not belong together; `EncodedGroup.prompt` does where a row is not JSON-able.
     """
     rollouts = snapshot.rollouts
-    now = max((rollout.timeline for rollout in rollouts), key=_number) if timeline is None else timeline
+    now = _now(snapshot) if timeline is None else timeline
     responses = [Response.of(rollout) for rollout in rollouts]
     runs = Runs.of(responses)
     spans = runs.spans(now)
@@ -96,8 +96,9 @@ def encode(snapshot: GroupSnapshot, timeline: Timeline | None = None) -> Encoded
     return EncodedGroup(snapshot.group_id, snapshot.task_name, snapshot.status, hot, members, extras, arrays, now.number, snapshot)
 
 
-def _number(timeline: Timeline) -> int:
-    return timeline.number
+def _now(snapshot: GroupSnapshot) -> Timeline:
+    """The newest timeline that a member knows."""
+    return max((rollout.timeline for rollout in snapshot.rollouts), key=lambda timeline: timeline.number)
 
 
 def _versions_of(spans: Sequence[Span]) -> dict[str, int | None]:
@@ -115,31 +116,33 @@ class EncodedPrefix(NamedTuple):
 
     group_id: int
     task_name: str
+    group: dict[str, Any]
     rollouts: list[dict[str, Any]]
     extras: str
     arrays: bytes
 
 
-def encode_prefix(snapshot: GroupSnapshot, starts: Mapping[int, int]) -> EncodedPrefix:
+def encode_prefix(snapshot: GroupSnapshot, starts: Mapping[int, int], timeline: Timeline | None = None) -> EncodedPrefix:
     """What the store adds to a running group, of the members that `starts` names, from these tokens on.
+
+    `group` holds the versions and the number of tokens of all its members, staleness counted as by `encode`.
 
     What is small is stored whole; text only of completed members, as it is decoded anew until then. Start at 0 after a reset.
 
     Raises `ValueError` for a member that is not there, a start beyond its tokens, and what `encode` raises it for.
     """
-    rollouts = [_member(snapshot, index, start) for index, start in sorted(starts.items())]
-    whole = [Response.of(rollout) for rollout in rollouts]
+    chosen = [_member(snapshot, index, start) for index, start in sorted(starts.items())]
+    whole = [Response.of(rollout) for rollout in snapshot.rollouts]
+    spans = Runs.of(whole).spans(_now(snapshot) if timeline is None else timeline)
     deltas = [
-        response.since(starts[rollout.index])._replace(text=rollout.text if rollout.status is Status.COMPLETED else None)
-        for rollout, response in zip(rollouts, whole, strict=True)
+        whole[rollout.index].since(starts[rollout.index])._replace(text=rollout.text if rollout.status is Status.COMPLETED else None)
+        for rollout in chosen
     ]
-    if not deltas:
-        return EncodedPrefix(snapshot.group_id, snapshot.task_name, [], "[]", b"")
-    lengths, arrays = pack(deltas, Runs.of(deltas))
-    places = [{"member": rollout.index, "start": starts[rollout.index], **own} for rollout, own in zip(rollouts, lengths, strict=True)]
-    spans = Runs.of(whole).spans(FIRST_TIMELINE)
-    members = [_hot_member(rollout, span) for rollout, span in zip(rollouts, spans, strict=True)]
-    return EncodedPrefix(snapshot.group_id, snapshot.task_name, members, _extras_to_json(snapshot, rollouts, places), arrays)
+    lengths, arrays = pack(deltas, Runs.of(deltas)) if deltas else ([], b"")
+    places = [{"member": rollout.index, "start": starts[rollout.index], **own} for rollout, own in zip(chosen, lengths, strict=True)]
+    hot = _versions_of([span for span in spans if span]) | {"tokens": sum(response.response_ids.size for response in whole)}
+    members = [_hot_member(rollout, spans[rollout.index]) for rollout in chosen]
+    return EncodedPrefix(snapshot.group_id, snapshot.task_name, hot, members, _extras_to_json(snapshot, chosen, places), arrays)
 
 
 def _member(snapshot: GroupSnapshot, index: int, start: int) -> RolloutState:

@@ -13,10 +13,11 @@ from typing import Any, Literal, Self, TypeVar
 from buffer import arguments as args
 from buffer import audit, database, forking, operations, queries, transfer
 from buffer.audit import AuditReport
-from buffer.codec import encode_group, to_json
+from buffer.codec import encode_group, snapshot, to_json
 from buffer.errors import BufferClosedError, ReplayBufferError, ResumeRequiredError
 from buffer.forking import ForkReport
 from buffer.operations import (
+    Checkpoint,
     Claim,
     Commit,
     Draw,
@@ -34,6 +35,7 @@ from buffer.operations import (
     Take,
 )
 from buffer.policies import Fifo, TakePolicy
+from buffer.progress import Progress
 from buffer.queries import Filters, RecordedStep
 from buffer.rollout import RolloutGroup
 from buffer.staleness import Level
@@ -121,6 +123,7 @@ class ReplayBuffer:
         self._handing_out: set[asyncio.Future[None]] = set()
         self._needs_resume = False
         self._released = 0
+        self._progress = Progress()
 
     @classmethod
     def open(
@@ -212,7 +215,32 @@ class ReplayBuffer:
         """
         if not isinstance(group, RolloutGroup):
             raise TypeError(f"put() stores a RolloutGroup, not {type(group).__name__}")
-        await self._write(operations.put, encode_group(group))
+        self._progress.forget(group.group_id)
+        await self._write(operations.put, snapshot(group))
+
+    async def checkpoint(self, group: RolloutGroup) -> None:
+        """Store what a running group's members hold now; durable on return. The group goes on running.
+
+        Only what is new since it was handed out or checkpointed last is written. If this process dies, the group is offered
+        again with it: tokens are not sampled again, finished members are neither sampled nor scored again.
+
+        Raises:
+            LeaseLostError: the group is not this process's any more, or does not run.
+            ValueError: as of `put`.
+        """
+        if not isinstance(group, RolloutGroup):
+            raise TypeError(f"checkpoint() stores a RolloutGroup, not {type(group).__name__}")
+        now = snapshot(group)
+        starts = self._progress.starts(now)
+        if not starts:
+            return
+        # At once: the next one is written after this one, and begins where it ended.
+        self._progress.stored(now)
+        try:
+            await self._write(operations.checkpoint, Checkpoint(now, starts))
+        except (ReplayBufferError, ValueError):
+            self._progress.forget(group.group_id)
+            raise
 
     async def take(
         self, task_name: str, n: int, *, step: int, version: int | None = None, policy: TakePolicy | None = None
@@ -357,16 +385,23 @@ class ReplayBuffer:
         if refused := [status for status in wanted if status not in CLAIMABLE]:
             raise ValueError(f"groups that are {refused[0]} cannot be run; those that can are {sorted(CLAIMABLE)}")
         request = Claim(task_name, wanted, n, frozenset(exclude))
-        return await self._hand_out(operations.claim, request, operations.release_claimed) if n > 0 else []
+        return await self._run(operations.claim, request) if n > 0 else []
 
     async def start(self, group_ids: Sequence[int]) -> list[RolloutGroup]:
         """Move given groups to running and hand them out."""
         ids = args.plain_ids(group_ids)
-        return await self._hand_out(operations.start, ids, operations.release_claimed) if ids else []
+        return await self._run(operations.start, ids) if ids else []
+
+    async def _run(self, operation: Operation, argument: Any) -> list[RolloutGroup]:
+        groups = await self._hand_out(operation, argument, operations.release_claimed)
+        self._progress.handed_out(groups)
+        return groups
 
     async def release(self, group_ids: Sequence[int]) -> None:
         """Running groups that will not be run after all become interrupted, with what was stored of them."""
         if ids := args.plain_ids(group_ids):
+            for group_id in ids:
+                self._progress.forget(group_id)
             await self._write(operations.release, ids)
 
     # -- asking -------------------------------------------------------------------------------------------------

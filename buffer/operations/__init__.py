@@ -13,13 +13,14 @@ from buffer.operations.expiring import Expire, Expired, expire
 from buffer.operations.pruning import Prune, PrunedSlice, prune
 from buffer.operations.rewinding import Commit, ResumeReport, Rewind, Rewound, commit, resume
 from buffer.operations.running import Claim, Opened, Opening, claim, opened, release, release_claimed, release_dead, start
-from buffer.operations.storing import checkpoint, put
+from buffer.operations.storing import Checkpoint, checkpoint, put
 from buffer.operations.transfer import Restore, restore
 from buffer.queries import Transaction
 
 Operation = Callable[[Transaction, Sequence[Any]], Sequence[Any]]
 
 __all__ = [
+    "Checkpoint",
     "Claim",
     "Commit",
     "Draw",

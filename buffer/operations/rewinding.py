@@ -112,15 +112,15 @@ def _begin_timeline(tx: Transaction, version: int, request: Rewind) -> tuple[int
     undone = q.waiting_newer_than(tx.conn, version)
     expired = 0
     for start in range(0, len(undone), _SLICE):
-        expired += _requalify(tx, undone[start : start + _SLICE], version, request)
+        expired += _requalify(tx, undone[start : start + _SLICE], request)
     return ended + 1, expired
 
 
-def _requalify(tx: Transaction, group_ids: Sequence[int], version: int, request: Rewind) -> int:
+def _requalify(tx: Transaction, group_ids: Sequence[int], request: Rewind) -> int:
     """Count the staleness of these groups as the present timeline has it; gives how many were expired instead."""
     groups = q.load_groups(tx.conn, group_ids)
     stored = {group.group_id: group.status for group in groups}
-    undone = [group for group in groups if request.expire_future and _reset_undone(group, version)]
+    undone = [group for group in groups if request.expire_future and _reset_undone(group)]
     if undone:
         reason = f"sampled by weights that the rewind to step {request.step} undid"
         q.store_expired(tx, [encode_group(group) for group in undone], [stored[group.group_id] for group in undone], reason)
@@ -129,9 +129,9 @@ def _requalify(tx: Transaction, group_ids: Sequence[int], version: int, request:
     return len(undone)
 
 
-def _reset_undone(group: RolloutGroup, version: int) -> bool:
+def _reset_undone(group: RolloutGroup) -> bool:
     """Reset the members with a trainable token of weights that do not exist any more, and say whether there are any."""
-    undone = [r for r in group.rollouts if ((r.versions > version) & (r.loss_mask == 1)).any()]
+    undone = [r for r in group.rollouts if r.undone]
     for rollout in undone:
         rollout.reset()
         rollout.status = Status.EXPIRED

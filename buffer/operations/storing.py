@@ -1,12 +1,16 @@
 """Storing what came of groups, and what running ones decoded so far."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from buffer import queries as q
-from buffer.codec import EncodedGroup
-from buffer.errors import IllegalTransitionError, LeaseLostError
+from buffer.codec import EncodedGroup, GroupSnapshot, encode, encode_prefix
+from buffer.errors import IllegalTransitionError, LeaseLostError, UnknownGroupError
 from buffer.queries import Transaction
+from buffer.staleness import Timeline
 from buffer.status import Status, check_transition
 
 _STORABLE_NEW = frozenset({Status.PENDING, Status.COMPLETED, Status.INTERRUPTED, Status.EXPIRED, Status.FILTERED, Status.FAILED})
@@ -15,20 +19,35 @@ _ONLY_BY = {Status.RUNNING: "claim() or start()", Status.CONSUMED: "take()", Sta
 """Statuses that a `put` may not give: each comes with a record of its own."""
 
 
-def put(tx: Transaction, encoded: Sequence[EncodedGroup]) -> list[None]:
+def put(tx: Transaction, snapshots: Sequence[GroupSnapshot]) -> list[None]:
     """Store what came of groups; groups that the database never saw are added and count as drawn."""
-    if len({e.group_id for e in encoded}) < len(encoded):
+    if len({s.group_id for s in snapshots}) < len(snapshots):
         raise IllegalTransitionError("a group is stored twice at once")  # one by one, the second meets the first's result
-    stored = q.known(tx.conn, [e.group_id for e in encoded])
-    known = [e for e in encoded if e.group_id in stored]
-    new = [e for e in encoded if e.group_id not in stored]
+    stored = q.known(tx.conn, [s.group_id for s in snapshots])
+    known = [_encoded(tx, s, stored[s.group_id].timeline) for s in snapshots if s.group_id in stored]
+    new = [s for s in snapshots if s.group_id not in stored]
     if known:
         for e in known:
             _check_result(tx, e, stored[e.group_id])
         q.store_results(tx, known, stored)
     if new:
-        _add(tx, new)
-    return [None] * len(encoded)
+        timeline = q.timeline(tx.conn)
+        _add(tx, [encode(_sampled_on(timeline, s), timeline) for s in new])
+    return [None] * len(snapshots)
+
+
+def _encoded(tx: Transaction, snapshot: GroupSnapshot, timeline: int) -> EncodedGroup:
+    """The group, its staleness counted as it is now, also where a rewind came after it was handed out."""
+    e = encode(snapshot)
+    return e if e.timeline == timeline else encode(snapshot, q.timeline(tx.conn))
+
+
+def _sampled_on(timeline: Timeline, snapshot: GroupSnapshot) -> GroupSnapshot:
+    """A group that the database never saw: its tokens are of the weights that there are now."""
+    for rollout in snapshot.rollouts:
+        if rollout.timeline.number < timeline.number:
+            rollout.timeline, rollout.timelines = timeline, np.full(rollout.versions.size, timeline.number, np.int32)
+    return snapshot
 
 
 def _check_result(tx: Transaction, e: EncodedGroup, row: Any) -> None:
@@ -66,15 +85,29 @@ def _add(tx: Transaction, new: Sequence[EncodedGroup]) -> None:
     q.insert_groups(tx, new)
 
 
-def checkpoint(tx: Transaction, prefixes: Sequence[Any]) -> list[None]:
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A running group as it is now, and from which tokens on each changed member is new."""
+
+    snapshot: GroupSnapshot
+    starts: Mapping[int, int]
+
+
+def checkpoint(tx: Transaction, requests: Sequence[Checkpoint]) -> list[None]:
     """Add to running groups of ours what they decoded since they were stored last."""
-    if len({e.group_id for e in prefixes}) < len(prefixes):
+    if len({request.snapshot.group_id for request in requests}) < len(requests):
         raise IllegalTransitionError("a group is stored twice at once")  # one by one, they come in order
-    if not q.add_prefixes(tx, prefixes):
-        found = q.known(tx.conn, [e.group_id for e in prefixes])
-        for e in prefixes:
-            row = found.get(e.group_id)
-            if row is None or row.status != Status.RUNNING or row.owner != tx.owner:
-                what = f"group {e.group_id} of task {e.task_name!r}"
-                raise IllegalTransitionError(f"{what} is not in the database") if row is None else lease_lost(what, row)
-    return [None] * len(prefixes)
+    timeline = q.timeline(tx.conn)
+    if not q.add_prefixes(tx, [encode_prefix(request.snapshot, request.starts, timeline) for request in requests]):
+        _refuse_foreign(tx, [request.snapshot for request in requests])
+    return [None] * len(requests)
+
+
+def _refuse_foreign(tx: Transaction, snapshots: Sequence[GroupSnapshot]) -> None:
+    found = q.known(tx.conn, [s.group_id for s in snapshots])
+    for s in snapshots:
+        row, what = found.get(s.group_id), f"group {s.group_id} of task {s.task_name!r}"
+        if row is None:
+            raise UnknownGroupError(f"{what} is not in the database; only groups that were handed out can be checkpointed")
+        if row.status != Status.RUNNING or row.owner != tx.owner:
+            raise lease_lost(what, row)

@@ -7,7 +7,7 @@ from sqlalchemy import Connection, Row, bindparam, delete, func, insert, or_, se
 from sqlalchemy.exc import IntegrityError
 
 from buffer import schema as t
-from buffer.codec import EncodedGroup
+from buffer.codec import EncodedGroup, EncodedPrefix
 from buffer.errors import DuplicateGroupError, IllegalTransitionError, UnknownGroupError
 from buffer.queries.dialects import Upsert, reserve
 from buffer.queries.transaction import Transaction
@@ -119,7 +119,7 @@ def _reason(e: EncodedGroup) -> str | None:
     return e.group["filter_reason"] or next((member["error"] for member in e.rollouts if member["error"]), None)
 
 
-def _store_members(conn: Connection, encoded: Sequence[EncodedGroup]) -> None:
+def _store_members(conn: Connection, encoded: Sequence[EncodedGroup | EncodedPrefix]) -> None:
     members = [{"id": m["group_id"], "at": m["member"], **m} for e in encoded for m in e.rollouts]
     require_rowcount(conn.execute(_STORE_MEMBER, members).rowcount, len(members))
 
@@ -165,10 +165,11 @@ def store_expired(tx: Transaction, encoded: Sequence[EncodedGroup], stored: Sequ
 
 # -- prefixes ---------------------------------------------------------------------------------------------------
 
+_PROGRESS = ("min_version", "max_version", "oldest_version", "freshest_version", "tokens")
 _TOUCH_RUNNING = (
     update(t.groups)
     .where(t.groups.c.group_id == bindparam("id"), t.groups.c.status == Status.RUNNING.value, t.groups.c.owner == bindparam("me"))
-    .values(updated_at=bindparam("now"), crashes=0)
+    .values({name: bindparam(name) for name in _PROGRESS} | {"updated_at": bindparam("now"), "crashes": 0})
 )
 _ADD_PREFIX = insert(t.prefixes).values(
     group_id=bindparam("id"),
@@ -178,12 +179,12 @@ _ADD_PREFIX = insert(t.prefixes).values(
 )
 
 
-def add_prefixes(tx: Transaction, encoded: Sequence[Any]) -> bool:
+def add_prefixes(tx: Transaction, encoded: Sequence[EncodedPrefix]) -> bool:
     """Store what running groups of ours decoded; False, and perhaps half of it, where one of them is not ours any more."""
-    touched = tx.conn.execute(_TOUCH_RUNNING, [{"id": e.group_id, "me": tx.owner, "now": tx.now} for e in encoded])
+    touched = tx.conn.execute(_TOUCH_RUNNING, [{"id": e.group_id, "me": tx.owner, "now": tx.now, **e.group} for e in encoded])
     if touched.rowcount != len(encoded):
         return False
-    _store_members(tx.conn, [e for e in encoded if e.rollouts])
+    _store_members(tx.conn, encoded)
     tx.conn.execute(_ADD_PREFIX, [{"id": e.group_id, "extras": e.extras, "arrays": e.arrays} for e in encoded])
     return True
 

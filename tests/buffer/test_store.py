@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from buffer import ReplayBuffer, database, operations
-from buffer.codec import encode_group
+from buffer.codec import snapshot
 from buffer.errors import BufferClosedError, DatabaseError, ReplayBufferError
 from buffer.queries import Transaction
 from buffer.store import Request, Writer
@@ -130,7 +130,7 @@ def test_a_loop_that_is_gone_does_not_keep_what_was_asked_for_from_being_stored(
         writer = _writer(url(tmp_path))
         await writer.start()
         for n in range(1, 10):
-            writer.submit(operations.put, encode_group(a_group(n)))
+            writer.submit(operations.put, snapshot(a_group(n)))
         return writer
 
     async def look(writer: Writer) -> int:

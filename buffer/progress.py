@@ -1,0 +1,61 @@
+"""What the database holds of the groups that this process runs: the base of the deltas that checkpoints write."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from buffer.codec import GroupSnapshot
+from buffer.rollout import RolloutGroup, RolloutState
+
+
+class _Stored(NamedTuple):
+    """A member as it was when it was stored last: its tokens, and what else may change."""
+
+    response_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    others: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, rollout: RolloutState) -> "_Stored":
+        others = (rollout.status, rollout.attempts, rollout.interruptions, rollout.error, rollout.finish_reason, rollout.score)
+        return cls(rollout.response_ids, rollout.logprobs, others)
+
+    def start_of(self, rollout: RolloutState) -> int:
+        """From which token on `rollout` is new: behind those stored, or 0 where it was begun anew."""
+        n = self.response_ids.size
+        same = np.array_equal(rollout.response_ids[:n], self.response_ids) and np.array_equal(rollout.logprobs[:n], self.logprobs)
+        return n if same else 0
+
+
+class Progress:
+    """Keeps, by group, what was stored of each member."""
+
+    def __init__(self) -> None:
+        self._stored: dict[int, list[_Stored]] = {}
+
+    def handed_out(self, groups: Iterable[RolloutGroup]) -> None:
+        """These run from now on, and are stored as they are."""
+        for group in groups:
+            self._stored[group.group_id] = [_Stored.of(rollout) for rollout in group.rollouts]
+
+    def stored(self, snapshot: GroupSnapshot) -> None:
+        """The group is stored as it was then."""
+        self._stored[snapshot.group_id] = [_Stored.of(rollout) for rollout in snapshot.rollouts]
+
+    def forget(self, group_id: int) -> None:
+        """The group does not run any more, or it is not known what is stored of it."""
+        self._stored.pop(group_id, None)
+
+    def starts(self, snapshot: GroupSnapshot) -> Mapping[int, int]:
+        """Of each member that changed since it was stored, from which token on."""
+        known = self._stored.get(snapshot.group_id)
+        if known is None or len(known) != len(snapshot.rollouts):
+            return {rollout.index: 0 for rollout in snapshot.rollouts}
+        found = {}
+        for rollout, stored in zip(snapshot.rollouts, known, strict=True):
+            start, now = stored.start_of(rollout), _Stored.of(rollout)
+            if start < rollout.response_ids.size or start < stored.response_ids.size or now.others != stored.others:
+                found[rollout.index] = start
+        return found
