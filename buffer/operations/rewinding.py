@@ -12,7 +12,7 @@ from buffer.errors import StepError
 from buffer.operations.consuming import committed_step
 from buffer.queries import Transaction
 from buffer.rollout import RolloutGroup
-from buffer.status import Status
+from buffer.status import TRANSITIONS, Status
 
 _SLICE = 64
 """Groups in memory at once while their staleness is counted anew."""
@@ -109,7 +109,7 @@ def _begin_timeline(tx: Transaction, version: int, request: Rewind) -> tuple[int
     if not q.anything_sampled(tx.conn):
         return ended, 0
     q.begin_timeline(tx.conn, ended, version, request.step)
-    undone = q.waiting_newer_than(tx.conn, version)
+    undone = q.newer_than(tx.conn, version)
     expired = 0
     for start in range(0, len(undone), _SLICE):
         expired += _requalify(tx, undone[start : start + _SLICE], request)
@@ -120,7 +120,8 @@ def _requalify(tx: Transaction, group_ids: Sequence[int], request: Rewind) -> in
     """Count the staleness of these groups as the present timeline has it; gives how many were expired instead."""
     groups = q.load_groups(tx.conn, group_ids)
     stored = {group.group_id: group.status for group in groups}
-    undone = [group for group in groups if request.expire_future and _reset_undone(group)]
+    may_expire = [group for group in groups if request.expire_future and Status.EXPIRED in TRANSITIONS[group.status]]
+    undone = [group for group in may_expire if _reset_undone(group)]
     if undone:
         reason = f"sampled by weights that the rewind to step {request.step} undid"
         q.store_expired(tx, [encode_group(group) for group in undone], [stored[group.group_id] for group in undone], reason)

@@ -13,12 +13,12 @@ from buffer.queries.consumption import (
     drop_steps_after,
     first_completed,
     last_step,
+    newer_than,
     requalify,
     stale,
     step_version,
     timeline,
     unconsume,
-    waiting_newer_than,
 )
 from buffer.queries.dialects import last_number, reserve, reserve_beyond
 from buffer.queries.groups import add_prefixes, claimable, insert_groups, known, move, rows_of, store_expired, store_results
@@ -128,5 +128,5 @@ __all__ = [
     "timeline",
     "unconsume",
     "unpruned",
-    "waiting_newer_than",
+    "newer_than",
 ]

@@ -107,6 +107,17 @@ async def test_a_group_stored_after_a_rewind_that_it_does_not_know_is_counted_as
     assert await buffer.expire("math", version=0, max_staleness=1) == 1
 
 
+async def test_a_group_released_after_a_rewind_is_counted_as_of_then(buffer: ReplayBuffer) -> None:
+    await buffer.put(a_group(1, S.INTERRUPTED, version=6))
+    await buffer.claim("math", 1, statuses=[S.INTERRUPTED])
+    await buffer.put(a_group(2, version=0))
+    await buffer.take("math", 1, step=1, version=0)
+    await buffer.resume(step=0)
+    await buffer.release([1])
+    assert (await buffer.get(1)).staleness(0) == 6
+    assert await buffer.expire("math", version=0, max_staleness=3) == 1
+
+
 @pytest.mark.parametrize("future", ["drop", None, True])
 async def test_an_unknown_future_is_refused(buffer: ReplayBuffer, future: object) -> None:
     with pytest.raises(ValueError, match="choose 'keep' or 'expire'"):
