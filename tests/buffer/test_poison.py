@@ -1,0 +1,81 @@
+"""Shows that a prompt whose runs kill their process again and again is failed with its reason, and others are not."""
+
+from pathlib import Path
+
+import pytest
+
+from buffer import ReplayBuffer, RolloutGroup, Status
+from tests.buffer.groups import draw, finished, ids, url
+
+S = Status
+
+
+async def crash(folder: Path, *, max_crashes: int | None, sample: bool = False) -> list[RolloutGroup]:
+    """A process that claims what waits and is gone: nothing of its groups is stored, or with `sample` a checkpoint."""
+    async with ReplayBuffer.open(url(folder), max_crashes=max_crashes) as buffer:
+        groups = await buffer.claim("math", 9, statuses=[S.INTERRUPTED, S.PENDING])
+        for group in groups if sample else []:
+            group.rollouts[0].append([1], logprobs=[-1.0])
+            await buffer.checkpoint(group)
+        return groups
+
+
+async def drawn(folder: Path) -> None:
+    async with ReplayBuffer.open(url(folder)) as buffer:
+        await draw(buffer, 0, 1)
+
+
+async def test_a_group_that_takes_its_producers_with_it_is_failed(tmp_path: Path) -> None:
+    await drawn(tmp_path)
+    for _ in range(3):
+        assert ids(await crash(tmp_path, max_crashes=3)) == [1, 2]
+    async with ReplayBuffer.open(url(tmp_path), max_crashes=3) as buffer:
+        assert await buffer.counts("math") == dict.fromkeys(S, 0) | {S.FAILED: 2}
+        assert await buffer.claim("math", 9, statuses=[S.INTERRUPTED, S.PENDING]) == []
+        group = await buffer.get(1)
+        reason = "3 producers in a row died while they ran it (max_crashes=3)"
+        assert [r.error for r in group.rollouts] == [reason, reason]
+        assert (await buffer.history(1))[-1].reason == reason
+        assert (await buffer.audit(payloads=True)).ok
+        (again,) = await buffer.start([1])  # on request
+        await buffer.put(finished(again))
+        assert await buffer.count("math", S.COMPLETED) == 1
+
+
+async def test_progress_between_crashes_makes_it_innocent(tmp_path: Path) -> None:
+    await drawn(tmp_path)
+    for _ in range(4):
+        assert ids(await crash(tmp_path, max_crashes=2, sample=True)) == [1, 2]
+    async with ReplayBuffer.open(url(tmp_path), max_crashes=2) as buffer:
+        assert await buffer.count("math", S.INTERRUPTED) == 2
+        assert [r.interruptions for r in (await buffer.get(1)).rollouts] == [4, 4]
+
+
+async def test_members_that_finished_are_kept_as_they_are(tmp_path: Path) -> None:
+    await drawn(tmp_path)
+    async with ReplayBuffer.open(url(tmp_path), max_crashes=1) as buffer:
+        group, _ = await buffer.claim("math", 2, statuses=[S.PENDING])
+        finished(group).rollouts[1].status = S.RUNNING
+        await buffer.checkpoint(group)
+    async with ReplayBuffer.open(url(tmp_path), max_crashes=1) as buffer:
+        stored = await buffer.get(1)
+        assert stored.statuses == [S.COMPLETED, S.FAILED]
+        assert stored.rollouts[0].score == 1.0
+
+
+async def test_without_a_bound_none_is_failed(tmp_path: Path) -> None:
+    await drawn(tmp_path)
+    for _ in range(25):
+        assert len(await crash(tmp_path, max_crashes=None)) == 2
+
+
+@pytest.mark.parametrize("bound", [0, -1, 1.5])
+def test_a_bound_that_is_none_is_refused(tmp_path: Path, bound: float) -> None:
+    with pytest.raises(ValueError, match=r"max_crashes=.* must be a whole number, 1 or more"):
+        ReplayBuffer.open(url(tmp_path), max_crashes=bound)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lease", [0, -1.0, float("nan"), float("inf"), "long"])
+def test_a_lease_that_is_none_is_refused(tmp_path: Path, lease: float) -> None:
+    with pytest.raises(ValueError, match="lease="):
+        ReplayBuffer.open(url(tmp_path), lease=lease)
