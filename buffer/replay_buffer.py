@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 from buffer import arguments as args
 from buffer import audit, database, forking, operations, queries, transfer
 from buffer.audit import AuditReport
-from buffer.codec import encode_group, snapshot, to_json
+from buffer.codec import snapshot, to_json
 from buffer.errors import BufferClosedError, ReplayBufferError, ResumeRequiredError
 from buffer.forking import ForkReport
 from buffer.operations import (
@@ -28,7 +28,6 @@ from buffer.operations import (
     Operation,
     Prune,
     PrunedSlice,
-    Restore,
     ResumeReport,
     Rewind,
     Rewound,
@@ -600,7 +599,10 @@ class ReplayBuffer:
             StepError: their steps do not go with what is committed or consumed here.
         """
         if groups:
-            await self._write(operations.restore, Restore([encode_group(g) for g in groups], [g.consumed_step for g in groups]))
+            self._check_writable()
+            steps = [group.consumed_step for group in groups]
+            request = await self._read(transfer.to_restore, [snapshot(group) for group in groups], steps)
+            await self._write(operations.restore, request)
             self._needs_resume |= any(group.status is Status.CONSUMED for group in groups)
 
     async def fork(self, url: str, *, step: int) -> ForkReport:

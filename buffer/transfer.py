@@ -5,10 +5,12 @@ from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import Connection
 
 from buffer import queries
-from buffer.codec import encode, snapshot
+from buffer.codec import GroupSnapshot, encode, snapshot
 from buffer.errors import DuplicateGroupError
 from buffer.export import GroupWriter, read_groups
 from buffer.export_rows import rows_of, same_rows
@@ -61,12 +63,13 @@ def _finish(conn: Connection, writer: GroupWriter) -> None:
     writer.finish()
 
 
-def _slices(order: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+def _slices(order: NDArray[np.int64]) -> Iterator[list[int]]:
+    """Ids in slices; rows of `order` are an id and a size."""
     ids: list[int] = []
     size = 0
-    for group_id, nbytes in order:
-        ids.append(group_id)
-        size += nbytes
+    for row in order:
+        ids.append(int(row[0]))
+        size += int(row[1])
         if len(ids) == _SLICE_GROUPS or size >= _SLICE_BYTES:
             yield ids
             ids, size = [], 0
@@ -110,9 +113,15 @@ async def _through(path: str | os.PathLike[str], use: Callable[["_File"], Corout
 
 
 def _encoded(conn: Connection, file: "_File") -> Restore | None:
-    groups, timeline = file.next(), queries.timeline(conn)
-    encoded = [encode(snapshot(group), timeline) for group in groups]
-    return Restore(encoded, [group.consumed_step for group in groups], skip_known=True) if groups else None
+    groups = file.next()
+    steps = [group.consumed_step for group in groups]
+    return to_restore(conn, [snapshot(group) for group in groups], steps, skip_known=True) if groups else None
+
+
+def to_restore(conn: Connection, groups: Sequence[GroupSnapshot], steps: Sequence[int | None], *, skip_known: bool = False) -> Restore:
+    """The request to add these groups, encoded here and not in the writer's time."""
+    timeline = queries.timeline(conn)
+    return Restore([encode(group, timeline) for group in groups], steps, skip_known)
 
 
 class _File:

@@ -3,6 +3,8 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import Connection, bindparam, func, select, tuple_, update
 
 from buffer import schema as t
@@ -16,18 +18,19 @@ _g = t.groups.c
 _RECORDED = (Status.CONSUMED.value, Status.ARCHIVED.value)
 
 
-def stored_order(conn: Connection, task_name: str | None, statuses: Collection[Status]) -> list[tuple[int, int]]:
-    """Ids of groups with their payloads' sizes, those ever consumed first, in that order, then the others as they came in.
+def stored_order(conn: Connection, task_name: str | None, statuses: Collection[Status]) -> NDArray[np.int64]:
+    """Rows of a group's id and its payload's size: groups ever consumed first, in that order, then the others as they came in.
 
-    Groups whose payload was given up are left out.
+    Groups whose payload was given up are left out. An array, because there may be millions.
     """
     statement = select(_g.group_id, _g.payload_bytes).where(_g.pruned_at.is_(None))
     if task_name is not None:
         statement = statement.where(_g.task_name == task_name)
     if statuses:
         statement = statement.where(_g.status.in_([status.value for status in statuses]))
-    found = conn.execute(statement.order_by(_g.consumed_seq, _g.ready_seq, _g.group_id))
-    return [(row.group_id, row.payload_bytes) for row in found]
+    found = conn.execute(statement.order_by(_g.consumed_seq, _g.ready_seq, _g.group_id), execution_options={"yield_per": 4096})
+    parts = [np.array([tuple(row) for row in rows], np.int64) for rows in found.partitions()]
+    return np.concatenate([np.empty((0, 2), np.int64), *parts])
 
 
 def unpruned(conn: Connection, group_ids: Sequence[int]) -> list[int]:

@@ -35,6 +35,7 @@ async def run(tmp_path: Path) -> AsyncIterator[ReplayBuffer]:
         filtered.mark(Status.FILTERED, reason="too easy")
         await buffer.put(filtered)
         held.rollouts[0].append([1, 2], logprobs=[-1.0, -2.0], version=4)
+        await buffer.checkpoint(held)
         await buffer.put(a_group(1000, task_name="code"))
         yield buffer
 
@@ -117,6 +118,21 @@ async def test_both_go_on_and_nothing_is_drawn_twice(run: ReplayBuffer, tmp_path
         for buffer in (run, fork):
             report = await buffer.audit()
             assert report.ok, report.problems
+
+
+async def test_a_fork_begins_a_timeline_of_its_own(run: ReplayBuffer, tmp_path: Path) -> None:
+    await run.resume(4)
+    await run.put(a_group(2000, version=5, timeline=(await run.get(1)).rollouts[0].timeline))
+    report = await run.fork(url(tmp_path, "fork.db"), step=2)
+    async with ReplayBuffer.open(url(tmp_path, "fork.db")) as fork:
+        for group in await everything(run):
+            (ours,) = {rollout.timeline for rollout in group.rollouts}
+            copied = await fork.get(group.group_id)
+            assert {rollout.timeline for rollout in copied.rollouts} == {ours.rewound(report.version)}
+        # Three updates of the weights lead from the fork's to those of step 5, which do not exist there.
+        assert (await fork.get(2000)).staleness(report.version) == 3
+        audited = await fork.audit(payloads=True)
+        assert audited.ok, audited.problems
 
 
 async def test_a_fork_can_be_forked_and_read_only_runs_too(run: ReplayBuffer, tmp_path: Path) -> None:

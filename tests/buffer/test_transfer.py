@@ -74,6 +74,9 @@ async def test_an_empty_buffer_has_after_an_import_what_the_other_had(name: str,
         assert report.rewound == other_report.rewound == 4
         order = [ids(await one.take("math", 9, step=2)) for one in (buffer, other)]
         assert order[0] == order[1] == [3, 4, 5, 6, 7]
+        # A file has no dataset's position: the first prompt is there already.
+        with pytest.raises(DuplicateGroupError, match=r"at \(epoch 0, 0\)"):
+            await draw(other, 0)
         # Ids go on behind those that came in.
         assert await other.draw("new", rows(0), group_size=1, moves=0, cursor={}) == [102]
 
