@@ -1,6 +1,5 @@
 """Tokens on their way: what was decoded of requests that still run, kept beside their rollouts until they end."""
 
-import copy
 from typing import Protocol
 
 import numpy as np
@@ -77,11 +76,8 @@ class Decoding:
 
 
 def standing(state: RolloutState, decoding: Decoding | None, *, finished: bool) -> RolloutState:
-    """A copy of a rollout at this moment, with what was decoded of the request under way; its lists are its own."""
-    copied = copy.copy(state)
-    copied.turns, copied.metrics, copied.reward_parts = list(state.turns), dict(state.metrics), dict(state.reward_parts)
-    copied.messages = None if state.messages is None else [dict(message) for message in state.messages]
-    copied.media = None if state.media is None else list(state.media)
+    """A copy of a rollout at this moment, with what was decoded of the request under way."""
+    copied = state.detached()
     if decoding is not None:
         decoding.append_to(copied)
     if not finished:

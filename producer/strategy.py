@@ -15,7 +15,8 @@ from agent_loop import AgentLoop
 from agent_loop.agent_loop import first_error
 from agent_loop.sampling import number, whole
 from buffer import Fifo, ReplayBuffer, RolloutGroup, Status, TakePolicy
-from buffer.errors import BufferClosedError, DatabaseError
+from buffer.errors import BufferClosedError, DatabaseError, LeaseLostError
+from producer.checkpoints import Checkpointer, Interval
 from producer.errors import FailureBudgetError, ProducerError
 from producer.filters import GroupFilter, checked_reason
 from producer.interrupt import settle_unfinished
@@ -55,6 +56,7 @@ class _Progress:
     started: set[int] = field(default_factory=set)
     unstored: set[int] = field(default_factory=set)
     ended: Counter[Status] = field(default_factory=Counter)
+    lost: dict[int, str] = field(default_factory=dict)
     tokens: int = 0
     last_reason: dict[Status, str | None] = field(default_factory=dict)
 
@@ -79,6 +81,9 @@ class ProduceStrategy(ABC):
         max_filtered: groups of one batch that may be filtered, likewise. Default: 8 times the batch size.
         max_interrupted: groups of one batch that may end early by themselves, likewise. Default: 16 times the batch size.
         interrupt_timeout: seconds that interrupted rollouts have to return before they are cancelled.
+        checkpoint_tokens: what running rollouts have decoded is stored as they run, so that a crash of the process costs no
+            rollout much more than so many tokens; finished members of running groups are stored with it. None: not by tokens.
+        checkpoint_seconds: likewise, of decoding. With None for both, running groups are stored when they end.
         policy: which completed groups are taken first.
         progress: show a bar of each batch; None shows it on a terminal only.
     """
@@ -94,6 +99,8 @@ class ProduceStrategy(ABC):
         max_filtered: int | None = None,
         max_interrupted: int | None = None,
         interrupt_timeout: float = 10.0,
+        checkpoint_tokens: int | None = 512,
+        checkpoint_seconds: float | None = 10.0,
         policy: TakePolicy | None = None,
         progress: bool | None = None,
     ) -> None:
@@ -107,6 +114,7 @@ class ProduceStrategy(ABC):
         self.max_staleness = max_staleness
         self._max_failed, self._max_filtered, self._max_interrupted = max_failed, max_filtered, max_interrupted
         self._interrupt_timeout, self._policy = interrupt_timeout, policy or Fifo()
+        self._interval = Interval(checkpoint_tokens, checkpoint_seconds)
         self._no_bar = None if progress is None else not progress
         self._producing: set[str] = set()
 
@@ -192,10 +200,10 @@ class ProduceStrategy(ABC):
         bar.update(progress.completed)
         progress.stopping = False
         try:
-            async with TaskPool[_Outcome]() as pool:
+            async with TaskPool[_Outcome]() as pool, self._checkpointer(agent_loop, progress) as checkpoints:
                 try:
                     while progress.completed < progress.batch_size:
-                        await self._issue(agent_loop, sampler, pool, progress)
+                        await self._issue(agent_loop, sampler, pool, checkpoints, progress)
                         progress.record(await pool.next())
                         bar.update(min(progress.completed, progress.batch_size) - bar.n)
                         self._check_budget(progress)
@@ -211,25 +219,35 @@ class ProduceStrategy(ABC):
             with suppress(BufferClosedError):  # then opening it again will release them
                 await self.buffer.release(sorted(progress.unstored))
 
-    async def _issue(self, agent_loop: AgentLoop, sampler: PromptSampler, pool: TaskPool[_Outcome], progress: _Progress) -> None:
+    def _checkpointer(self, agent_loop: AgentLoop, progress: _Progress) -> Checkpointer:
+        keep = self.enable_partial_rollout
+        return Checkpointer(self.buffer, agent_loop, self._interval, keep_tokens=keep, lost=progress.lost.__setitem__)
+
+    async def _issue(
+        self, agent_loop: AgentLoop, sampler: PromptSampler, pool: TaskPool[_Outcome], checkpoints: Checkpointer, progress: _Progress
+    ) -> None:
         load = Load(progress.batch_size, progress.completed, len(pool))
         if (wanted := self.to_issue(load)) > 0:
             # What was interrupted in this batch waits for the next one, or it could come round for ever.
             for group in await sampler.sample_many(progress.task_name, wanted, buffer=self.buffer, exclude=progress.started):
                 progress.started.add(group.group_id)
                 progress.unstored.add(group.group_id)
-                pool.start(group.group_id, self._run_group(agent_loop, group, progress))
+                checkpoints.watch(group)
+                pool.start(group.group_id, self._run_group(agent_loop, group, checkpoints, progress))
         if len(pool) == 0:
             raise ProducerError(
                 f"nothing runs and nothing was started for {load}: {type(self).__name__}.to_issue said {wanted}, and a batch that "
                 "is not whole needs 1 or more then"
             )
 
-    async def _run_group(self, agent_loop: AgentLoop, group: RolloutGroup, progress: _Progress) -> _Outcome:
+    async def _run_group(self, agent_loop: AgentLoop, group: RolloutGroup, checkpoints: Checkpointer, progress: _Progress) -> _Outcome:
         group_id, tokens_before = group.group_id, _tokens(group)
         try:
-            if not progress.stopping:  # else it was started in the turn of the loop in which the batch was stopped
-                group = _same_group(group, await agent_loop.generate_group(group))
+            try:
+                if not progress.stopping:  # else it was started in the turn of the loop in which the batch was stopped
+                    group = _same_group(group, await agent_loop.generate_group(group))
+            finally:
+                checkpoints.forget(group_id)
             self._decide(group)
         except BaseException:
             # Recorded first, raised again after: even a second cancellation cannot undo a write that was asked for.
@@ -243,15 +261,28 @@ class ProduceStrategy(ABC):
         if group.status in (Status.RUNNING, Status.INTERRUPTED):
             settle_unfinished(group, keep_tokens=self.enable_partial_rollout)
         stored = await self._store(group_id, group, progress)
+        if stored is None:
+            return _Outcome(group_id, Status.INTERRUPTED, sampled, f"it was lost: {progress.lost[group_id]}")
         return _Outcome(group_id, stored.status, sampled, _reason(stored))
 
-    async def _store(self, group_id: int, group: RolloutGroup, progress: _Progress) -> RolloutGroup:
-        """Store the group, or in its place a failed one where an agent loop left it in a state that cannot be stored."""
+    async def _store(self, group_id: int, group: RolloutGroup, progress: _Progress) -> RolloutGroup | None:
+        """What was stored; None where the group is another producer's by now, and `progress.lost` says why."""
         progress.unstored.discard(group_id)  # a put that is cancelled is done all the same
+        if group_id in progress.lost:
+            return None
+        try:
+            return await self._stored(group_id, group, progress)
+        except LeaseLostError as error:
+            progress.lost[group_id] = str(error)
+            progress.unstored.discard(group_id)
+            return None
+
+    async def _stored(self, group_id: int, group: RolloutGroup, progress: _Progress) -> RolloutGroup:
+        """Store the group, or in its place a failed one where an agent loop left it in a state that cannot be stored."""
         try:
             await self.buffer.put(group)
             return group
-        except (DatabaseError, BufferClosedError):
+        except (DatabaseError, BufferClosedError, LeaseLostError):
             raise
         except Exception as error:  # noqa: BLE001 - whatever the group's content makes encoding raise is a failed rollout
             progress.unstored.add(group_id)
