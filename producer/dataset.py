@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+
+# Here, not when it is first needed: a dataloader's worker, forked while another thread imports it, would wait for it for ever.
+from numpy.random import default_rng
 from numpy.typing import NDArray
 
 from buffer.rollout import Position
@@ -87,7 +90,7 @@ class MapSource(RowSource):
 
     def _go_to(self, position: Position) -> None:
         self._at = position
-        generator = np.random.default_rng([self._seed, position.epoch])
+        generator = default_rng([self._seed, position.epoch])
         self._order = generator.permutation(self._size) if self._shuffle else np.arange(self._size)
 
     def _identity(self) -> dict[str, Any]:

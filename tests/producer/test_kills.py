@@ -1,0 +1,133 @@
+"""Shows that a run killed with SIGKILL at any moment, hundreds of times, goes on as if it had not been.
+
+`kill_run.py` is the run, `kill_ledger.py` knows what must hold. Each test plays rounds: a run is begun in a fresh database,
+killed at random moments, looked at and started again, until it reaches its end.
+"""
+
+import asyncio
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.buffer.groups import url
+from tests.producer.kill_ledger import Ledger, Row
+from tests.producer.kill_run import Plan, Task, as_arguments
+from tests.zygote import Moment, Zygote
+
+SEED = int(os.environ.get("KILLS_SEED", "0"))
+"""Other runs, other moments. A failure names its own; moments are the same then as far as the machine's timing is."""
+
+ACTS = [
+    *("resuming", "resumed", "drawing", "drawn", "claiming", "claimed", "storing", "stored"),
+    *("taking", "taken", "saving", "saved", "committing", "committed"),
+]
+EXPIRY = ["expiring", "expired"]
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    with Zygote("tests.producer.kill_run:run") as started:
+        yield started
+
+
+@pytest.fixture
+def zygote_with_torch() -> Iterator[Zygote]:
+    with Zygote("tests.producer.kill_run:run", "torchdata.stateful_dataloader") as started:
+        yield started
+
+
+@pytest.mark.timeout(300)
+def test_sync_batches_equal_those_of_a_run_without_kills(tmp_path: Path, zygote: Zygote) -> None:  # case 13
+    said = play(zygote, tmp_path, "sync", kills=120)
+    assert all(said[act] >= 5 for act in ACTS), said
+
+
+@pytest.mark.timeout(300)
+def test_over_issuing_loses_nothing_and_does_nothing_twice(tmp_path: Path, zygote: Zygote) -> None:  # case 13
+    said = play(zygote, tmp_path, "async", kills=200)
+    assert all(said[act] >= 5 for act in [*ACTS, *EXPIRY]), said
+
+
+@pytest.mark.timeout(300)
+def test_rows_of_dataloaders_with_workers_come_in_their_order(tmp_path: Path, zygote_with_torch: Zygote) -> None:
+    play(zygote_with_torch, tmp_path, "workers", kills=30)
+
+
+def play(zygote: Zygote, folder: Path, kind: str, *, kills: int) -> Counter[str]:
+    """Rounds until so many processes were killed; how often each act was told."""
+    said, done, number = Counter[str](), 0, 0
+    while done < kills:
+        chance = random.Random(f"{SEED}-{kind}-{number}")
+        ledger = begin(zygote, folder / str(number), a_plan(chance, kind))
+        try:
+            done += play_round(zygote, ledger, chance)
+        except BaseException as error:
+            error.add_note(f"KILLS_SEED={SEED}, round {number} of kind {kind!r}, behind {done} kills of other rounds; {ledger.plan}")
+            raise
+        said += ledger.said
+        number += 1
+    return said
+
+
+def a_plan(chance: random.Random, kind: str) -> Plan:
+    """Two tasks over small datasets, several epochs of each, one of them shuffled."""
+    shuffled = Task("shuffled", chance.randint(4, 7), chance.randint(1, 3), shuffle=True)
+    ordered = Task("ordered", chance.randint(3, 11), chance.randint(1, 3))
+    plan = Plan("", "", (shuffled, ordered), chance.randrange(1000), steps=10, every=chance.choice([1, 2, 3]))
+    if kind == "async":
+        stale = chance.choice([None, None, 1])
+        return replace(plan, over_issue=chance.choice([0.5, 1.0, 2.0]), keep_tokens=chance.random() < 0.7, max_staleness=stale)
+    if kind == "workers":
+        read = chance.choice([(2, None), (2, 3), (0, 2)])
+        tasks = (replace(shuffled, workers=read[0], rows_a_read=read[1]), replace(ordered, workers=1, rows_a_read=2))
+        return replace(plan, tasks=tasks, steps=4, over_issue=chance.choice([None, 0.5]))
+    return plan
+
+
+def begin(zygote: Zygote, folder: Path, plan: Plan) -> Ledger:
+    """The ledger of a run in a fresh database; another, without kills, told what comes in which order."""
+    whole = folder / "whole"
+    whole.mkdir(parents=True)
+    plan, undisturbed = replace(plan, folder=str(folder), url=url(folder)), replace(plan, folder=str(whole), url=url(whole))
+    draws = 0 if plan.over_issue is None else 3 * plan.steps * max(task.batch_size for task in plan.tasks)
+    order: dict[str, list[Row]] = {task.name: [] for task in plan.tasks}
+    for line in zygote.start(**as_arguments(undisturbed), draws=draws).ended():
+        if line["what"] == "drawn":
+            order[line["task"]] += [(epoch, offset, answer) for epoch, offset, answer in line["rows"]]
+    return Ledger(plan, order)
+
+
+def play_round(zygote: Zygote, ledger: Ledger, chance: random.Random) -> int:
+    """Start the run, kill it, look, and again until it ends by itself; the number of kills."""
+    acts = ACTS if ledger.plan.max_staleness is None else [*ACTS, *EXPIRY]
+    kills = 0
+    while was_killed(zygote, ledger, Moment.any(chance, at_start=0.03, lines=60, whats=acts)):
+        kills += 1
+    compare(ledger)
+    return kills
+
+
+def was_killed(zygote: Zygote, ledger: Ledger, moment: Moment) -> bool:
+    """Start the run once and hold the ledger against what the kill left; False if it ended by itself before."""
+    child = zygote.start(**as_arguments(ledger.plan))
+    try:
+        killed = child.killed(moment)
+        ledger.read(child.lines)
+        asyncio.run(ledger.look() if killed else ledger.close())
+    except BaseException as error:
+        error.add_note(f"{moment}; the last lines were:\n" + "\n".join(map(str, child.lines[-30:])))
+        raise
+    return killed
+
+
+def compare(ledger: Ledger) -> None:
+    """Without over-issuing the run drew and trained on what a run without kills does, token by token."""
+    if ledger.plan.over_issue is None:
+        undisturbed = Ledger(replace(ledger.plan, folder=str(Path(ledger.plan.folder) / "whole")), {})
+        assert ledger.trained() == undisturbed.trained()
+        assert {name: len(groups) for name, groups in ledger.drawn.items()} == {name: len(rows) for name, rows in ledger.order.items()}
