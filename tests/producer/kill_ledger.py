@@ -26,7 +26,8 @@ class Member:
     status: str
     tokens: int
     digest: int
-    version: int | None
+    oldest: int
+    newest: int
 
     @property
     def done(self) -> bool:
@@ -47,6 +48,7 @@ class Ledger:
         taken: by (step, task) the groups of the batch in the order they were handed out; unless it is final it comes again.
         seen: the same, of takes that were not acknowledged and happened all the same.
         live: batches that are consumed now.
+        undone: those with tokens of weights that the present process's rewind undid.
         expiring: by task the version that stale groups were last looked for with, in this process.
         running, rewound, checkpoint: groups that run, groups consumed after the checkpoint, its step; all at the last look.
         said: how often each act was.
@@ -60,6 +62,7 @@ class Ledger:
     taken: dict[tuple[int, str], list[int]] = field(default_factory=dict)
     seen: dict[tuple[int, str], set[int]] = field(default_factory=dict)
     live: set[tuple[int, str]] = field(default_factory=set)
+    undone: set[Rollout] = field(default_factory=set)
     expiring: dict[str, int] = field(default_factory=dict)
     running: int = 0
     rewound: int = 0
@@ -85,6 +88,7 @@ class Ledger:
     def _resuming(self, line: dict[str, Any]) -> None:
         assert line["step"] == self.checkpoint
         self.live = {batch for batch in self.live if batch[0] <= line["step"]}
+        self.undone = {rollout for rollout, member in self.stored.items() if member.newest > line["step"]}
 
     def _resumed(self, line: dict[str, Any]) -> None:
         self.opened = True
@@ -102,13 +106,13 @@ class Ledger:
         rollout = _rollout(line)
         if (member := self.stored.get(rollout)) is None:
             assert line["tokens"] == 0
-        elif not self._may_have_expired(member):
+        elif not self._may_have_expired(rollout):
             assert not member.done, f"rollout {rollout} is completed and generated again"
             assert line["tokens"] == member.tokens, f"rollout {rollout} goes on from what was stored of it"
 
     def _judging(self, line: dict[str, Any]) -> None:
-        member = self.stored.get(_rollout(line))
-        assert member is None or not member.done or self._may_have_expired(member), "a stored judgement is not repeated"
+        rollout = _rollout(line)
+        assert rollout not in self.stored or not self.stored[rollout].done or self._may_have_expired(rollout), "what is judged stays so"
 
     def _storing(self, line: dict[str, Any]) -> None:
         self.storing.add(line["group"])
@@ -117,13 +121,14 @@ class Ledger:
         self.storing.discard(line["group"])
         for index, values in enumerate(line["members"]):
             self.stored[line["group"], index] = Member(*values)
+            self.undone.discard((line["group"], index))
 
     def _taken(self, line: dict[str, Any]) -> None:
         batch, groups = (line["step"], line["task"]), line["groups"]
         assert batch not in self.live, "a step's batch is taken once"
         assert not set(groups) & self._live_groups(), "no group is in two batches"
         assert all(member.done for group in groups for member in self._members(group)), "what is trained on is completed"
-        if self.plan.max_staleness is None:  # else what is too stale by now expired
+        if not self._expires():
             assert groups == self.taken.get(batch, groups), f"batch {batch} comes again as it was"
             assert set(groups) == self.seen.get(batch, set(groups)), f"batch {batch} comes again as it was"
         self.taken[batch] = groups
@@ -174,12 +179,13 @@ class Ledger:
     def _check_members(self, stored: dict[int, RolloutGroup]) -> None:
         for (group_id, index), member in self.stored.items():
             now = Member(*members(stored[group_id])[index])
-            if self._may_have_expired(member):
+            if self._may_have_expired((group_id, index)):
                 continue
             assert now.done >= member.done, f"rollout {(group_id, index)} was completed and is {now.status}"
             if member.done or group_id not in self.storing:
                 assert (now.tokens, now.digest) == (member.tokens, member.digest), f"rollout {(group_id, index)} is as it was stored"
         self.storing.clear()
+        self.undone.clear()
         for group_id, group in stored.items():
             for index, values in enumerate(members(group)):
                 self.stored[group_id, index] = Member(*values)
@@ -208,7 +214,7 @@ class Ledger:
         final = [group for group in groups if group.consumed_step is not None and group.consumed_step <= self.committed]
         assert all(group.status is Status.ARCHIVED for group in final), "what was committed is final"
         assert archived <= self.checkpoint, "nothing is final that no checkpoint holds"
-        trained = [(step, group) for step, batches in self.trained().items() for batch in batches.values() for group, _ in batch]
+        trained = [(step, group) for step, batches in self.trained().items() for batch in batches.values() for group, *_ in batch]
         at = {group.group_id: group.consumed_step for group in groups}
         assert all(at[group] == int(step) for step, group in trained), "what the checkpoint was trained on is consumed at its step"
 
@@ -219,7 +225,7 @@ class Ledger:
         await self.look()
         trained = self.trained()
         assert list(map(int, trained)) == list(range(1, self.plan.steps + 1))
-        groups = [group for batches in trained.values() for batch in batches.values() for group, _ in batch]
+        groups = [group for batches in trained.values() for batch in batches.values() for group, *_ in batch]
         assert len(groups) == len(set(groups)) == self.plan.steps * sum(task.batch_size for task in self.plan.tasks), (
             "none is trained on twice"
         )
@@ -235,7 +241,7 @@ class Ledger:
             assert sorted(answer for *_, answer in epoch) == list(range(size)), "every epoch holds every row once"
 
     def trained(self) -> dict[str, dict[str, Any]]:
-        """What the checkpoint holds: by step and task the batch, each group with its members."""
+        """What the checkpoint holds: by step and task the batch, each group with a digest of its responses."""
         path = Path(self.plan.folder) / "checkpoint.json"
         return dict(json.loads(path.read_text())) if path.exists() else {}
 
@@ -250,11 +256,15 @@ class Ledger:
     def _batch_size(self, task_name: str) -> int:
         return next(task.batch_size for task in self.plan.tasks if task.name == task_name)
 
-    def _may_have_expired(self, member: Member) -> bool:
-        """Whether some policy of this process may have found it too stale."""
-        if self.plan.max_staleness is None or member.version is None:
-            return False
-        return any(version - member.version > self.plan.max_staleness for version in self.expiring.values())
+    def _expires(self) -> bool:
+        return self.plan.max_staleness is not None or self.plan.future == "expire"
+
+    def _may_have_expired(self, rollout: Rollout) -> bool:
+        """Whether this process may have found it too stale, or rewound its weights."""
+        if rollout in self.undone and self._expires():
+            return True
+        bound = self.plan.max_staleness
+        return bound is not None and any(version - self.stored[rollout].oldest > bound for version in self.expiring.values())
 
 
 def _rollout(line: dict[str, Any]) -> Rollout:

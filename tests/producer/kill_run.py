@@ -8,16 +8,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from agent_loop import SamplingParams, SingleTurnAgentLoop
 from agent_loop.engines.simulated import SimulatedEngine
-from buffer import ReplayBuffer, RolloutGroup, RolloutState
+from buffer import Fifo, FreshestFirst, ReplayBuffer, RolloutGroup, RolloutState, StalestFirst
+from buffer.staleness import NO_VERSION
 from producer import AsyncProduceStrategy, ProducedBatch, ReplayPromptSampler, SyncProduceStrategy
 from producer.strategy import ProduceStrategy
 from tests.zygote import Say
+
+POLICIES = {"fifo": Fifo, "freshest": FreshestFirst, "stalest": StalestFirst}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Plan:
             this threshold, and those of all tasks at once.
         keep_tokens: partial rollouts.
         max_staleness: of the strategies.
+        policy: which completed groups they take first, a key of `POLICIES`.
+        future: of `resume`.
     """
 
     folder: str
@@ -57,6 +62,8 @@ class Plan:
     over_issue: float | None = None
     keep_tokens: bool = True
     max_staleness: int | None = None
+    policy: str = "fifo"
+    future: Literal["keep", "expire"] = "keep"
 
     @classmethod
     def of(cls, plan: dict[str, Any]) -> "Plan":
@@ -92,10 +99,16 @@ def digest(state: RolloutState) -> int:
     return zlib.crc32(b"".join(np.ascontiguousarray(part).tobytes() for part in parts))
 
 
-def members(group: RolloutGroup) -> list[tuple[str, int, int, int | None]]:
-    """Of each member its status, tokens, digest and oldest version."""
+def members(group: RolloutGroup) -> list[tuple[str, int, int, int, int]]:
+    """Of each member its status, tokens, digest, the version its staleness is counted from, and its newest version."""
     return [
-        (state.status, int(state.response_ids.size), digest(state), int(state.versions.min()) if state.versions.size else None)
+        (
+            state.status,
+            int(state.response_ids.size),
+            digest(state),
+            int(state.effective_versions.min(initial=NO_VERSION)),
+            int(state.versions.max(initial=0)),
+        )
         for state in group.rollouts
     ]
 
@@ -195,7 +208,9 @@ class Trainer:
 
     def train(self, step: int, batches: Sequence[tuple[str, ProducedBatch]]) -> None:
         """Learn the batches."""
-        self.trained[str(step)] = {name: [[group.group_id, members(group)] for group in batch.groups] for name, batch in batches}
+        self.trained[str(step)] = {
+            name: [[group.group_id, *map(digest, group.rollouts)] for group in batch.groups] for name, batch in batches
+        }
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
@@ -207,7 +222,7 @@ class Trainer:
 async def run(say: Say, plan: dict[str, Any], draws: int = 0) -> None:
     """The program of a child: train as planned; or, to know what comes in which order, only draw so many prompts of each task."""
     asked = Plan.of(plan)
-    async with ToldBuffer.open(asked.url) as buffer, SimulatedEngine(seed=asked.seed, vocab_size=16) as engine:
+    async with ToldBuffer.open(asked.url, max_crashes=None) as buffer, SimulatedEngine(seed=asked.seed, vocab_size=16) as engine:
         assert isinstance(buffer, ToldBuffer)
         buffer.say = say
         samplers = {task.name: _sampler(task, buffer, asked.seed) for task in asked.tasks}
@@ -233,7 +248,11 @@ def _loop(engine: SimulatedEngine, reward: Any, say: Say) -> ToldLoop:
 
 def _strategies(plan: Plan, buffer: ReplayBuffer) -> list[ProduceStrategy]:
     """One after the other, step by step."""
-    options: dict[str, Any] = {"enable_partial_rollout": plan.keep_tokens, "max_staleness": plan.max_staleness}
+    options: dict[str, Any] = {
+        "enable_partial_rollout": plan.keep_tokens,
+        "max_staleness": plan.max_staleness,
+        "policy": POLICIES[plan.policy](),
+    }
     sync = SyncProduceStrategy(buffer, **options)
     return [sync] if plan.over_issue is None else [AsyncProduceStrategy(buffer, staleness_threshold=plan.over_issue, **options), sync]
 
@@ -247,7 +266,7 @@ async def _train(
     samplers: dict[str, ReplayPromptSampler],
 ) -> None:
     trainer, strategies = Trainer(plan.folder), _strategies(plan, buffer)
-    report = await buffer.resume(step=trainer.step)
+    report = await buffer.resume(step=trainer.step, future=plan.future)
     await engine.update_weights({"seed": report.version}, version=report.version)
     for step in range(trainer.step + 1, plan.steps + 1):
         strategy = strategies[step % len(strategies)]

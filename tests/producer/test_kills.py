@@ -16,7 +16,7 @@ import pytest
 
 from tests.buffer.groups import url
 from tests.producer.kill_ledger import Ledger, Row
-from tests.producer.kill_run import Plan, Task, as_arguments
+from tests.producer.kill_run import POLICIES, Plan, Task, as_arguments
 from tests.zygote import Moment, Zygote
 
 SEED = int(os.environ.get("KILLS_SEED", "0"))
@@ -26,6 +26,9 @@ ACTS = [
     *("resuming", "resumed", "drawing", "drawn", "claiming", "claimed", "storing", "stored"),
     *("taking", "taken", "saving", "saved", "committing", "committed"),
 ]
+ROUNDS = 6
+"""At least: so many plans differ by their number."""
+
 EXPIRY = ["expiring", "expired"]
 
 
@@ -49,21 +52,21 @@ def test_sync_batches_equal_those_of_a_run_without_kills(tmp_path: Path, zygote:
 
 @pytest.mark.timeout(300)
 def test_over_issuing_loses_nothing_and_does_nothing_twice(tmp_path: Path, zygote: Zygote) -> None:  # case 13
-    said = play(zygote, tmp_path, "async", kills=200)
+    said = play(zygote, tmp_path, "async", kills=160)
     assert all(said[act] >= 5 for act in [*ACTS, *EXPIRY]), said
 
 
 @pytest.mark.timeout(300)
 def test_rows_of_dataloaders_with_workers_come_in_their_order(tmp_path: Path, zygote_with_torch: Zygote) -> None:
-    play(zygote_with_torch, tmp_path, "workers", kills=30)
+    play(zygote_with_torch, tmp_path, "workers", kills=24)
 
 
 def play(zygote: Zygote, folder: Path, kind: str, *, kills: int) -> Counter[str]:
     """Rounds until so many processes were killed; how often each act was told."""
     said, done, number = Counter[str](), 0, 0
-    while done < kills:
+    while done < kills or number < ROUNDS:
         chance = random.Random(f"{SEED}-{kind}-{number}")
-        ledger = begin(zygote, folder / str(number), a_plan(chance, kind))
+        ledger = begin(zygote, folder / str(number), a_plan(chance, kind, number))
         try:
             done += play_round(zygote, ledger, chance)
         except BaseException as error:
@@ -74,19 +77,25 @@ def play(zygote: Zygote, folder: Path, kind: str, *, kills: int) -> Counter[str]
     return said
 
 
-def a_plan(chance: random.Random, kind: str) -> Plan:
+def a_plan(chance: random.Random, kind: str, number: int) -> Plan:
     """Two tasks over small datasets, several epochs of each, one of them shuffled."""
     shuffled = Task("shuffled", chance.randint(4, 7), chance.randint(1, 3), shuffle=True)
     ordered = Task("ordered", chance.randint(3, 11), chance.randint(1, 3))
     plan = Plan("", "", (shuffled, ordered), chance.randrange(1000), steps=10, every=chance.choice([1, 2, 3]))
-    if kind == "async":
-        stale = chance.choice([None, None, 1])
-        return replace(plan, over_issue=chance.choice([0.5, 1.0, 2.0]), keep_tokens=chance.random() < 0.7, max_staleness=stale)
+    if kind == "sync":
+        return plan
     if kind == "workers":
-        read = chance.choice([(2, None), (2, 3), (0, 2)])
-        tasks = (replace(shuffled, workers=read[0], rows_a_read=read[1]), replace(ordered, workers=1, rows_a_read=2))
-        return replace(plan, tasks=tasks, steps=4, over_issue=chance.choice([None, 0.5]))
-    return plan
+        workers, rows_a_read = [(2, None), (2, 3), (0, 2)][number % 3]
+        shuffled = replace(shuffled, workers=workers, rows_a_read=rows_a_read)
+        return replace(plan, tasks=(shuffled, replace(ordered, workers=1, rows_a_read=2)), steps=4, over_issue=[None, 0.5][number % 2])
+    return replace(
+        plan,
+        over_issue=chance.choice([0.5, 1.0, 2.0]),
+        keep_tokens=chance.random() < 0.7,
+        max_staleness=[None, None, 1][number % 3],
+        policy=chance.choice(list(POLICIES)),
+        future=["keep", "keep", "keep", "expire"][number % 4],
+    )
 
 
 def begin(zygote: Zygote, folder: Path, plan: Plan) -> Ledger:
