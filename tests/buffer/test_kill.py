@@ -5,13 +5,7 @@ the database. It is killed at a random moment, the next child opens the file, an
 """
 
 import asyncio
-import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,53 +15,45 @@ import pytest
 
 from buffer import ReplayBuffer, Status
 from tests.buffer.groups import draw, finished, ids, url
+from tests.zygote import Moment, Say, Zygote
 
-ROOT = Path(__file__).parents[2]
-KILLS, CHUNK, BATCH = 40, 3, 2
+KILLS, CHUNK, BATCH = 100, 3, 2
+ACTS = ["resumed", "drawn", "stored", "taken", "committing", "committed"]
 
 
-def main() -> None:
+async def work(say: Say, url: str, committed: int) -> None:
     """The child: works until it is killed."""
-    asyncio.run(_work(Path(sys.argv[1]), committed=int(sys.argv[2])))
-
-
-async def _work(folder: Path, committed: int) -> None:
-    async with ReplayBuffer.open(url(folder)) as buffer:
+    async with ReplayBuffer.open(url, max_crashes=None) as buffer:
         report = await buffer.resume(step=committed)
-        _say("resumed", rewound=report.rewound)
+        say("resumed", rewound=report.rewound)
         step = committed
         while True:
-            await _produce(buffer)
+            await _produce(buffer, say)
             step += 1
             taken = await buffer.take("math", BATCH, step=step, version=step)
-            _say("taken", step=step, groups=ids(taken))
+            say("taken", step=step, groups=ids(taken))
             if step % 3 == 0:
-                _say("committing", step=step)
+                say("committing", step=step)
                 await buffer.commit(step)
-                _say("committed", step=step)
+                say("committed", step=step)
 
 
-async def _produce(buffer: ReplayBuffer) -> None:
+async def _produce(buffer: ReplayBuffer, say: Say) -> None:
     left = await buffer.claim("math", CHUNK, statuses=[Status.INTERRUPTED, Status.PENDING])
     cursor = await buffer.cursor("math")
     at = 0 if cursor.state is None else cursor.state["offset"]
     drawn = await draw(buffer, *range(at, at + CHUNK - len(left))) if len(left) < CHUNK else []
     if drawn:
-        _say("drawn", groups=drawn, offset=at)
+        say("drawn", groups=drawn, offset=at)
     running = left + await buffer.start(drawn)
     async with asyncio.TaskGroup() as tasks:
         for group in running:
-            tasks.create_task(_store(buffer, group))
+            tasks.create_task(_store(buffer, group, say))
 
 
-async def _store(buffer: ReplayBuffer, group: Any) -> None:
+async def _store(buffer: ReplayBuffer, group: Any, say: Say) -> None:
     await buffer.put(finished(group))
-    _say("stored", group=group.group_id)
-
-
-def _say(what: str, **more: Any) -> None:
-    # Straight to the pipe: what was said before the kill is read after it.
-    os.write(1, (json.dumps({"what": what, **more}) + "\n").encode())
+    say("stored", group=group.group_id)
 
 
 @dataclass
@@ -81,9 +67,9 @@ class Ledger:
     committing: int = 0
     said: Counter[str] = field(default_factory=Counter)
 
-    def read(self, lines: list[str]) -> None:
+    def read(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
-            self._enter(json.loads(line))
+            self._enter(line)
 
     def _enter(self, report: dict[str, Any]) -> None:
         self.said[report["what"]] += 1
@@ -100,9 +86,9 @@ class Ledger:
                 self.committed = report["step"]
 
 
-async def _hold_against(folder: Path, ledger: Ledger, previous: dict[int, list[int]]) -> None:
+async def _hold_against(url: str, ledger: Ledger, previous: dict[int, list[int]]) -> None:
     """Open what the kill left and see that everything acknowledged is there; leaves it resumed at the last commit."""
-    async with ReplayBuffer.open(url(folder)) as buffer:
+    async with ReplayBuffer.open(url, max_crashes=None) as buffer:
         assert (await buffer.audit()).ok
         stored = {group.group_id: group for group in await buffer.query(limit=100_000)}
         _check_draws(ledger, {group.position.offset: group_id for group_id, group in stored.items() if group.position})
@@ -132,28 +118,14 @@ def _check_draws(ledger: Ledger, at: dict[int, int]) -> None:
 
 @pytest.mark.timeout(300)
 def test_killed_at_any_moment_nothing_acknowledged_is_lost(tmp_path: Path) -> None:  # case 13
-    ledger, final = Ledger(), dict[int, list[int]]()
+    ledger, final, where = Ledger(), dict[int, list[int]](), url(tmp_path)
     moments = random.Random(0)
-    for _ in range(KILLS):
-        ledger.read(_killed_after(moments.randint(0, 60), moments.random() * 0.002, tmp_path, ledger.committed))
-        asyncio.run(_hold_against(tmp_path, ledger, final))
-    assert all(ledger.said[what] > 3 for what in ("drawn", "stored", "taken", "committed")), ledger.said
+    with Zygote("tests.buffer.test_kill:work") as zygote:
+        for _ in range(KILLS):
+            child = zygote.start(url=where, committed=ledger.committed)
+            assert child.killed(Moment.any(moments, at_start=0.02, lines=40, whats=ACTS))
+            ledger.read(child.lines)
+            asyncio.run(_hold_against(where, ledger, final))
+    assert all(ledger.said[what] > 10 for what in ACTS), ledger.said
     trained = [group_id for step in sorted(final) for group_id in final[step]]
     assert len(trained) == len(set(trained)), "no group is trained on twice"
-
-
-def _killed_after(lines: int, delay: float, folder: Path, committed: int) -> list[str]:
-    """What a child said that was killed a moment after it had said so many lines."""
-    program = "from tests.buffer.test_kill import main; main()"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", program, str(folder), str(committed)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        said = [child.stdout.readline() for _ in range(1 + lines)]
-        # Not for synchronisation: a kill at the very moment of a line would always hit the same statement.
-        timer = threading.Timer(delay, child.send_signal, [signal.SIGKILL])
-        timer.start()
-        said += child.stdout.readlines()
-        timer.join()
-    assert child.returncode == -signal.SIGKILL, said[-3:]
-    return [line for line in said if line.endswith("\n")]
