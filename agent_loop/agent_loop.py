@@ -216,8 +216,7 @@ class AgentLoop(ABC):
                 params,
                 request_id=request_id,
                 session_id=state.rollout_id,
-                on_tokens=decoding.add,
-                piece_tokens=decoding.piece_tokens,
+                on_tokens=decoding,
             )
         finally:
             requests.discard(request_id)

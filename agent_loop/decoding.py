@@ -44,8 +44,8 @@ class Decoding:
         """How many tokens the engine may bring at once."""
         return MOST_PIECE_TOKENS if self._watcher is None else min(MOST_PIECE_TOKENS, self._watcher.piece_tokens)
 
-    def add(self, piece: Completion) -> None:
-        """Keep a piece; it is the engine's `on_tokens`."""
+    def __call__(self, piece: Completion) -> None:
+        """Keep a piece: this is the engine's `on_tokens`."""
         self._pieces.append(piece)
         if self._watcher is not None:
             self._watcher.decoded(self._member, len(piece.token_ids))

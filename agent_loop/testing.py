@@ -62,6 +62,18 @@ class InFlight:
         return self
 
 
+class _InLargePieces:
+    """An `on_tokens` that may be shown several tokens at once."""
+
+    piece_tokens = 8
+
+    def __init__(self) -> None:
+        self.pieces: list[Completion] = []
+
+    def __call__(self, piece: Completion) -> None:
+        self.pieces.append(piece)
+
+
 class EngineSuite(ABC):
     """Subclass it, name the class `Test...`, give a fixture `engine` that yields an open engine, and the methods below."""
 
@@ -214,12 +226,11 @@ class EngineSuite(ABC):
             np.testing.assert_array_equal(joined, getattr(call.task.result(), name))
 
     async def test_larger_pieces_bring_every_token_once(self, engine: Engine) -> None:
-        pieces: list[Completion] = []
+        shown = _InLargePieces()
         params = SamplingParams(max_tokens=20, ignore_eos=True)
-        prompt = self.prompts(engine, 1)[0]
-        completion = await engine.generate(prompt, params, request_id="large", on_tokens=pieces.append, piece_tokens=8)
+        completion = await engine.generate(self.prompts(engine, 1)[0], params, request_id="large", on_tokens=shown)
         for name in ("token_ids", "logprobs", "versions"):
-            np.testing.assert_array_equal(np.concatenate([getattr(piece, name) for piece in pieces]), getattr(completion, name))
+            np.testing.assert_array_equal(np.concatenate([getattr(piece, name) for piece in shown.pieces]), getattr(completion, name))
 
     async def test_32_concurrent_requests_all_return(self, engine: Engine) -> None:
         responses = await self.many(engine, self.prompts(engine, 32), [SamplingParams(max_tokens=24)] * 32, "concurrent")

@@ -22,7 +22,15 @@ WeightSource = str | Path | Mapping[str, Any] | Iterable[tuple[str, Any]]
 """Where new weights come from: a folder in Hugging Face's format, or a state dict (mapping or (name, tensor) pairs)."""
 
 OnTokens = Callable[["Completion"], None]
-"""Called with the tokens that are new since the last call, as a piece of a completion; on the event loop."""
+"""Called with the tokens that are new since the last call, as a piece of a completion; on the event loop.
+
+One with an attribute `piece_tokens` may be shown so many tokens at once: an engine for which a piece costs much waits for them.
+"""
+
+
+def piece_tokens(on_tokens: OnTokens) -> int:
+    """How many tokens `on_tokens` may be shown at once; 1 where it does not say."""
+    return max(1, int(getattr(on_tokens, "piece_tokens", 1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +110,6 @@ class Engine(ABC):
         request_id: str,
         session_id: str | None = None,
         on_tokens: OnTokens | None = None,
-        piece_tokens: int = 1,
     ) -> Completion:
         """Sample one response.
 
@@ -114,8 +121,6 @@ class Engine(ABC):
                 what belongs together. None: the request stands alone.
             on_tokens: sees new tokens as they come, for checkpoints; each token exactly once. Where the call fails or is
                 cancelled, it has seen all tokens but those that an engine elsewhere had not sent yet.
-            piece_tokens: how many tokens `on_tokens` may be shown at once. An engine for which a piece costs much waits for
-                so many; others may show fewer.
 
         Returns:
             The whole response, or after `interrupt` the tokens so far with finish reason "abort".

@@ -14,7 +14,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.engines.base import Completion, Engine, FinishReason, OnTokens, PauseMode, WeightSource
+from agent_loop.engines.base import Completion, Engine, FinishReason, OnTokens, PauseMode, WeightSource, piece_tokens
 from agent_loop.engines.simulated_policy import Decoder, Lengths, Policy, Request, Script, Step, TablePolicy, policy_for, weights_seed
 from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
@@ -123,7 +123,6 @@ class SimulatedEngine(Engine):
         request_id: str,
         session_id: str | None = None,
         on_tokens: OnTokens | None = None,
-        piece_tokens: int = 1,
     ) -> Completion:
         """See `Engine`."""
         self._check_alive()
@@ -136,7 +135,7 @@ class SimulatedEngine(Engine):
         try:
             self._admit()
             await request.may_decode.wait()
-            await self._decode(request, None if on_tokens is None else _Shown(request, on_tokens, piece_tokens))
+            await self._decode(request, None if on_tokens is None else _Shown(request, on_tokens))
             return request.completion()
         finally:
             self._forget(request)
@@ -295,12 +294,12 @@ class _InFlight:
 
 
 class _Shown:
-    """Shows the tokens of a request to `on_tokens`, in pieces of a given size; the last may be smaller."""
+    """Shows the tokens of a request to `on_tokens`, in pieces of the size it asks for; the last may be smaller."""
 
     __slots__ = ("_next", "_on_tokens", "_piece_tokens", "_request")
 
-    def __init__(self, request: _InFlight, on_tokens: OnTokens, piece_tokens: int) -> None:
-        self._request, self._on_tokens, self._piece_tokens = request, on_tokens, piece_tokens
+    def __init__(self, request: _InFlight, on_tokens: OnTokens) -> None:
+        self._request, self._on_tokens, self._piece_tokens = request, on_tokens, piece_tokens(on_tokens)
         self._next = 0
 
     def another(self) -> None:

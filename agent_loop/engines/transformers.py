@@ -193,11 +193,10 @@ class TransformersEngine(Engine):
         request_id: str,
         session_id: str | None = None,
         on_tokens: OnTokens | None = None,
-        piece_tokens: int = 1,
     ) -> Completion:
         """Sample one response; see `Engine.generate`.
 
-        A piece is one token, whatever `piece_tokens` says, and carries the finish reason "abort" until the last.
+        A piece is one token, whatever `on_tokens` asks for, and carries the finish reason "abort" until the last.
         """
         self._live_backend()
         ids = self.check_request(prompt_ids, params)

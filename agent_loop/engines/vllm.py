@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.engines.base import Completion, Engine, FinishReason, OnTokens, PauseMode, WeightSource
+from agent_loop.engines.base import Completion, Engine, FinishReason, OnTokens, PauseMode, WeightSource, piece_tokens
 from agent_loop.engines.checkpoint import Checkpoint, check_fits, read_checkpoint, write_checkpoint
 from agent_loop.engines.vllm_adapter import (
     checkpoint_of,
@@ -222,7 +222,6 @@ class VLLMEngine(Engine):
         request_id: str,
         session_id: str | None = None,
         on_tokens: OnTokens | None = None,
-        piece_tokens: int = 1,
     ) -> Completion:
         """Sample one response; see `Engine.generate`.
 
@@ -240,7 +239,7 @@ class VLLMEngine(Engine):
         self._idle.clear()
         try:
             with self._translated():
-                return await self._sample(ids, params, request_id, session_id, on_tokens, piece_tokens)
+                return await self._sample(ids, params, request_id, session_id, on_tokens)
         finally:
             self._running.discard(request_id)
             if not self._running:
@@ -253,7 +252,6 @@ class VLLMEngine(Engine):
         request_id: str,
         session_id: str | None,
         on_tokens: OnTokens | None,
-        piece_tokens: int,
     ) -> Completion:
         from vllm.inputs.engine import tokens_input
 
@@ -261,7 +259,7 @@ class VLLMEngine(Engine):
         # The salt keeps blocks of the prefix cache apart by version: those of requests in flight outlive an update.
         given = tokens_input(ids.tolist(), cache_salt=str(self._version))
         tokens, logprobs = list[int](), list[float]()
-        asked = vllm_params(params, self._eos_token_ids, piece_tokens=None if on_tokens is None else piece_tokens)
+        asked = vllm_params(params, self._eos_token_ids, piece_tokens=None if on_tokens is None else piece_tokens(on_tokens))
         async with aclosing(self._alive().generate(given, asked, request_id, session_id=session_id)) as outputs:
             async for output in outputs:
                 part = output.outputs[0]

@@ -191,7 +191,8 @@ class Breaking(SimulatedEngine):
                 self.breaks -= 1
                 raise self.error
 
-        return await super().generate(*arguments, on_tokens=watch, **{**named, "piece_tokens": 3})
+        watch.piece_tokens = 3  # type: ignore[attr-defined]
+        return await super().generate(*arguments, on_tokens=watch, **named)
 
 
 async def test_a_request_that_fails_midway_goes_on_from_the_tokens_already_paid_for() -> None:  # case 29

@@ -648,7 +648,7 @@ async def test_cancelling_keeps_the_tokens_sampled_so_far(buffer: ReplayBuffer) 
                 if tokens == 5:
                     under_way.set()
 
-            return await super().generate(*arguments, **{**named, "on_tokens": count, "piece_tokens": 1})
+            return await super().generate(*arguments, **{**named, "on_tokens": count})
 
     async with Watched(lengths=10**4, max_length=10**5) as engine:
         loop = SingleTurnAgentLoop(engine, sampling=SamplingParams(max_tokens=10**4))
