@@ -199,6 +199,10 @@ def _check_types(row: Row) -> None:
                 raise ValueError(f"{name} is {value!r:.40}, and must be a list of numbers")
         elif not isinstance(value, _TYPES[kind]) or isinstance(value, bool):
             raise ValueError(f"{name} is {value!r:.40}, and must be of type {kind.value}")
+        elif kind is Kind.WHOLE and not -(2**63) <= row[name] < 2**63:
+            raise ValueError(f"{name} is {value}, which 64 bits do not hold")
+        elif kind is Kind.NUMBER and not math.isfinite(row[name]):
+            raise ValueError(f"{name} is {value}, and must be finite")
 
 
 def _check_follows(row: Row, waiting: Sequence[Row]) -> None:

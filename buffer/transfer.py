@@ -176,6 +176,7 @@ class _Check:
                 )
         new = [group for group in groups if group.group_id not in stored]
         _refuse_positions(conn, new)
+        _refuse_unstorable(conn, new)
         self._note_steps(new)
         return bool(groups)
 
@@ -197,6 +198,13 @@ class _Check:
 def load_known(conn: Connection, group_ids: Sequence[int]) -> list[RolloutGroup]:
     """Those of the groups that are there."""
     return queries.load_groups(conn, list(queries.known(conn, group_ids)))
+
+
+def _refuse_unstorable(conn: Connection, groups: Sequence[RolloutGroup]) -> None:
+    """Encode them for nothing: what cannot be is found before anything is stored."""
+    request = to_restore(conn, [snapshot(group) for group in groups], [group.consumed_step for group in groups])
+    for encoded in request.encoded:
+        encoded.prompt  # noqa: B018 - its making is what may fail
 
 
 def _refuse_positions(conn: Connection, groups: Sequence[RolloutGroup]) -> None:

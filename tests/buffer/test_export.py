@@ -298,6 +298,8 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "no JSON": ({"metrics": "{"}, "row 2"),
     "a list of text": ({"text": ["a"]}, "text is .*must be of type text"),
     "true for a number": ({"attempts": True}, "attempts is True"),
+    "a number too large": ({"consumed_step": 2**63}, "64 bits"),
+    "a reward too large": ({"reward": 10**400}, "too large to convert to float"),
     "half a position": ({"epoch": None}, "group 1 is another in this row"),
     "escaped what is no text": ({"escaped": '["row"]'}, "must be a JSON list of text columns"),
 }
@@ -349,6 +351,7 @@ def test_parquet_of_other_columns_or_types_is_refused(tmp_path: Path) -> None:
         "column 'text' is of type extension<arrow.uuid>": change(table, "text", uuid),
         "column 'versions' is of type list<element: int64>": change(table, "versions", table["versions"].cast(pa.list_(pa.int64()))),
         "a list holds nulls": change(table, "loss_mask", pa.array([[1, None, 1], [1, 1, 1]], pa.list_(pa.uint8()))),
+        "reward is inf, and must be finite": change(table, "reward", pa.array([1.0, float("inf")])),
         "attempts is missing": change(table, "attempts", pa.array([None, 0], pa.int64())),
     }
     for message, other in bad.items():
