@@ -51,6 +51,16 @@ def test_a_group_comes_back_equal_in_every_field(suffix: str, group: RolloutGrou
 
 
 @every_suffix
+def test_many_slices_of_unequal_groups_come_back_in_order(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_module, "_SLICE_BYTES", 20_000)
+    written = [a_group(number, size=1 + number % 5, tokens=7 * number % 40, version=number) for number in range(200)]
+    for group in written[::3]:
+        group.rollouts[0].prompt_ids = np.arange(group.group_id % 4, dtype=np.int32)
+    write_groups(tmp_path / f"run{suffix}", written)
+    assert [plain(group) for group in read_groups(tmp_path / f"run{suffix}")] == [plain(group) for group in written]
+
+
+@every_suffix
 def test_bits_of_log_probabilities_that_are_no_numbers_stay(suffix: str, tmp_path: Path) -> None:
     bits = np.array([0x7FC00001, 0x7FC00002, 0xFF800000, 0x80000000, 0, 0x3F800001], np.uint32)
     state = RolloutState(1, 0, response_ids=range(6), logprobs=bits.view(np.float32), loss_mask=[0, 0, 0, 1, 1, 1], versions=[0] * 6)
