@@ -44,7 +44,7 @@ class Ledger:
         order: by task the rows in the order in which a run without kills draws them.
         drawn: by task the groups in the order of their draws.
         stored: members as they were last stored.
-        storing: groups whose last `put` was not acknowledged: it may have happened or not.
+        storing: by group what was asked to be stored of it and not acknowledged, in order: it may have happened or not.
         taken: by (step, task) the groups of the batch in the order they were handed out; unless it is final it comes again.
         seen: the same, of takes that were not acknowledged and happened all the same.
         live: batches that are consumed now.
@@ -58,7 +58,7 @@ class Ledger:
     order: dict[str, list[Row]]
     drawn: dict[str, list[int]] = field(default_factory=dict)
     stored: dict[Rollout, Member] = field(default_factory=dict)
-    storing: set[int] = field(default_factory=set)
+    storing: dict[int, list[str]] = field(default_factory=dict)
     taken: dict[tuple[int, str], list[int]] = field(default_factory=dict)
     seen: dict[tuple[int, str], set[int]] = field(default_factory=dict)
     live: set[tuple[int, str]] = field(default_factory=set)
@@ -115,10 +115,22 @@ class Ledger:
         assert rollout not in self.stored or not self.stored[rollout].done or self._may_have_expired(rollout), "what is judged stays so"
 
     def _storing(self, line: dict[str, Any]) -> None:
-        self.storing.add(line["group"])
+        self.storing.setdefault(line["group"], []).append(line["what"])
+
+    _checkpointing = _storing
 
     def _stored(self, line: dict[str, Any]) -> None:
-        self.storing.discard(line["group"])
+        asked = self.storing[line["group"]]
+        del asked[: asked.index("storing") + 1]  # checkpoints asked for before it are done too
+        self._hold(line)
+
+    def _checkpointed(self, line: dict[str, Any]) -> None:
+        asked = self.storing[line["group"]]
+        if "checkpointing" in asked:  # else it was told late, and more was stored behind it
+            asked.remove("checkpointing")
+            self._hold(line)
+
+    def _hold(self, line: dict[str, Any]) -> None:
         for index, values in enumerate(line["members"]):
             self.stored[line["group"], index] = Member(*values)
             self.undone.discard((line["group"], index))
@@ -182,7 +194,7 @@ class Ledger:
             if self._may_have_expired((group_id, index)):
                 continue
             assert now.done >= member.done, f"rollout {(group_id, index)} was completed and is {now.status}"
-            if member.done or group_id not in self.storing:
+            if member.done or not self.storing.get(group_id):
                 assert (now.tokens, now.digest) == (member.tokens, member.digest), f"rollout {(group_id, index)} is as it was stored"
         self.storing.clear()
         self.undone.clear()

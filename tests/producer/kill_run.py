@@ -49,6 +49,7 @@ class Plan:
             this threshold, and those of all tasks at once.
         keep_tokens: partial rollouts.
         max_staleness: of the strategies.
+        checkpoint_tokens: of the strategies; None checkpoints no running group.
         policy: which completed groups they take first, a key of `POLICIES`.
         future: of `resume`.
     """
@@ -62,6 +63,7 @@ class Plan:
     over_issue: float | None = None
     keep_tokens: bool = True
     max_staleness: int | None = None
+    checkpoint_tokens: int | None = None
     policy: str = "fifo"
     future: Literal["keep", "expire"] = "keep"
 
@@ -137,6 +139,13 @@ class ToldBuffer(ReplayBuffer):
         self.say("storing", group=group.group_id)
         await super().put(group)
         self.say("stored", group=group.group_id, status=group.status, members=members(group))
+
+    async def checkpoint(self, group: RolloutGroup) -> None:
+        """See `ReplayBuffer`."""
+        held = members(group)
+        self.say("checkpointing", group=group.group_id)
+        await super().checkpoint(group)
+        self.say("checkpointed", group=group.group_id, members=held)
 
     async def take(self, task_name: str, n: int, *, step: int, **options: Any) -> list[RolloutGroup]:
         """See `ReplayBuffer`."""
@@ -251,6 +260,8 @@ def _strategies(plan: Plan, buffer: ReplayBuffer) -> list[ProduceStrategy]:
     options: dict[str, Any] = {
         "enable_partial_rollout": plan.keep_tokens,
         "max_staleness": plan.max_staleness,
+        "checkpoint_tokens": plan.checkpoint_tokens,
+        "checkpoint_seconds": None,
         "policy": POLICIES[plan.policy](),
     }
     sync = SyncProduceStrategy(buffer, **options)
