@@ -15,7 +15,7 @@ from agent_loop import AgentLoop
 from agent_loop.agent_loop import first_error
 from agent_loop.sampling import number, whole
 from buffer import Fifo, ReplayBuffer, RolloutGroup, Status, TakePolicy
-from buffer.errors import BufferClosedError, DatabaseError, LeaseLostError
+from buffer.errors import BufferClosedError, DatabaseError, IllegalTransitionError, LeaseLostError
 from producer.checkpoints import Checkpointer, Interval
 from producer.errors import FailureBudgetError, ProducerError
 from producer.filters import GroupFilter, checked_reason
@@ -272,7 +272,7 @@ class ProduceStrategy(ABC):
             return None
         try:
             return await self._stored(group_id, group, progress)
-        except LeaseLostError as error:
+        except IllegalTransitionError as error:  # even as a failed one: whoever has it now released it, or ran it to its end
             progress.lost[group_id] = str(error)
             progress.unstored.discard(group_id)
             return None

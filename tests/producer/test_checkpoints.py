@@ -369,6 +369,27 @@ async def test_a_put_that_finds_the_lease_lost_ends_its_group_and_is_counted_wit
     await refusing.release([group.group_id for group in await refusing.query(status=Status.RUNNING)])
 
 
+@pytest.mark.parametrize("tokens", [20, None], ids=["at a checkpoint", "at its put"])
+async def test_a_group_that_was_released_meanwhile_is_left_to_whoever_takes_it(refusing: Refusing, tokens: int | None) -> None:
+    class Released(SingleTurnAgentLoop):
+        async def generate(self, state: RolloutState) -> RolloutState:
+            if (state.group_id, state.index) == (1, 0):
+                await refusing.release([1])  # as another producer does with the groups of one that it thinks dead
+            return await super().generate(state)
+
+    rows = [{"prompt_ids": [10 + index]} for index in range(40)]
+    sampler = ReplayPromptSampler(rows, refusing, group_size=2, shuffle=False)
+    async with SimulatedEngine(lengths=300) as engine:
+        loop = Released(engine, reward=lambda state: 1.0, sampling=SamplingParams(max_tokens=400))
+        strategy = SyncProduceStrategy(refusing, checkpoint_tokens=tokens, checkpoint_seconds=None)
+        batch = await strategy.produce_batch(loop, sampler, 2, TASK)
+    assert [group.group_id for group in batch.groups] == [2, 3]
+    assert (batch.metrics["produce/interrupted"], batch.metrics["produce/failed"]) == (1, 0)
+    (released,) = await refusing.query(status=Status.INTERRUPTED)
+    assert released.group_id == 1
+    assert [state.attempts for state in released.rollouts] == [0, 0]
+
+
 async def test_content_that_cannot_be_encoded_is_left_to_the_groups_put(refusing: Refusing, caplog: pytest.LogCaptureFixture) -> None:
     refusing.refuse = lambda group: ValueError("metrics of group 1 cannot be stored") if group.group_id == 1 else None
     async with SimulatedEngine(lengths=300) as engine:
