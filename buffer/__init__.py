@@ -3,6 +3,7 @@
 from buffer.audit import AuditReport
 from buffer.forking import ForkReport
 from buffer.operations import DrawnRow, ResumeReport
+from buffer.overview import Overview
 from buffer.policies import Fifo, FreshestFirst, StalestFirst, TakePolicy
 from buffer.queries import RecordedStep
 from buffer.replay_buffer import DatasetCursor, PruneReport, ReplayBuffer, Transition
@@ -16,6 +17,7 @@ __all__ = [
     "Fifo",
     "ForkReport",
     "FreshestFirst",
+    "Overview",
     "Position",
     "RecordedStep",
     "PruneReport",

@@ -33,6 +33,7 @@ from buffer.operations import (
     Rewound,
     Take,
 )
+from buffer.overview import Overview, overview
 from buffer.policies import Fifo, TakePolicy
 from buffer.progress import Progress
 from buffer.queries import Filters, RecordedStep
@@ -494,6 +495,18 @@ class ReplayBuffer:
             )
             for row in rows
         ]
+
+    async def overview(self, *, window: float = 300.0) -> Overview:
+        """How the run stands: counts, steps, versions, staleness, rates, leases and sizes, in one state of the database.
+
+        It reads indexes: its cost grows with the groups that wait and with those committed whose tokens are there, and not with
+        the others.
+
+        Args:
+            window: seconds up to now that rates are counted over; less where the run is younger, or its newest 10,000 changes
+                of a status do not reach back so far.
+        """
+        return await self._read(overview, args.seconds("window", window))
 
     async def audit(self, *, payloads: bool = False) -> AuditReport:
         """Check the conservation law: drawn prompts = groups over all statuses, counters = rows, no orphans.

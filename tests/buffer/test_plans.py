@@ -29,10 +29,13 @@ HOT: dict[str, tuple[Callable[[Connection], Any], str]] = {
     "expire tokens": (lambda c: queries.stale(c, "math", 5, Level.TOKEN, (-1, 0), 8), "groups_oldest"),
     "release": (lambda c: queries.running_without_owner(c), "groups_running"),
     "what a step trained on": (lambda c: queries.find(c, queries.Filters(step=3), 8, 0), "groups_consumed"),
+    "overview, what waits": (lambda c: queries.waiting_versions(c), "groups_oldest"),
+    "overview, who runs what": (lambda c: queries.running_by_owner(c), "INDEX groups_"),
+    "overview, payloads": (lambda c: queries.committed_payloads(c), "groups_prunable"),
     "open": (lambda c: queries.consumed_without_owner(c), "groups_consumed"),
 }
-MAY_SORT = {"commit", "rewind", "release", "what a step trained on"}
-"""They sort what was consumed since the last commit, or at one step."""
+MAY_SORT = {"commit", "rewind", "release", "what a step trained on", "overview, who runs what"}
+"""They sort what was consumed since the last commit, or at one step, or what runs."""
 
 SMALL = {"SCAN timelines", "SCAN producers"}
 """A row a rewind, and a row a process."""
