@@ -20,11 +20,13 @@ class AuditReport:
         drawn: prompts ever drawn, by task.
         counts: groups by task and status.
         problems: what is wrong and with which groups, a sentence each.
+        pruned: groups whose rows were given up, by task: with the counts they add up to what was drawn.
     """
 
     drawn: Mapping[str, int]
     counts: Mapping[str, Mapping[Status, int]]
     problems: Sequence[str] = field(default_factory=list)
+    pruned: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -36,7 +38,12 @@ def audit(conn: Connection) -> AuditReport:
     """Everything but the payloads, in one state of the database."""
     drawn = queries.drawn_by_task(conn)
     counts = {task_name: queries.counts(conn, task_name) for task_name in queries.task_names(conn)}
-    return AuditReport({task: of.drawn for task, of in drawn.items()}, counts, list(_problems(conn, drawn)))
+    return AuditReport(
+        drawn={task: of.drawn for task, of in drawn.items()},
+        counts=counts,
+        problems=list(_problems(conn, drawn)),
+        pruned={task: of.pruned for task, of in drawn.items()},
+    )
 
 
 def _problems(conn: Connection, drawn: Mapping[str, Any]) -> Iterator[str]:
@@ -64,10 +71,14 @@ def audit_payloads(conn: Connection, after: int, limit: int) -> tuple[list[str],
 def _payload_problems(conn: Connection, group_id: int) -> Iterator[str]:
     try:
         (group,) = queries.load_groups(conn, [group_id])
+        said, found = queries.hot_columns(conn, group_id), encode_group(group).group
     except CorruptPayloadError as error:
         yield str(error)
         return
-    said, found = queries.hot_columns(conn, group_id), encode_group(group).group
+    except (TypeError, ValueError, AttributeError) as error:
+        # SQLite lets whoever edits a file put anything into a column.
+        yield f"group {group_id}: what is stored of it is no group ({error})"
+        return
     for name in ("tokens", "min_version", "max_version", "oldest_version"):
         if said.pruned_at is None and not said.checkpointed and getattr(said, name) != found[name]:
             yield f"group {group_id}: {name} is {getattr(said, name)}, its payload says {found[name]}"

@@ -154,7 +154,7 @@ def _stored_version(conn: Connection, *, to_migrate: bool) -> int:
     newer = stored.isdigit() and int(stored) > current
     forward = "open it for writing once, as `millrace migrate` does" if older else "restore it from a copy"
     remedy = "install a newer Millrace" if newer else forward
-    raise SchemaVersionError(f"the database has schema version {stored}, this Millrace knows {current}; {remedy}")
+    raise SchemaVersionError(f"the database has schema version {stored}, this Millrace knows {current}; {remedy}", stored)
 
 
 def abandon(conn: Connection) -> None:

@@ -46,7 +46,11 @@ class ForeignDatabaseError(DatabaseError):
 
 
 class SchemaVersionError(DatabaseError):
-    """The database was written by another version of Millrace than this one can read."""
+    """The database was written by another version of Millrace than this one can read; `stored` is its schema's version."""
+
+    def __init__(self, message: str, stored: str) -> None:
+        super().__init__(message)
+        self.stored = stored
 
 
 class BufferLockedError(DatabaseError):
