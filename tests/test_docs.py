@@ -381,10 +381,13 @@ def help_of(*words: str) -> str:
 
 def test_commands_are_those_that_the_help_lists() -> None:
     headings = re.findall(r"^## `millrace (\w+)`$", (ROOT / "docs/reference/cli.md").read_text(), re.MULTILINE)
-    assert headings == re.findall(r"^  (\w+)", help_of().partition("Commands:")[2], re.MULTILINE)
+    assert headings == COMMANDS == re.findall(r"^  (\w+)", help_of().partition("Commands:")[2], re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["status", "show", "query", "audit"])
+COMMANDS = ["status", "show", "query", "history", "audit", "export", "import", "prune", "migrate", "fork"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_options_of_a_command_are_those_that_its_help_lists(command: str) -> None:
     documented = [option for row in table("reference/cli.md", f"`millrace {command}`") for option in code(row[0])]
     listed = re.findall(r"^  (--[a-z-]+(?: [A-Z]+)?|[A-Z_]+)(?= )", help_of(command).partition("Arguments:")[2], re.MULTILINE)

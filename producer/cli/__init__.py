@@ -1,4 +1,4 @@
-"""The console command `millrace`: look into a run's database, also while another process writes to it.
+"""The console command `millrace`: look into a run's database, also while another process writes to it, and keep it in order.
 
 It stands on top of everything and is imported by nothing: `import producer` loads neither typer nor rich.
 """
@@ -10,8 +10,8 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command of `sys.argv` and exit: 0 fine, 1 the audit found something, 2 the question cannot be answered."""
-    from producer.cli.commands import app
+    """Run the command of `sys.argv` and exit: 0 fine, 1 no answer or the audit found something, 2 wrong usage."""
+    from producer.cli.keeping import app
 
     for stream in (sys.stdout, sys.stderr):
         _never_fail_to_encode(stream)

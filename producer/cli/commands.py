@@ -1,208 +1,179 @@
-"""The commands of `millrace`. They only read, so they work while another process writes."""
+"""The commands of `millrace` that only read, so they work while another process writes."""
 
 import asyncio
-import signal
-import sys
-from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from buffer import ReplayBuffer
-from buffer.errors import ReplayBufferError
+from buffer import ReplayBuffer, RolloutGroup, Status, Transition
 from producer.cli import records
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-T = TypeVar("T")
+from producer.cli.asking import AsJson, Url, console, look, name_of, print_json
+from producer.cli.units import parse_seconds
 
 app = typer.Typer(
-    help="Look into a run's replay buffer. Nothing here writes, and a run may go on meanwhile.",
+    help="Look into a run's replay buffer, and keep it in order. A run may go on while you look.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
     no_args_is_help=True,
 )
 
-Url = Annotated[str, typer.Argument(metavar="URL", help="The database: a path like run.db, or sqlite:///run.db.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+GroupId = Annotated[int, typer.Argument(metavar="GROUP_ID", min=0, max=2**63 - 1, help="As `query` prints it.")]
+Task = Annotated[str | None, typer.Option(metavar="TASK", help="Groups of this task only.")]
+Statuses = Annotated[list[Status] | None, typer.Option(metavar="STATUS", help="Groups of this status only; may be repeated.")]
+Order = Literal["oldest", "newest", "changed", "stalest", "best", "worst"]
+
+_MOST = 2**31
 
 
 @app.command()
 def status(
     url: Url,
-    watch: Annotated[float | None, typer.Option(metavar="SECONDS", min=0.1, help="Show it again and again, until Ctrl-C.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How long to wait with --watch; 2 if not given.")] = 2.0,
     as_json: AsJson = False,
 ) -> None:
-    """Groups by task and status, prompts drawn, the last step."""
+    """How the run stands: groups, steps, staleness, rates, leases."""
 
     async def show(buffer: ReplayBuffer) -> None:
-        if watch is not None:
-            await _watch(buffer, url, watch, as_json)
+        if watch:
+            await _watch(buffer, url, every, as_json)
         else:
             _print_status(url, await records.status_of(buffer), as_json)
 
-    _look(url, show)
+    look(url, show)
 
 
 def _print_status(url: str, found: records.Record, as_json: bool, indent: int | None = 2) -> None:
-    from producer.cli.views import status_view
+    from producer.cli.status_view import status_view
 
     if as_json:
-        _print_json(found, indent)
+        print_json(found, indent)
     else:
-        _console().print(status_view(_name(url), found))
+        screen = console()
+        screen.print(status_view(name_of(url), found, screen.width))
 
 
 async def _watch(buffer: ReplayBuffer, url: str, seconds: float, as_json: bool) -> NoReturn:
     """Until a signal ends it. What is no terminal gets one status after the other, as JSON one on a line."""
     from rich.live import Live
 
-    from producer.cli.views import status_view
+    from producer.cli.status_view import status_view
 
-    console = _console()
-    redraws = console.is_terminal and not as_json
-    with Live(console=console, auto_refresh=False) if redraws else nullcontext() as live:
+    screen = console()
+    redraws = screen.is_terminal and not as_json
+    with Live(console=screen, auto_refresh=False) if redraws else nullcontext() as live:
         while True:
             found = await records.status_of(buffer)
             if isinstance(live, Live):
-                live.update(status_view(_name(url), found), refresh=True)
+                live.update(status_view(name_of(url), found, screen.width), refresh=True)
             else:
                 _print_status(url, found, as_json, indent=None)
             await asyncio.sleep(seconds)
 
 
 @app.command()
-def show(
-    url: Url,
-    group_id: Annotated[int, typer.Argument(metavar="GROUP_ID", min=0, max=2**63 - 1, help="As `query` and `show` print it.")],
-    as_json: AsJson = False,
-) -> None:
+def show(url: Url, group_id: GroupId, as_json: AsJson = False) -> None:
     """One group: its prompt, and what became of each rollout."""
     from producer.cli.views import print_group
 
-    group = _look(url, lambda buffer: buffer.get(group_id))
+    async def ask(buffer: ReplayBuffer) -> tuple[RolloutGroup, list[Transition]]:
+        return await buffer.get(group_id), await buffer.history(group_id)
+
+    group, history = look(url, ask)
     if as_json:
-        _print_json(records.group_in_full(group))
+        print_json(records.group_in_full(group, history))
     else:
-        print_group(_console(), group)
+        print_group(console(), group, history)
 
 
 @app.command()
 def query(
     url: Url,
-    task: Annotated[str | None, typer.Option(metavar="TASK", help="Groups of this task only.")] = None,
-    status: Annotated[list[str] | None, typer.Option(metavar="STATUS", help="Groups of this status only; may be repeated.")] = None,
-    step: Annotated[int | None, typer.Option(metavar="N", min=0, max=2**31, help="Groups consumed at this step only.")] = None,
+    task: Task = None,
+    status: Statuses = None,
+    step: Annotated[int | None, typer.Option(metavar="N", min=1, max=_MOST, help="Groups consumed at this step only.")] = None,
+    min_version: Annotated[int | None, typer.Option(metavar="N", min=0, max=_MOST, help="None of their trained tokens is older.")] = None,
+    max_version: Annotated[int | None, typer.Option(metavar="N", min=0, max=_MOST, help="None of their trained tokens is newer.")] = None,
+    min_reward: Annotated[float | None, typer.Option(metavar="X", help="Their mean reward is at least this.")] = None,
+    max_reward: Annotated[float | None, typer.Option(metavar="X", help="Their mean reward is at most this.")] = None,
     error: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Groups with this text in an error of theirs; '' for any error.")
     ] = None,
-    limit: Annotated[int, typer.Option(metavar="N", min=1, max=2**31, help="The most groups.")] = 20,
-    offset: Annotated[int, typer.Option(metavar="N", min=0, max=2**31, help="Leave out so many first.")] = 0,
+    min_attempts: Annotated[int | None, typer.Option(metavar="N", min=0, max=_MOST, help="A member failed at least so often.")] = None,
+    min_age: Annotated[
+        float | None, typer.Option(metavar="AGE", parser=parse_seconds, help="Drawn so long ago or longer: 90s, 10m, 2h, 1d.")
+    ] = None,
+    max_age: Annotated[float | None, typer.Option(metavar="AGE", parser=parse_seconds, help="Drawn so long ago or later.")] = None,
+    order: Annotated[Order, typer.Option(metavar="ORDER", help="oldest, newest, changed, stalest, best or worst first.")] = "oldest",
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=_MOST, help="The most groups.")] = 20,
+    offset: Annotated[int, typer.Option(metavar="N", min=0, max=_MOST, help="Leave out so many first.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """A table of groups, oldest first."""
+    """Find groups. All that is asked holds of each that is found."""
     from producer.cli.views import query_view
 
     async def ask(buffer: ReplayBuffer) -> list[records.Record]:
-        known = await buffer.task_names()
-        if task is not None and task not in known:
-            raise ValueError(f"there is no task {task!r} in this run; its tasks are {known}")
-        groups = await buffer.query(task_name=task, status=status or (), step=step, error=error, limit=limit, offset=offset)
+        await require_task(buffer, task)
+        groups = await buffer.query(
+            task_name=task,
+            status=status or (),
+            step=step,
+            min_version=min_version,
+            max_version=max_version,
+            min_reward=min_reward,
+            max_reward=max_reward,
+            error=error,
+            min_attempts=min_attempts,
+            min_age=min_age,
+            max_age=max_age,
+            order=order,
+            limit=limit,
+            offset=offset,
+        )
         return [records.group_in_short(group) for group in groups]
 
-    found = _look(url, ask)
+    found = look(url, ask)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
-        console = _console()
-        console.print(query_view(found, limit, console.width))
+        screen = console()
+        screen.print(query_view(found, limit, screen.width))
+
+
+async def require_task(buffer: ReplayBuffer, task: str | None) -> None:
+    """Refuse a task that the run does not have: nothing found would be taken for an answer."""
+    known = await buffer.task_names()
+    if task is not None and task not in known:
+        raise ValueError(f"there is no task {task!r} in this run; its tasks are {known}")
 
 
 @app.command()
-def audit(url: Url, as_json: AsJson = False) -> None:
-    """Check that each drawn prompt is in exactly one group, and that counters and rows agree; exit status 1 if not."""
+def history(url: Url, group_id: GroupId, as_json: AsJson = False) -> None:
+    """Every change of a group's status, and why."""
+    from producer.cli.views import history_view
+
+    changes = look(url, lambda buffer: buffer.history(group_id))
+    if as_json:
+        print_json(records.history_of(changes))
+    else:
+        screen = console()
+        screen.print(history_view(group_id, changes, screen.width))
+
+
+@app.command()
+def audit(
+    url: Url,
+    payloads: Annotated[bool, typer.Option("--payloads", help="Decode every payload too; this takes its time.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check that every drawn prompt is in exactly one group. Counters, rows and tokens must agree; exit status 1 if not."""
     from producer.cli.views import audit_view
 
-    report = _look(url, lambda buffer: buffer.audit())
+    report = look(url, lambda buffer: buffer.audit(payloads=payloads))
     if as_json:
-        _print_json(records.audit_of(report))
+        print_json(records.audit_of(report))
     else:
-        _console().print(audit_view(report))
+        console().print(audit_view(report))
     raise typer.Exit(0 if report.ok else 1)
-
-
-# -- around all of them ---------------------------------------------------------------------------------------
-
-
-def _look(url: str, question: Callable[[ReplayBuffer], Awaitable[T]]) -> T:
-    """The answer of the database at `url`; what keeps it from answering is one line on stderr and exit status 2."""
-
-    ended_by: list[signal.Signals] = []
-
-    async def ask() -> T:
-        _end_once(ended_by)
-        async with _open(url) as buffer:
-            return await question(buffer)
-
-    try:
-        return asyncio.run(ask())
-    except asyncio.CancelledError:
-        raise typer.Exit(128 + ended_by[0]) from None
-    except BrokenPipeError:
-        raise
-    except (ReplayBufferError, ValueError, OSError, RecursionError) as error:
-        _refuse(error)
-
-
-def _end_once(ended_by: list[signal.Signals]) -> None:
-    """Let the first SIGINT or SIGTERM cancel the running task, and write down which; those that follow change nothing."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-
-    def end(by: signal.Signals) -> None:
-        ended_by.append(by)
-        for either in (signal.SIGINT, signal.SIGTERM):
-            # Ignored by the system, not by the loop: a closing loop would give them back their way of breaking in.
-            loop.remove_signal_handler(either)
-            signal.signal(either, signal.SIG_IGN)
-        task.cancel()
-
-    for either in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(either, end, either)
-
-
-def _open(url: str) -> ReplayBuffer:
-    """The buffer, to look at only; a plain path is one of a file, and a file that is not there is not made."""
-    full = url if "://" in url else f"sqlite:///{Path(url).absolute()}"
-    buffer = ReplayBuffer.open(full, read_only=True)
-    path = Path(full.partition(":///")[2])
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}; give the path or URL of a run's database")
-    return buffer
-
-
-def _name(url: str) -> str:
-    return Path(url.partition(":///")[2] or url).name
-
-
-def _refuse(error: Exception) -> NoReturn:
-    from producer.cli.safe import escaped
-
-    print(f"millrace: {escaped(str(error))[:1000]}", file=sys.stderr)
-    raise typer.Exit(2) from None
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, emoji=False)
-
-
-def _print_json(value: object, indent: int | None = 2) -> None:
-    from producer.cli.safe import to_json
-
-    print(to_json(value, indent=indent), flush=True)

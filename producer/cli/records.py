@@ -1,28 +1,54 @@
 """Groups and counts as plain records: what `--json` prints and the tables show."""
 
+import os
+import socket
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from buffer import AuditReport, ReplayBuffer, RolloutGroup, RolloutState
+from buffer import AuditReport, ReplayBuffer, RolloutGroup, RolloutState, Transition
+from buffer.overview import ProducerOverview
 
 Record = dict[str, Any]
 
 
+_STEPS = ("at", "last_step", "committed_step", "version", "timeline", "last_change", "rate_seconds", "abandoned")
+_SIZES = ("schema_version", "database_bytes", "free_bytes", "payload_groups", "payload_bytes", "prefix_groups", "prefix_bytes")
+
+
 async def status_of(buffer: ReplayBuffer) -> Record:
-    """Counts by task and status, prompts drawn, last steps."""
-    tasks = {name: await _task(buffer, name) for name in await buffer.task_names()}
-    return {"drawn": sum(task["drawn"] for task in tasks.values()), "last_step": await buffer.last_step(), "tasks": tasks}
+    """All that `buffer.overview` found."""
+    found = await buffer.overview()
+    return {
+        **{name: getattr(found, name) for name in (*_STEPS, *_SIZES)},
+        "drawn": sum(task.drawn for task in found.tasks.values()),
+        "tasks": {name: asdict(task) for name, task in found.tasks.items()},
+        "rewinds": [asdict(rewind) for rewind in found.rewinds],
+        "producers": [{**asdict(one), "alive": _is_alive(one)} for one in found.producers],
+    }
 
 
-async def _task(buffer: ReplayBuffer, name: str) -> Record:
-    counts = await buffer.counts(name)
-    # Each drawn prompt is in exactly one group; `audit` checks that, at the price of counting them.
-    return {"drawn": sum(counts.values()), "last_step": await buffer.last_step(name), "counts": counts}
+def _is_alive(producer: ProducerOverview) -> bool | None:
+    """Whether its process is there; None on another machine."""
+    if producer.host != socket.gethostname():
+        return None
+    try:
+        os.kill(producer.pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def history_of(changes: Sequence[Transition]) -> list[Record]:
+    """The changes of a group's status, the first first."""
+    return [asdict(change) for change in changes]
 
 
 def audit_of(report: AuditReport) -> Record:
     """What `audit` found."""
-    return {"ok": report.ok, "problems": list(report.problems), "drawn": report.drawn, "counts": report.counts}
+    return {"ok": report.ok, "problems": list(report.problems), "drawn": report.drawn, "pruned": report.pruned, "counts": report.counts}
 
 
 def group_in_short(group: RolloutGroup) -> Record:
@@ -38,12 +64,12 @@ def group_in_short(group: RolloutGroup) -> Record:
     }
 
 
-def group_in_full(group: RolloutGroup) -> Record:
+def group_in_full(group: RolloutGroup, history: Sequence[Transition]) -> Record:
     """Everything that is stored of a group."""
     first = group.rollouts[0]
     prompt = {name: getattr(first, name) for name in ("row", "prompt", "messages", "media", "sampling")}
     prompt["prompt_ids"] = None if first.prompt_ids is None else first.prompt_ids.tolist()
-    return {**_head(group), **prompt, "rollouts": [_rollout(rollout) for rollout in group.rollouts]}
+    return {**_head(group), **prompt, "rollouts": [_rollout(rollout) for rollout in group.rollouts], "history": history_of(history)}
 
 
 def _head(group: RolloutGroup) -> Record:
@@ -59,7 +85,7 @@ def _head(group: RolloutGroup) -> Record:
 
 _PLAIN = ("rollout_id", "index", "status", "attempts", "interruptions", "error", "finish_reason", "score", "reward")
 _PLAIN_TOO = ("reward_parts", "metrics", "text")
-_ARRAYS = ("response_ids", "logprobs", "loss_mask", "versions")
+_ARRAYS = ("response_ids", "logprobs", "loss_mask", "versions", "timelines")
 
 
 def _rollout(rollout: RolloutState) -> Record:

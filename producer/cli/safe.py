@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
@@ -38,6 +39,14 @@ def _marked(text: str) -> Text:
         part = "".join(characters)
         marked.append(part if printable else escaped(part), None if printable else ESCAPE_STYLE)
     return marked
+
+
+def clock(at: Any) -> str:
+    """Seconds since 1970 as a time of this machine's zone; what is no such number is shown as it is."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+    except (OverflowError, ValueError, OSError, TypeError):
+        return escaped(str(at))
 
 
 def lines_of(text: str, most_lines: int, most_characters: int) -> tuple[list[Text], int]:

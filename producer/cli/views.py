@@ -8,39 +8,25 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from buffer import AuditReport, RolloutGroup, RolloutState
+from buffer import AuditReport, RolloutGroup, RolloutState, Status, Transition
 from producer.cli.records import Record, version_span
-from producer.cli.safe import lines_of, one_line
+from producer.cli.safe import clock, lines_of, one_line
 
 MOST_LINES, MOST_CHARACTERS, MOST_TOKENS = 20, 2000, 40
 """Of one text, or of one list of token ids, that `show` prints."""
 
 _TASK_WIDTH = 24
-"""Characters of a task's name in the narrow tables."""
-
-
-def status_view(name: str, status: Record) -> RenderableType:
-    """A row for each task and status that has groups."""
-    head = Text.assemble(one_line(name), f": {status['drawn']:,} prompts drawn, last step ", one_line(status["last_step"]))
-    if not status["tasks"]:
-        return Group(head, Text("nothing was drawn yet", "dim"))
-    table = _table("task", "last step", "status", "groups", right=("last step", "groups"))
-    for task_name, task in status["tasks"].items():
-        rows = [(str(state), f"{n:,}") for state, n in task["counts"].items() if n]
-        for number, (state, n) in enumerate(rows):
-            first = (one_line(task_name, _TASK_WIDTH), one_line(task["last_step"])) if number == 0 else ("", "")
-            table.add_row(*first, state, n)
-        table.add_row("", "", "all drawn", f"{task['drawn']:,}", style="bold", end_section=True)
-    return Group(head, table)
+"""Characters of a task's name in the narrow table."""
 
 
 def audit_view(report: AuditReport) -> RenderableType:
     """Prompts drawn and groups counted by task, and what is wrong."""
-    table = _table("task", "drawn", "counted", right=("drawn", "counted"))
+    shown = table("task", "drawn", "counted", "given up", right=("drawn", "counted", "given up"))
     for name, drawn in report.drawn.items():
-        table.add_row(one_line(name, _TASK_WIDTH), _number(drawn), _number(sum(report.counts.get(name, {}).values())))
+        counted = sum(report.counts.get(name, {}).values())
+        shown.add_row(one_line(name, _TASK_WIDTH), number(drawn), number(counted), number(report.pruned.get(name, 0)))
     problems = [Text.assemble(("wrong: ", "bold red"), one_line(problem, 500)) for problem in report.problems]
-    return Group(table, *(problems or [Text("every prompt is accounted for", "green")]))
+    return Group(shown, *(problems or [Text("every prompt is accounted for", "green")]))
 
 
 def query_view(groups: Sequence[Record], limit: int, width: int) -> RenderableType:
@@ -48,22 +34,22 @@ def query_view(groups: Sequence[Record], limit: int, width: int) -> RenderableTy
     if not groups:
         return Text("no such groups", "dim")
     names = ("group", "task", "status", "step", "place", "tokens", "versions", "score")
-    rows = [_query_row(group) for group in groups]
+    rows = [_query_row(group, width) for group in groups]
     used = 2 + sum(1 + max(len(name), *(row[column].cell_len for row in rows)) for column, name in enumerate(names))
-    table = _table(*names, "note", right=("group", "step", "tokens", "score"))
-    table.padding = 0
+    shown = table(*names, "note", right=("group", "step", "tokens", "score"))
+    shown.padding = 0
     for group, row in zip(groups, rows, strict=True):
         note = one_line(_note(group))
         note.truncate(max(8, width - used), overflow="ellipsis")
-        table.add_row(*row, note)
+        shown.add_row(*row, note)
     found = "1 group" if len(groups) == 1 else f"{len(groups):,} groups"
-    return Group(table, Text(found + ("; perhaps more: see --limit and --offset" if len(groups) == limit else ""), "dim"))
+    return Group(shown, Text(found + ("; perhaps more: see --limit and --offset" if len(groups) == limit else ""), "dim"))
 
 
-def _query_row(group: Record) -> list[Text]:
+def _query_row(group: Record, width: int) -> list[Text]:
     place, score, step = group["position"], group["score_mean"], group["consumed_step"]
     task = one_line(group["task_name"])
-    task.truncate(12, overflow="ellipsis")
+    task.truncate(max(12, width // 5), overflow="ellipsis")
     cells = (
         group["status"],
         "" if step is None else step,
@@ -80,7 +66,7 @@ def _note(group: Record) -> str:
     return next((str(text) for text in (group["filter_reason"], *group["errors"]) if text), "")
 
 
-def _number(value: object) -> Text:
+def number(value: object) -> Text:
     """A number to read. A file that somebody edited may have text in a column of numbers: SQLite lets them."""
     if isinstance(value, float):
         return Text(f"{value:g}")
@@ -93,17 +79,36 @@ def _span(versions: Sequence[int] | None) -> str:
     return str(versions[0]) if versions[0] == versions[1] else f"{versions[0]}-{versions[1]}"
 
 
-def _table(*columns: str, right: Sequence[str] = ()) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+def table(*columns: str, right: Sequence[str] = ()) -> Table:
+    """A table without a frame, as wide as what stands in it."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
-    return table
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    return made
+
+
+def history_view(group_id: int, changes: Sequence[Transition], width: int) -> RenderableType:
+    """A row for each change; the reason gets what the others leave, and is wrapped."""
+    owners = list(dict.fromkeys(change.owner for change in changes))
+    shown = table("when", "became", "step", "version", *(["by"] if len(owners) > 1 else []), right=("step", "version"))
+    shown.add_column("reason", overflow="fold")
+    for change in changes:
+        step, version = ("" if value is None else number(value) for value in (change.step, change.version))
+        by = [_process(change.owner)] if len(owners) > 1 else []
+        shown.add_row(clock(change.at), str(change.target), step, version, *by, one_line(change.reason or ""))
+    head = Text(f"group {group_id}: {_changes(len(changes))}", "bold")
+    return Group(head, shown, Text.assemble("all by ", _process(owners[0]), style="dim") if len(owners) == 1 else "")
+
+
+def _process(owner: str) -> Text:
+    """Host and process, without the part that makes the name unique."""
+    return one_line(str(owner).rpartition("/")[0] or owner, 24)
 
 
 # -- one group ------------------------------------------------------------------------------------------------
 
 
-def print_group(console: Console, group: RolloutGroup) -> None:
+def print_group(console: Console, group: RolloutGroup, history: Sequence[Transition]) -> None:
     """A group: what it is, its prompt, and each rollout."""
     console.print(Text.assemble((f"group {group.group_id}", "bold"), " of task ", one_line(group.task_name), f": {group.status}"))
     first = group.rollouts[0]
@@ -111,12 +116,39 @@ def print_group(console: Console, group: RolloutGroup) -> None:
     _field(console, "position", where)
     _field(console, "consumed", None if group.consumed_step is None else f"at step {group.consumed_step}")
     _field(console, "filtered", group.filter_reason)
+    _field(console, "drawn", clock(history[0].at) if history else None)
+    _field(console, "history", _summary(history))
     _field(console, "sampling", first.sampling or None)
     _field(console, "row", {key: value for key, value in first.row.items() if key not in ("prompt", "messages", "prompt_ids")} or None)
     for name, text in _prompt(first):
         _field(console, name, None, text)
     for rollout in group.rollouts:
         _print_rollout(console, rollout)
+
+
+def _summary(history: Sequence[Transition]) -> str | None:
+    if not history:
+        return None
+    ran, rewound = (sum(test(change) for change in history) for test in (_is_start, _is_rewind))
+    told = [_changes(len(history)), _did("ran", ran), *([_did("rewound", rewound)] if rewound else [])]
+    return f"{', '.join(told)}, {history[-1].target} since {clock(history[-1].at)}"
+
+
+def _did(what: str, n: int) -> str:
+    """That something was done so often."""
+    return f"never {what}" if n == 0 else f"{what} {({1: 'once', 2: 'twice'}).get(n, f'{n} times')}"
+
+
+def _changes(n: int) -> str:
+    return "1 change" if n == 1 else f"{n:,} changes"
+
+
+def _is_start(change: Transition) -> bool:
+    return change.target is Status.RUNNING
+
+
+def _is_rewind(change: Transition) -> bool:
+    return (change.source, change.target) == (Status.CONSUMED, Status.COMPLETED)
 
 
 def _prompt(rollout: RolloutState) -> Iterator[tuple[str, str]]:
@@ -135,9 +167,9 @@ def _print_rollout(console: Console, rollout: RolloutState) -> None:
     console.print(Text.assemble((f"rollout {rollout.index}", "bold"), f": {rollout.status}, ", one_line(finish)))
     span = version_span([rollout])
     versions = "" if span is None else f", version {span[0]}" if span[0] == span[1] else f", versions {_span(span)}"
-    _field(console, "tokens", f"{rollout.response_ids.size:,} ({int(rollout.loss_mask.sum()):,} trainable){versions}")
-    _field(console, "attempts", f"{rollout.attempts}, interrupted {rollout.interruptions} times")
-    judged = [f"{name} {_number(value)}" for name, value in (("score", rollout.score), ("reward", rollout.reward)) if value is not None]
+    _field(console, "tokens", f"{rollout.response_ids.size:,} ({int(rollout.loss_mask.sum()):,} trainable){versions}{_timeline(rollout)}")
+    _field(console, "attempts", f"{rollout.attempts} failed, {_did('interrupted', rollout.interruptions)}")
+    judged = [f"{name} {number(value)}" for name, value in (("score", rollout.score), ("reward", rollout.reward)) if value is not None]
     judged += [f"{name} {value}" for name, value in {**rollout.reward_parts, **rollout.metrics}.items()]
     _field(console, "judged", ", ".join(judged) or None)
     _field(console, "error", None, rollout.error)
@@ -145,6 +177,12 @@ def _print_rollout(console: Console, rollout: RolloutState) -> None:
         _field(console, "text", None, rollout.text)
     elif rollout.response_ids.size:
         _field(console, "ids", None, _ids(rollout.response_ids))
+
+
+def _timeline(rollout: RolloutState) -> str:
+    """Said only of tokens sampled after a rewind."""
+    newest = int(rollout.timelines.max(initial=0))
+    return f", timeline {newest}" if newest else ""
 
 
 def _ids(ids: Any) -> str:
