@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from agent_loop.decoding import Decoding
 from agent_loop.engines.vllm import VLLMEngine
 from agent_loop.sampling import SamplingParams
 
@@ -25,6 +26,16 @@ PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
 
 async def ours(engine: VLLMEngine, request_id: str, params: SamplingParams) -> int:
     return len((await engine.generate(PROMPT, params, request_id=request_id)).token_ids)
+
+
+async def in_pieces(engine: VLLMEngine, request_id: str, params: SamplingParams) -> int:
+    """As agent loops ask: the tokens come as they are sampled, in pieces."""
+    return len((await engine.generate(PROMPT, params, request_id=request_id, on_tokens=Decoding(0, None))).token_ids)
+
+
+async def singly(engine: VLLMEngine, request_id: str, params: SamplingParams) -> int:
+    """Likewise, each token by itself."""
+    return len((await engine.generate(PROMPT, params, request_id=request_id, on_tokens=lambda piece: None)).token_ids)
 
 
 async def bare(engine: VLLMEngine, request_id: str, params: SamplingParams) -> int:
@@ -49,6 +60,13 @@ async def rate(ask: Callable[..., Awaitable[int]], engine: VLLMEngine, requests:
     return tokens / (time.perf_counter() - start)
 
 
+async def loop_time(ask: Callable[..., Awaitable[int]], engine: VLLMEngine, requests: int, params: SamplingParams) -> float:
+    """Microseconds of the event loop's thread for a token."""
+    start = time.thread_time()
+    await rate(ask, engine, requests, params)
+    return (time.thread_time() - start) / (requests * params.max_tokens) * 1e6
+
+
 async def measure(model: Path, requests: int, tokens: int, repeats: int) -> None:
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     rows: list[tuple[float, float]] = []
@@ -59,10 +77,15 @@ async def measure(model: Path, requests: int, tokens: int, repeats: int) -> None
             order = (ours, bare) if repeat % 2 == 0 else (bare, ours)
             rates = {ask: await rate(ask, engine, requests, params) for ask in order}
             rows.append((rates[ours], rates[bare]))
+        ways: dict[str, Callable[..., Awaitable[int]]] = {"at the end": ours, "in pieces": in_pieces, "singly": singly}
+        loop_times = {name: [await loop_time(ask, engine, requests, params) for _ in range(repeats)] for name, ask in ways.items()}
     print(f"{requests} coroutines, {tokens} tokens each\n\n| repeat | VLLMEngine tokens/s | AsyncLLM tokens/s | ratio |\n|---|---|---|---|")
     for number, (a, b) in enumerate(rows):
         print(f"| {number} | {a:,.0f} | {b:,.0f} | {a / b:.3f} |")
     print(f"| median | | | {statistics.median(a / b for a, b in rows):.3f} |")
+    print("\n| tokens come | event loop, µs a token, median (least to most) |\n|---|---|")
+    for name, times in loop_times.items():
+        print(f"| {name} | {statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f}) |")
 
 
 def main() -> None:
