@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, func, 
 from buffer import schema as t
 from buffer.errors import CorruptPayloadError
 from buffer.policies import Fifo, FreshestFirst, StalestFirst, TakePolicy
-from buffer.queries.dialects import Upsert, reserve
+from buffer.queries.dialects import Many, Upsert, reserve
 from buffer.queries.groups import ROWS, chunks, move, note_moves, require_rowcount
 from buffer.queries.transaction import Transaction
 from buffer.staleness import Level, Timeline
@@ -41,7 +41,7 @@ def _order(policy: TakePolicy) -> list[ColumnElement[Any]]:
             assert_never(policy)
 
 
-_CONSUME = (
+_CONSUME = Many(
     update(t.groups)
     .where(_g.group_id == bindparam("id"), _g.status == Status.COMPLETED.value)
     .values(
@@ -71,8 +71,8 @@ def consume(tx: Transaction, rows: Sequence[Row[Any]], step: int, version: int |
     # A rewound group keeps its place: however often a run is rewound, its batches come again in one order.
     seqs = [seq if row.consumed_seq == t.NEVER_CONSUMED else row.consumed_seq for row, seq in zip(rows, fresh, strict=True)]
     same = {"step": step, "number": number, "me": tx.owner, "now": tx.now}
-    changed = tx.conn.execute(_CONSUME, [{"id": row.group_id, "seq": seq, **same} for row, seq in zip(rows, seqs, strict=True)])
-    require_rowcount(changed.rowcount, len(rows))
+    changed = _CONSUME.execute(tx.conn, [{"id": row.group_id, "seq": seq, **same} for row, seq in zip(rows, seqs, strict=True)])
+    require_rowcount(changed, len(rows))
     _REMEMBER_VERSION.execute(tx.conn, {"step": step, "version": version})
     return number
 
@@ -176,7 +176,7 @@ def newer_than(conn: Connection, version: int) -> list[int]:
     return list(conn.scalars(newer.order_by(_g.group_id)))
 
 
-_REQUALIFY = (
+_REQUALIFY = Many(
     update(t.groups)
     .where(_g.group_id == bindparam("id"))
     .values(oldest_version=bindparam("oldest_version"), freshest_version=bindparam("freshest_version"))
@@ -186,4 +186,4 @@ _REQUALIFY = (
 def requalify(conn: Connection, versions: Sequence[dict[str, int]]) -> None:
     """Store from which versions the staleness of groups (`id`) is counted now."""
     if versions:
-        conn.execute(_REQUALIFY, list(versions))
+        _REQUALIFY.execute(conn, versions)

@@ -1,6 +1,7 @@
-"""Where the two databases speak differently: INSERT that changes what is there, and numbers that never repeat."""
+"""Statements for many rows, and where the two databases speak differently: INSERT that changes what is there, and numbers
+that never repeat."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, CursorResult, Table, bindparam, case, func, select, text
@@ -10,6 +11,32 @@ from sqlalchemy.dialects import postgresql, sqlite
 from buffer import schema as t
 
 Change = Callable[[Any], dict[str, Any]]
+
+
+class Many:
+    """A statement that is executed with many rows, on SQLite several times as fast as SQLAlchemy does it: that looks at each row.
+
+    Values go to the driver as they are: it must know their types, as it does of all our columns.
+    """
+
+    def __init__(self, statement: Any) -> None:
+        self._statement = statement
+        self._compiled: dict[tuple[str, ...], tuple[str, Sequence[str] | None, dict[str, Any]]] = {}
+
+    def execute(self, conn: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Execute it with rows that all have the keys of the first; gives how many rows of the database that changed."""
+        sql, names, constants = self._for(conn, tuple(rows[0]))
+        given = [{**constants, **row} for row in rows] if constants else rows
+        return conn.exec_driver_sql(sql, [tuple([row[name] for name in names]) for row in given] if names else list(given)).rowcount
+
+    def _for(self, conn: Connection, keys: tuple[str, ...]) -> tuple[str, Sequence[str] | None, dict[str, Any]]:
+        """The text for rows of these keys, the order of its parameters if they have no names, and those that no row gives."""
+        place = (conn.dialect.name, *keys)
+        if place not in self._compiled:
+            compiled = self._statement.compile(dialect=conn.dialect, column_keys=list(keys), for_executemany=True)
+            constants = {name: value for name, value in compiled.params.items() if name not in keys}
+            self._compiled[place] = (str(compiled), compiled.positiontup, constants)
+        return self._compiled[place]
 
 
 class Upsert:
@@ -22,11 +49,16 @@ class Upsert:
     def __init__(self, table: Table, keys: Sequence[str], change: Change | None = None, *, returning: Any = None) -> None:
         self._statements = {"sqlite": _built(sqlite.insert(table), keys, change, returning)}
         self._statements["postgresql"] = _built(postgresql.insert(table), keys, change, returning)
+        self._many = {name: Many(statement) for name, statement in self._statements.items()}
 
-    def execute(self, conn: Connection, parameters: dict[str, Any] | list[dict[str, Any]]) -> CursorResult[Any]:
-        """Execute it with one row or many."""
+    def execute(self, conn: Connection, parameters: dict[str, Any]) -> CursorResult[Any]:
+        """Execute it with one row."""
         result: CursorResult[Any] = conn.execute(self._statements[conn.dialect.name], parameters)
         return result
+
+    def execute_many(self, conn: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Execute it with rows, as `Many` does."""
+        return self._many[conn.dialect.name].execute(conn, rows)
 
 
 def _built(statement: Any, keys: Sequence[str], change: Change | None, returning: Any) -> Any:

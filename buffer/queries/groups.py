@@ -9,7 +9,7 @@ from sqlalchemy.exc import IntegrityError
 from buffer import schema as t
 from buffer.codec import EncodedGroup, EncodedPrefix
 from buffer.errors import DuplicateGroupError, IllegalTransitionError, UnknownGroupError
-from buffer.queries.dialects import Upsert, reserve
+from buffer.queries.dialects import Many, Upsert, reserve
 from buffer.queries.transaction import Transaction
 from buffer.status import Status, check_transition
 
@@ -24,7 +24,7 @@ def chunks(ids: Sequence[int]) -> Iterable[Sequence[int]]:
 
 # -- adding -----------------------------------------------------------------------------------------------------
 
-_INSERT_GROUP, _INSERT_PROMPT, _INSERT_MEMBER = insert(t.groups), insert(t.prompts), insert(t.rollouts)
+_INSERT_GROUP, _INSERT_PROMPT, _INSERT_MEMBER = Many(insert(t.groups)), Many(insert(t.prompts)), Many(insert(t.rollouts))
 
 _TWICE = ("SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY", "SQLITE_CONSTRAINT_ROWID", "23505")
 """How the drivers say that a key is there already."""
@@ -46,7 +46,7 @@ def insert_groups(tx: Transaction, encoded: Sequence[EncodedGroup]) -> None:
         for e, seq in zip(encoded, reserve(tx.conn, "ready", len(encoded)), strict=True)
     ]
     try:
-        tx.conn.execute(_INSERT_GROUP, rows)
+        _INSERT_GROUP.execute(tx.conn, rows)
     except IntegrityError as error:
         if _code(error) not in _TWICE:
             raise
@@ -54,8 +54,8 @@ def insert_groups(tx: Transaction, encoded: Sequence[EncodedGroup]) -> None:
             f"{_named(encoded)} cannot be added: the database has a group of this id or position already; "
             "draw prompts through the buffer, or give every group an id and position of its own"
         ) from error
-    tx.conn.execute(_INSERT_PROMPT, [{"group_id": e.group_id, "data": e.prompt} for e in encoded])
-    tx.conn.execute(_INSERT_MEMBER, [member for e in encoded for member in e.rollouts])
+    _INSERT_PROMPT.execute(tx.conn, [{"group_id": e.group_id, "data": e.prompt} for e in encoded])
+    _INSERT_MEMBER.execute(tx.conn, [member for e in encoded for member in e.rollouts])
     _write_payloads(tx.conn, [e for e in encoded if e.arrays])
     for e in encoded:
         tx.changed(e.group_id, e.task_name, None, e.status, version=e.group["max_version"], reason=e.group["filter_reason"])
@@ -74,7 +74,7 @@ def _named(encoded: Sequence[EncodedGroup]) -> str:
 # -- storing ----------------------------------------------------------------------------------------------------
 
 _RESULT = ("min_version", "max_version", "oldest_version", "freshest_version", "tokens", "payload_bytes", "filter_reason")
-_STORE_RESULT = (
+_STORE_RESULT = Many(
     update(t.groups)
     .where(
         t.groups.c.group_id == bindparam("id"),
@@ -88,7 +88,7 @@ _STORE_RESULT = (
         | {"updated_at": bindparam("now"), "owner": None, "crashes": 0}
     )
 )
-_STORE_MEMBER = (
+_STORE_MEMBER = Many(
     update(t.rollouts)
     .where(t.rollouts.c.group_id == bindparam("id"), t.rollouts.c.member == bindparam("at"))
     .values({c.name: bindparam(c.name) for c in t.rollouts.c if c.name not in ("group_id", "member")})
@@ -106,7 +106,7 @@ def store_results(tx: Transaction, encoded: Sequence[EncodedGroup], stored: Mapp
         | {name: e.group[name] for name in _RESULT}
         for e, seq in zip(encoded, reserve(tx.conn, "ready", len(encoded)), strict=True)
     ]
-    require_rowcount(tx.conn.execute(_STORE_RESULT, rows).rowcount, len(rows))
+    require_rowcount(_STORE_RESULT.execute(tx.conn, rows), len(rows))
     _store_members(tx.conn, encoded)
     _write_payloads(tx.conn, encoded)
     for e in encoded:
@@ -121,17 +121,17 @@ def _reason(e: EncodedGroup) -> str | None:
 
 def _store_members(conn: Connection, encoded: Sequence[EncodedGroup | EncodedPrefix]) -> None:
     members = [{"id": m["group_id"], "at": m["member"], **m} for e in encoded for m in e.rollouts]
-    require_rowcount(conn.execute(_STORE_MEMBER, members).rowcount, len(members))
+    require_rowcount(_STORE_MEMBER.execute(conn, members), len(members))
 
 
 _WRITE_PAYLOAD = Upsert(t.payloads, ["group_id"], lambda new: {"extras": new.extras, "arrays": new.arrays})
-_DROP_PREFIXES = delete(t.prefixes).where(t.prefixes.c.group_id == bindparam("id"))
+_DROP_PREFIXES = Many(delete(t.prefixes).where(t.prefixes.c.group_id == bindparam("id")))
 
 
 def _write_payloads(conn: Connection, encoded: Sequence[EncodedGroup]) -> None:
     if encoded:
-        _WRITE_PAYLOAD.execute(conn, [{"group_id": e.group_id, "extras": e.extras, "arrays": e.arrays} for e in encoded])
-        conn.execute(_DROP_PREFIXES, [{"id": e.group_id} for e in encoded])
+        _WRITE_PAYLOAD.execute_many(conn, [{"group_id": e.group_id, "extras": e.extras, "arrays": e.arrays} for e in encoded])
+        _DROP_PREFIXES.execute(conn, [{"id": e.group_id} for e in encoded])
 
 
 def require_rowcount(found: int, expected: int) -> None:
@@ -140,7 +140,7 @@ def require_rowcount(found: int, expected: int) -> None:
         raise IllegalTransitionError(f"{expected} rows were to change, {found} did: a group is not what it was, or has other members")
 
 
-_STORE_EXPIRED = (
+_STORE_EXPIRED = Many(
     update(t.groups)
     .where(t.groups.c.group_id == bindparam("id"), t.groups.c.status == bindparam("expected"))
     .values({name: bindparam(name) for name in ("status", *_RESULT)} | {"updated_at": bindparam("now")})
@@ -156,7 +156,7 @@ def store_expired(tx: Transaction, encoded: Sequence[EncodedGroup], stored: Sequ
         {"id": e.group_id, "expected": was.value, "status": e.status.value, "now": tx.now} | {name: e.group[name] for name in _RESULT}
         for e, was in zip(encoded, stored, strict=True)
     ]
-    require_rowcount(tx.conn.execute(_STORE_EXPIRED, rows).rowcount, len(rows))
+    require_rowcount(_STORE_EXPIRED.execute(tx.conn, rows), len(rows))
     _store_members(tx.conn, encoded)
     _write_payloads(tx.conn, encoded)
     for e, was in zip(encoded, stored, strict=True):
@@ -166,26 +166,26 @@ def store_expired(tx: Transaction, encoded: Sequence[EncodedGroup], stored: Sequ
 # -- prefixes ---------------------------------------------------------------------------------------------------
 
 _PROGRESS = ("min_version", "max_version", "oldest_version", "freshest_version", "tokens")
-_TOUCH_RUNNING = (
+_TOUCH_RUNNING = Many(
     update(t.groups)
     .where(t.groups.c.group_id == bindparam("id"), t.groups.c.status == Status.RUNNING.value, t.groups.c.owner == bindparam("me"))
     .values({name: bindparam(name) for name in _PROGRESS} | {"updated_at": bindparam("now"), "crashes": 0})
 )
-_ADD_PREFIX = insert(t.prefixes).values(
-    group_id=bindparam("id"),
-    number=select(func.coalesce(func.max(t.prefixes.c.number), 0) + 1).where(t.prefixes.c.group_id == bindparam("id")).scalar_subquery(),
-    extras=bindparam("extras"),
-    arrays=bindparam("arrays"),
+_NEXT_PREFIX = select(func.coalesce(func.max(t.prefixes.c.number), 0) + 1).where(t.prefixes.c.group_id == bindparam("id"))
+_ADD_PREFIX = Many(
+    insert(t.prefixes).values(
+        group_id=bindparam("id"), number=_NEXT_PREFIX.scalar_subquery(), extras=bindparam("extras"), arrays=bindparam("arrays")
+    )
 )
 
 
 def add_prefixes(tx: Transaction, encoded: Sequence[EncodedPrefix]) -> bool:
     """Store what running groups of ours decoded; False, and perhaps half of it, where one of them is not ours any more."""
-    touched = tx.conn.execute(_TOUCH_RUNNING, [{"id": e.group_id, "me": tx.owner, "now": tx.now, **e.group} for e in encoded])
-    if touched.rowcount != len(encoded):
+    touched = _TOUCH_RUNNING.execute(tx.conn, [{"id": e.group_id, "me": tx.owner, "now": tx.now, **e.group} for e in encoded])
+    if touched != len(encoded):
         return False
     _store_members(tx.conn, encoded)
-    tx.conn.execute(_ADD_PREFIX, [{"id": e.group_id, "extras": e.extras, "arrays": e.arrays} for e in encoded])
+    _ADD_PREFIX.execute(tx.conn, [{"id": e.group_id, "extras": e.extras, "arrays": e.arrays} for e in encoded])
     return True
 
 
@@ -221,7 +221,7 @@ def all_of(group_ids: Sequence[int], found: Mapping[int, Any]) -> Sequence[int]:
     return group_ids
 
 
-_MOVE = (
+_MOVE = Many(
     update(t.groups)
     .where(_g.group_id == bindparam("id"), _g.status == bindparam("expected"))
     .values(status=bindparam("status"), owner=bindparam("owner_now"), updated_at=bindparam("now"))
@@ -235,7 +235,7 @@ def move(tx: Transaction, rows: Sequence[Row[Any]], target: Status, *, reason: s
     note_moves(tx, rows, target, reason=reason)
     owner = tx.owner if target is Status.RUNNING else None
     changes = [{"id": row.group_id, "expected": row.status, "status": target.value, "owner_now": owner, "now": tx.now} for row in rows]
-    require_rowcount(tx.conn.execute(_MOVE, changes).rowcount, len(rows))
+    require_rowcount(_MOVE.execute(tx.conn, changes), len(rows))
 
 
 def note_moves(tx: Transaction, rows: Sequence[Row[Any]], target: Status, *, reason: str | None = None, step: int | None = None) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 from sqlalchemy import Connection, insert
 
 from buffer import schema as t
-from buffer.queries.dialects import Upsert
+from buffer.queries.dialects import Many, Upsert
 from buffer.status import Status
 
 Deltas = Counter[tuple[str, Status]]
 """By how much the groups of a task and status become more."""
 
 _ADD_COUNTS = Upsert(t.counts, ["task_name", "status"], lambda new: {"n": t.counts.c.n + new.n})
-_INSERT_TRANSITIONS = insert(t.transitions)
+_INSERT_TRANSITIONS = Many(insert(t.transitions))
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ class Transaction:
     def finish(self) -> None:
         """Store what was collected. Counts last and sorted: their rows are everybody's, and are locked in one order."""
         if self.transitions:
-            self.conn.execute(_INSERT_TRANSITIONS, self.transitions)
+            _INSERT_TRANSITIONS.execute(self.conn, self.transitions)
         rows = [{"task_name": task, "status": status.value, "n": n} for (task, status), n in sorted(self.deltas.items()) if n]
         if rows:
-            _ADD_COUNTS.execute(self.conn, rows)
+            _ADD_COUNTS.execute_many(self.conn, rows)

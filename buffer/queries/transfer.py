@@ -63,7 +63,7 @@ def insert_restored(tx: Transaction, encoded: Sequence[EncodedGroup], steps: Seq
     # A new group has nothing beside its tokens; one that comes from elsewhere may: messages, metrics.
     tokenless = [{"group_id": e.group_id, "extras": e.extras, "arrays": e.arrays} for e in encoded if not e.arrays]
     if tokenless:
-        _WRITE_PAYLOAD.execute(tx.conn, tokenless)
+        _WRITE_PAYLOAD.execute_many(tx.conn, tokenless)
     consumed = [(e.group_id, step) for e, step in zip(encoded, steps, strict=True) if step is not None]
     if consumed:
         seqs = reserve(tx.conn, "consumed", len(consumed))
