@@ -15,18 +15,20 @@ class _Stored(NamedTuple):
 
     response_ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
+    versions: NDArray[np.int32]
     others: tuple[Any, ...]
 
     @classmethod
     def of(cls, rollout: RolloutState) -> "_Stored":
         others = (rollout.status, rollout.attempts, rollout.interruptions, rollout.error, rollout.finish_reason, rollout.score)
-        return cls(rollout.response_ids, rollout.logprobs, others)
+        return cls(rollout.response_ids, rollout.logprobs, rollout.versions, others)
 
     def start_of(self, rollout: RolloutState) -> int:
         """From which token on `rollout` is new: behind those stored, or 0 where it was begun anew."""
         n = self.response_ids.size
-        same = np.array_equal(rollout.response_ids[:n], self.response_ids) and np.array_equal(rollout.logprobs[:n], self.logprobs)
-        return n if same else 0
+        # Versions too: those of an engine elsewhere are provisional until the request ends.
+        now, before = (rollout.response_ids, rollout.logprobs, rollout.versions), (self.response_ids, self.logprobs, self.versions)
+        return n if all(np.array_equal(new[:n], old) for new, old in zip(now, before, strict=True)) else 0
 
 
 class Progress:

@@ -83,6 +83,17 @@ async def test_a_member_that_was_begun_anew_replaces_what_was_stored(buffer: Rep
     await buffer.put(finished(group))
 
 
+async def test_versions_that_were_provisional_are_put_right(buffer: ReplayBuffer) -> None:
+    (group,) = await running(buffer)
+    sample(group, 6, version=2)
+    await buffer.checkpoint(group)
+    group.rollouts[0].versions = np.array([1, 1, 1, 2, 2, 2], np.int32)
+    await buffer.checkpoint(group)
+    stored = await buffer.get(group.group_id)
+    assert [r.versions.tolist() for r in stored.rollouts] == [[1, 1, 1, 2, 2, 2], [2] * 6]
+    await buffer.put(finished(group))
+
+
 async def test_prefixes_count_for_staleness(tmp_path: Path) -> None:
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         (group,) = await running(buffer)
