@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -52,25 +53,27 @@ def _ago(status: Record, at: float) -> str:
 
 
 def _counts(status: Record, room: int) -> Table:
-    shown = table("task", "last step", "status", "groups", right=("last step", "groups"))
+    shown, last = table("task", "last step", "status", "groups", right=("last step", "groups")), list(status["tasks"])[-1]
     for task_name, task in status["tasks"].items():
         rows = [(str(state), f"{n:,}") for state, n in task["counts"].items() if n]
         rows += [("given up", f"{task['pruned']:,}")] if task["pruned"] else []
         for place, (state, n) in enumerate(rows):
             first = (one_line(task_name, room), number(task["last_step"])) if place == 0 else ("", "")
             shown.add_row(*first, state, n)
-        shown.add_row("", "", "all drawn", f"{task['drawn']:,}", style="bold", end_section=True)
+        shown.add_row("", "", "all drawn", f"{task['drawn']:,}", style="bold", end_section=task_name != last)
     return shown
 
 
-def _waiting(status: Record, room: int) -> Table:
+def _waiting(status: Record, room: int) -> Padding:
+    """Without the empty lines around it, so that a page of one task fits into 24 lines."""
     columns = ("waiting", "staleness", "completed/min", "consumed/min")
     shown = table("task", *columns, right=columns)
     for task_name, task in status["tasks"].items():
         stale, rates = task["staleness"], (task["completed_per_minute"], task["consumed_per_minute"])
         waits = ("0", "") if stale is None else (f"{stale['groups']:,}", f"{stale['least']:,} / {stale['median']:,} / {stale['most']:,}")
         shown.add_row(one_line(task_name, room), *waits, *(f"{rate:,.1f}" for rate in rates))
-    return shown
+    shown.show_edge = False
+    return Padding(shown, (0, 0, 0, 1))
 
 
 def _rates_note(status: Record) -> Text:
