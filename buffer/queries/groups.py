@@ -56,9 +56,11 @@ def insert_groups(tx: Transaction, encoded: Sequence[EncodedGroup]) -> None:
         ) from error
     _INSERT_PROMPT.execute(tx.conn, [{"group_id": e.group_id, "data": e.prompt} for e in encoded])
     _INSERT_MEMBER.execute(tx.conn, [member for e in encoded for member in e.rollouts])
-    _write_payloads(tx.conn, [e for e in encoded if e.arrays])
+    # What is only drawn has none. No prefixes are there that it could replace.
+    if has_payload := [e for e in encoded if e.arrays or e.status is not Status.PENDING]:
+        _WRITE_PAYLOAD.execute_many(tx.conn, [_payload(e) for e in has_payload])
     for e in encoded:
-        tx.changed(e.group_id, e.task_name, None, e.status, version=e.group["max_version"], reason=e.group["filter_reason"])
+        tx.changed(e.group_id, e.task_name, None, e.status, version=e.group["max_version"], reason=_reason(e))
 
 
 def _code(error: IntegrityError) -> str | None:
@@ -128,9 +130,13 @@ _WRITE_PAYLOAD = Upsert(t.payloads, ["group_id"], lambda new: {"extras": new.ext
 _DROP_PREFIXES = Many(delete(t.prefixes).where(t.prefixes.c.group_id == bindparam("id")))
 
 
+def _payload(e: EncodedGroup) -> dict[str, Any]:
+    return {"group_id": e.group_id, "extras": e.extras, "arrays": e.arrays}
+
+
 def _write_payloads(conn: Connection, encoded: Sequence[EncodedGroup]) -> None:
     if encoded:
-        _WRITE_PAYLOAD.execute_many(conn, [{"group_id": e.group_id, "extras": e.extras, "arrays": e.arrays} for e in encoded])
+        _WRITE_PAYLOAD.execute_many(conn, [_payload(e) for e in encoded])
         _DROP_PREFIXES.execute(conn, [{"id": e.group_id} for e in encoded])
 
 

@@ -675,3 +675,11 @@ def test_a_group_without_trainable_tokens_is_stored_too(tmp_path: Path) -> None:
             assert len(await buffer.take("math", 3, step=1, policy=StalestFirst())) == 3
 
     asyncio.run(main())  # a loop of its own: the first of the process or the second, a buffer does not mind
+
+
+async def test_a_failed_group_made_by_hand_keeps_what_is_known_of_it(buffer: ReplayBuffer) -> None:
+    group = RolloutGroup(5, [RolloutState(5, 0, "math", Status.FAILED, error="no answer", row={"prompt": "p"})], "math")
+    group.rollouts[0].metrics, group.rollouts[0].messages = {"tries": 3.0}, [{"role": "tool", "content": "timeout"}]
+    await buffer.put(group)
+    assert plain(await buffer.get(5)) == plain(group)
+    assert (await buffer.history(5))[0].reason == "no answer"
