@@ -24,7 +24,8 @@ from sqlalchemy import JSON, ForeignKey, create_engine, event
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
 from benchmarks.workload import TOKENS, Database, in_rounds, make_group, percentile, print_table, ratios, scratch, spread
-from buffer import ReplayBuffer, RolloutGroup, database
+from buffer import ReplayBuffer, RolloutGroup
+from buffer.backends import sqlite
 from buffer.codec import encode_group
 
 PRODUCERS = 32
@@ -52,7 +53,7 @@ async def raw_puts(files: Database, blobs: list[Blob], per_commit: int) -> Puts:
     """`sqlite3.executemany`, `per_commit` rows a transaction."""
     path = files.new()
     connection = sqlite3.connect(path, isolation_level=None)
-    for setting in (f"page_size = {database._PAGE_SIZE}", *database.file_settings("NORMAL")):
+    for setting in (f"page_size = {sqlite._PAGE_SIZE}", *sqlite.file_settings("NORMAL")):
         connection.execute(f"PRAGMA {setting}")
     connection.execute("CREATE TABLE groups (id INTEGER PRIMARY KEY, words TEXT, arrays BLOB)")
     began = time.perf_counter()
@@ -145,7 +146,7 @@ async def orm_puts(files: Database, groups: list[tuple[RolloutGroup, list[dict[s
     path, each = files.new(), list[float]()
     engine = create_engine(f"sqlite:///{path}")
     if not own_settings:
-        event.listen(engine, "connect", lambda connection, _: [connection.execute(f"PRAGMA {s}") for s in database.file_settings("NORMAL")])
+        event.listen(engine, "connect", lambda connection, _: [connection.execute(f"PRAGMA {s}") for s in sqlite.file_settings("NORMAL")])
     Base.metadata.create_all(engine)
     began = time.perf_counter()
     for group, members in groups:

@@ -5,13 +5,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Table, insert, inspect, select
-from sqlalchemy.engine import URL
 
-from buffer import database, operations, queries, schema
+from buffer import operations, queries, schema
+from buffer.backends import Backend
 from buffer.errors import DatabaseError, StepError
 from buffer.operations import Rewind, Rewound
 from buffer.queries import Transaction
@@ -70,13 +69,13 @@ def check_step(conn: Connection, step: int) -> None:
         )
 
 
-def fork(source: Connection, target: URL, step: int, stop: threading.Event) -> ForkReport:
-    """Copy everything that the transaction of `source` sees into the database at `target`, then rewind that to `step`.
+def fork(source: Connection, target: Backend, step: int, stop: threading.Event) -> ForkReport:
+    """Copy everything that the transaction of `source` sees into the database `target`, then rewind that to `step`.
 
     The copy is marked as unfinished until the end. `stop` ends it early.
     """
     check_step(source, step)
-    with database.translated(target), _new_database(target) as conn:
+    with target.translated(), _new_database(target) as conn:
         groups = 0
         for table in _COPIED:
             for rows in _slices(source, table):
@@ -93,23 +92,21 @@ def fork(source: Connection, target: URL, step: int, stop: threading.Event) -> F
 
 
 @contextmanager
-def _new_database(url: URL) -> Iterator[Connection]:
+def _new_database(target: Backend) -> Iterator[Connection]:
     """A connection to a database that did not exist or is empty, with our tables, marked as unfinished."""
-    lock = database.FileLock(Path(url.database or ""))
-    lock.acquire()
-    engine = database.connect(url, read_only=False)
+    target.lock()
+    engine = target.connect(read_only=False)
     try:
         with engine.connect() as conn:
             with conn.begin():
                 if tables := inspect(conn).get_table_names():
-                    raise DatabaseError(f"{url.database} is not empty (it has {sorted(tables)[0]}); fork into a new database")
-                schema.metadata.create_all(conn)
-                queries.set_meta_value(conn, "schema_version", str(schema.SCHEMA_VERSION))
+                    raise DatabaseError(f"{target.name} is not empty (it has {sorted(tables)[0]}); fork into a new database")
+                target.create(conn)
                 queries.set_meta_value(conn, "unfinished", "fork")
             yield conn
     finally:
         engine.dispose()
-        lock.release()
+        target.unlock()
 
 
 def _slices(source: Connection, table: Table) -> Iterator[list[dict[str, Any]]]:
@@ -137,7 +134,7 @@ def _copy_values(source: Connection, conn: Connection, step: int) -> None:
 def _rewind(conn: Connection, step: int) -> tuple[Rewound, int]:
     """Make of the copy what a trainer at the checkpoint of `step` finds; gives also how many groups ran."""
     tx = Transaction(conn, f"fork/{os.getpid()}")
-    running = queries.running_without_owner(conn)
+    running = queries.running_without_owner(tx)
     queries.move(tx, running, Status.INTERRUPTED, reason="it ran elsewhere when the run was forked")
     queries.count_interruption(conn, [row.group_id for row in running])
     for task_name, n in queries.reopen_after(conn, step).items():

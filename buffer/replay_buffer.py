@@ -6,13 +6,14 @@ import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from buffer import arguments as args
-from buffer import audit, database, forking, operations, queries, transfer
+from buffer import audit, forking, operations, queries, transfer
 from buffer.audit import AuditReport
+from buffer.backends import backend_of
 from buffer.codec import snapshot, to_json
 from buffer.errors import BufferClosedError, ReplayBufferError, ResumeRequiredError
 from buffer.forking import ForkReport
@@ -40,7 +41,9 @@ from buffer.queries import Filters, RecordedStep
 from buffer.rollout import RolloutGroup
 from buffer.staleness import Level
 from buffer.status import CLAIMABLE, Status, parse_status
-from buffer.store import Reader, Request, Writer, uninterrupted
+from buffer.store import Reader, Request, Writer, in_a_thread, uninterrupted
+from buffer.transactor import Producer, Transactor, new_owner
+from buffer.waiting import Waiters
 
 T = TypeVar("T")
 
@@ -110,12 +113,14 @@ class ReplayBuffer:
         synchronous: str = "NORMAL",
         lease: float = 60.0,
         max_crashes: int | None = 20,
+        reconnect_timeout: float = 60.0,
     ) -> None:
-        self._url = database.parse_url(url)
+        self._backend = backend_of(url, synchronous)
         self._lease = args.seconds("lease", lease)
         self._max_crashes = args.whole_or_none("max_crashes", max_crashes, at_least=1)
-        self._read_only, self._synchronous = read_only, database.check_synchronous(synchronous)
-        self._lock = database.FileLock(Path(self._url.database or ""))
+        self._patience = args.seconds("reconnect_timeout", reconnect_timeout)
+        self._read_only = read_only
+        self._waiters = Waiters(self._backend, read_only=read_only)
         self._writer: Writer | None = None
         self._reader: Reader | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -134,24 +139,30 @@ class ReplayBuffer:
         synchronous: str = "NORMAL",
         lease: float = 60.0,
         max_crashes: int | None = 20,
+        reconnect_timeout: float = 60.0,
     ) -> "ReplayBuffer":
         """A buffer over the database at `url`, to be entered with `async with`; the file is made if it is missing.
 
         Args:
-            url: `sqlite:///run.db`, relative to the working directory, or `sqlite:////abs/olute.db`.
+            url: `sqlite:///run.db`, relative to the working directory, or `sqlite:////abs/olute.db`. Or
+                `postgresql://user:password@host/database`, which any number of processes may write to (the extra `postgres`).
             read_only: look only; works while another process writes.
             synchronous: "NORMAL" survives the death of the process at any moment; "FULL" also the loss of power,
-                for an fsync per transaction.
+                for an fsync per transaction. On PostgreSQL the server's own setting holds.
             lease: seconds after which what this process runs is given to others, unless it renews: it does so by itself, also
                 while the event loop is blocked.
             max_crashes: a group that so many producers in a row died running, without progress, is failed and no longer
                 scheduled; None never fails one.
+            reconnect_timeout: seconds for which a lost connection to a server is made anew. Whatever was asked for meanwhile
+                waits, and is done exactly once. After it the buffer is closed: what was under way may be stored or not.
 
         Raises, on entering:
             BufferLockedError: another process writes to this file.
-            DatabaseError: the file cannot be opened, or is no buffer of this version (see `buffer.errors`).
+            DatabaseError: the database cannot be opened, or is no buffer of this version (see `buffer.errors`).
         """
-        return cls(url, read_only=read_only, synchronous=synchronous, lease=lease, max_crashes=max_crashes)
+        return cls(
+            url, read_only=read_only, synchronous=synchronous, lease=lease, max_crashes=max_crashes, reconnect_timeout=reconnect_timeout
+        )
 
     async def __aenter__(self) -> Self:
         if self._loop is not None:
@@ -160,19 +171,29 @@ class ReplayBuffer:
         try:
             if not self._read_only:
                 await self._open_writer(self._loop)
-            self._reader = Reader(database.connect(self._url, read_only=True, pool_size=_READER_THREADS), self._url, _READER_THREADS)
-            await self._read(database.check)
+            self._reader = Reader(self._backend, _READER_THREADS)
+            await self._read(self._backend.check)
+            self._reader.patience = self._patience
         except BaseException:
             await self.close()
             raise
         return self
 
     async def _open_writer(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._lock.acquire()
-        self._writer = Writer(database.connect(self._url, read_only=False), self._url, loop, self._synchronous)
+        self._backend.lock()
+        transactor = Transactor(self._backend, Producer(new_owner(), self._lease), self._patience)
+        # Alone, nobody's leases run out: whoever wrote before us is dead, and its groups are released at the opening.
+        shared = not self._backend.alone
+        reap = partial(operations.release_dead, max_crashes=self._max_crashes) if shared else None
+        leave = operations.closing if shared else None
+        self._writer = Writer(transactor, loop, on_commit=self._committed, tick=reap, every=self._lease / 3, leave=leave)
         await self._writer.start()
-        opening = Opening(alone=True, lease=self._lease, max_crashes=self._max_crashes)
+        opening = Opening(alone=self._backend.alone, max_crashes=self._max_crashes)
         self._needs_resume, self._released = await self._write(operations.opened, opening)
+
+    def _committed(self, deltas: Mapping[tuple[str, Status], int]) -> None:
+        """On the loop, after a transaction of ours and before its answers: by how much each count changed."""
+        self._waiters.committed(deltas)
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
@@ -192,13 +213,15 @@ class ReplayBuffer:
             await next(iter(self._handing_out))
         writer, self._writer = self._writer, None
         reader, self._reader = self._reader, None
+        end_listener = self._waiters.close()
         try:
+            await in_a_thread(end_listener)
             if reader is not None:
                 await reader.close()
             if writer is not None:
                 await writer.close()
         finally:
-            self._lock.release()
+            self._backend.unlock()
             self._loop = None
 
     # -- storing and handing out --------------------------------------------------------------------------------
@@ -343,6 +366,29 @@ class ReplayBuffer:
             if done.after is None:
                 return expired
             request = replace(request, after=done.after)
+
+    async def wait_for(self, task_name: str, status: Status | str, n: int = 1, *, timeout: float | None = None) -> int:
+        """Wait until at least `n` groups of the task have this status; gives how many there are.
+
+        Nothing is polled: this process's own commits wake it, and on PostgreSQL those of others (LISTEN/NOTIFY).
+
+        Args:
+            task_name: whose groups.
+            status: in which they are to be.
+            n: how many.
+            timeout: seconds to wait; None waits without end.
+
+        Raises:
+            TimeoutError: there were too few all the time.
+            BufferClosedError: the buffer was closed meanwhile.
+            ReplayBufferError: a SQLite buffer opened read-only, which is not told what the writing process stores.
+        """
+        args.require_task(task_name)
+        key, n = (task_name, parse_status(status)), args.whole_number("n", n, at_least=0)
+        timeout = None if timeout is None else args.seconds("timeout", timeout)
+        self._check_open()
+        async with asyncio.timeout(timeout):
+            return await self._waiters.until(key, n, partial(self.count, *key))
 
     # -- producing ----------------------------------------------------------------------------------------------
 
@@ -637,10 +683,10 @@ class ReplayBuffer:
             DatabaseError: the other database is not empty, or cannot be written.
         """
         step = args.whole_number("step", step, at_least=0, hint="0 for the state before training")
-        target, stop = database.parse_url(url), threading.Event()
+        target, stop = backend_of(url), threading.Event()
         self._check_open()
         # A thread of its own: it may take minutes, and the others' reads go on.
-        reader = Reader(database.connect(self._url, read_only=True), self._url, 1)
+        reader = Reader(self._backend, 1)
         try:
             return await reader.read(forking.fork, target, step, stop)
         finally:

@@ -2,24 +2,26 @@
 
 import asyncio
 import atexit
-import os
+import math
 import queue
-import secrets
-import socket
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine
-from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
 
-from buffer import database, queries
-from buffer.database import translated
-from buffer.errors import BufferClosedError, ReplayBufferError
+from buffer.backends import Backend
+from buffer.errors import BufferClosedError, DatabaseError, ReplayBufferError
 from buffer.operations import Operation
+from buffer.queries import Deltas, Transaction
+from buffer.status import Status
+from buffer.transactor import ConnectionGivenUpError, Transactor, pauses
 
 _GROUP_COMMIT = 64
 """Most requests in one transaction: bounds how long the first of them waits."""
@@ -44,16 +46,35 @@ class Request:
     outcome: Any = None
 
 
+OnCommit = Callable[[Mapping[tuple[str, Status], int]], None]
+"""Called on the event loop with the changes of the counts, before the answers of their transaction are given."""
+
+
 class Writer:
     """Does operations in order, all that wait in one transaction; an answer comes when it is durable.
 
     Lives from `start` to `close`. Requests come from one event loop; the thread wakes it once per transaction.
+
+    Args:
+        transactor: the writing connection, the thread's from `start` on.
+        loop: of those who ask.
+        on_commit: see `OnCommit`.
+        tick: done every `every` seconds, in a transaction of its own, whether the loop is blocked or not.
+        leave: done at the end, where the connection still stands.
     """
 
-    def __init__(self, engine: Engine, url: URL, loop: asyncio.AbstractEventLoop, synchronous: str) -> None:
-        # Unique, whatever host and process have been before: a lease is never taken for another's.
-        self._owner = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
-        self._engine, self._url, self._loop, self._synchronous = engine, url, loop, synchronous
+    def __init__(
+        self,
+        transactor: Transactor,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        on_commit: OnCommit | None = None,
+        tick: Callable[[Transaction], object] | None = None,
+        every: float = 20.0,
+        leave: Callable[[Transaction], object] | None = None,
+    ) -> None:
+        self._transactor, self._loop, self._on_commit = transactor, loop, on_commit
+        self._tick, self._every, self._next_tick, self._leave = tick, every, math.inf, leave
         self._mailbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         # A daemon, or a buffer that was never closed would keep the program from ending. `_finish` runs at exit, while
         # threads still live: what was asked for before the program ends is written.
@@ -79,7 +100,7 @@ class Writer:
         """Do what was asked for, then end the thread."""
         self._closed = True
         self._mailbox.put(None)
-        await _in_a_thread(self._thread.join)
+        await in_a_thread(self._thread.join)
         atexit.unregister(self._finish)
 
     def _finish(self) -> None:
@@ -91,15 +112,25 @@ class Writer:
         error: BaseException | None = None
         batch: list[Request] | None = None
         try:
-            with translated(self._url), self._engine.connect() as conn:
-                database.prepare(conn, self._synchronous)
-                self._answer([(self._opened, None, None)])
-                while (batch := self._next_batch()) is not None:
-                    self._answer(self._transact(conn, batch))
+            self._transactor.open()
+            self._next_tick = time.monotonic() + self._every if self._tick else math.inf
+            self._post(_resolve, [(self._opened, None, None)])
+            while (batch := self._next_batch()) is not None:
+                deltas: Deltas = Counter()
+                answers = self._transact(batch, deltas)
+                self._post(self._tell, deltas, answers)
+            self._go()
         except BaseException as failure:  # noqa: BLE001 - the thread's last words go to those who wait
             error = failure
-        self._engine.dispose()
+        self._transactor.close()
         self._post(self._end, error, batch or [])
+
+    def _go(self) -> None:
+        if self._leave is not None:
+            self._transactor.hasten()
+            # Where the database is away, the leases run out by themselves.
+            with suppress(DatabaseError):
+                self._transactor.perform(self._leave)
 
     def _end(self, error: BaseException | None, under_way: Sequence[Request]) -> None:
         """On the loop: nothing is taken any more; what was under way or waits in the mailbox is not known to be done."""
@@ -115,8 +146,12 @@ class Writer:
             _resolve([(request.answer, None, refused)])
 
     def _next_batch(self) -> list[Request] | None:
-        """Everything that waits, up to the limit; None at the end."""
-        first = self._mailbox.get()
+        """Everything that waits, up to the limit, perhaps nothing; None at the end."""
+        self._tick_if_due()
+        try:
+            first = self._mailbox.get(timeout=self._until_tick())
+        except queue.Empty:
+            return []
         if first is None:
             return None
         batch = [first]
@@ -131,33 +166,41 @@ class Writer:
             batch.append(request)
         return batch
 
-    def _transact(self, conn: Connection, batch: Sequence[Request]) -> list[Answer]:
-        begun = False
+    def _until_tick(self) -> float | None:
+        return None if self._next_tick == math.inf else max(0.0, self._next_tick - time.monotonic())
+
+    def _tick_if_due(self) -> None:
+        if self._tick is None or time.monotonic() < self._next_tick:
+            return
+        _, deltas = self._transactor.perform(self._tick)
+        self._next_tick = time.monotonic() + self._every
+        self._post(self._tell, deltas, [])
+
+    def _transact(self, batch: Sequence[Request], deltas: Deltas) -> list[Answer]:
+        """Do a batch in one transaction, or each request in its own; adds to `deltas` what was committed."""
+        if not batch:
+            return []
         try:
-            with translated(self._url), conn.begin():
-                begun = True
-                return self._perform(conn, batch)
+            answers, changed = self._transactor.perform(lambda tx: _perform(tx, batch))
+        except ConnectionGivenUpError:
+            raise
         except BaseException as error:  # noqa: BLE001 - the one place where an operation's failure becomes its caller's
             failure = error
-        _forget(conn, batch)
-        if len(batch) == 1 or not begun:
+        else:
+            deltas.update(changed)
+            return answers
+        for request in batch:
+            request.outcome = None  # after a rollback nothing has come of it
+        if len(batch) == 1 or not self._transactor.begun:
             # A transaction that does not begin (another program holds the file) would not begin for each alone either.
             return [(request.answer, None, _presentable(failure)) for request in batch]
         # One request among many was bad. The transaction is rolled back; alone, each gets its own answer.
-        return [answer for request in batch for answer in self._transact(conn, [request])]
+        return [answer for request in batch for answer in self._transact([request], deltas)]
 
-    def _perform(self, conn: Connection, batch: Sequence[Request]) -> list[Answer]:
-        tx = queries.Transaction(conn, self._owner)
-        for operation, requests in groupby(batch, key=lambda request: request.operation):
-            same = list(requests)
-            results = operation(tx, [request.argument for request in same])
-            for request, result in zip(same, results, strict=True):
-                request.outcome = result
-        tx.finish()
-        return [(request.answer, request.outcome, None) for request in batch]
-
-    def _answer(self, answers: Sequence[Answer]) -> None:
-        self._post(_resolve, answers)
+    def _tell(self, deltas: Deltas, answers: Sequence[Answer]) -> None:
+        if deltas and self._on_commit is not None:
+            self._on_commit(deltas)
+        _resolve(answers)
 
     def _post(self, callback: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -167,11 +210,13 @@ class Writer:
             return
 
 
-def _forget(conn: Connection, batch: Sequence[Request]) -> None:
-    """After a rollback nothing has come of these requests, and no transaction may be left open."""
-    for request in batch:
-        request.outcome = None
-    database.abandon(conn)
+def _perform(tx: Transaction, batch: Sequence[Request]) -> list[Answer]:
+    for operation, requests in groupby(batch, key=lambda request: request.operation):
+        same = list(requests)
+        results = operation(tx, [request.argument for request in same])
+        for request, result in zip(same, results, strict=True):
+            request.outcome = result
+    return [(request.answer, request.outcome, None) for request in batch]
 
 
 def _presentable(error: BaseException) -> Exception:
@@ -194,10 +239,14 @@ def _resolve(answers: Sequence[Answer]) -> None:
 
 
 class Reader:
-    """Reads on connections of its own, on a few threads: never waits for the writer, never blocks the loop."""
+    """Reads on connections of its own, on a few threads: never waits for the writer, never blocks the loop.
 
-    def __init__(self, engine: Engine, url: URL, threads: int) -> None:
-        self._engine, self._url = engine, url
+    A lost connection is made anew and the query asked again, for up to `patience` seconds (None at first).
+    """
+
+    def __init__(self, backend: Backend, threads: int) -> None:
+        self.patience = 0.0
+        self._backend, self._engine = backend, backend.connect(read_only=True, pool_size=threads)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="millrace-reader")
 
     async def read(self, query: Callable[..., T], *arguments: Any) -> T:
@@ -205,16 +254,26 @@ class Reader:
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._read, query, arguments)
 
     def _read(self, query: Callable[..., T], arguments: Sequence[Any]) -> T:
-        with translated(self._url), self._engine.connect() as conn, conn.begin():
-            return query(conn, *arguments)
+        deadline = time.monotonic() + self.patience
+        with self._backend.translated():
+            for pause in pauses():
+                try:
+                    with self._engine.connect() as conn, conn.begin():
+                        return query(conn, *arguments)
+                except DBAPIError as error:
+                    if not self._backend.is_broken(error) or time.monotonic() + pause > deadline:
+                        raise
+                time.sleep(pause)
+        raise AssertionError("unreachable: there is always a next pause")
 
     async def close(self) -> None:
         """Wait for reads under way and end the threads."""
-        await _in_a_thread(self._pool.shutdown)
+        self.patience = 0.0
+        await in_a_thread(self._pool.shutdown)
         self._engine.dispose()
 
 
-async def _in_a_thread(function: Callable[[], object]) -> None:
+async def in_a_thread(function: Callable[[], object]) -> None:
     """Do a short wait in a thread of its own: the loop's own threads may all be busy for long."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()

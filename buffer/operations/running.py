@@ -1,7 +1,5 @@
 """Claiming groups to run, and releasing those that nobody runs any more."""
 
-import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,14 +12,13 @@ from buffer.status import Status
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """A process that begins to write.
+    """A process that begins to write, and is registered already.
 
-    `alone`: no other process writes to this database, so that whoever did is dead. `lease`: seconds after which what it
-    runs is given to others unless it renews. `max_crashes`: producers that may die running a group, None for any number.
+    `alone`: no other process writes to this database, so that whoever did is dead. `max_crashes`: producers that may die
+    running a group, None for any number.
     """
 
     alone: bool
-    lease: float
     max_crashes: int | None
 
 
@@ -33,22 +30,27 @@ class Opened(NamedTuple):
 
 
 def opened(tx: Transaction, requests: Sequence[Opening]) -> list[Opened]:
-    """Register this process, and release what dead ones ran."""
+    """Release what dead processes ran."""
     return [_open_one(tx, request) for request in requests]
 
 
 def _open_one(tx: Transaction, request: Opening) -> Opened:
     # Written at every opening: a file or disk that takes nothing is found out now, not at the first result.
     q.set_meta_value(tx.conn, "opened_at", datetime.now(UTC).isoformat())
-    q.forget_producers(tx, expired_only=not request.alone)
-    q.register_producer(tx, socket.gethostname(), os.getpid(), request.lease)
+    q.forget_producers(tx, alone=request.alone)
     released = release_dead(tx, request.max_crashes)
-    return Opened(q.consumed_without_owner(tx.conn), released)
+    return Opened(q.consumed_without_owner(tx), released)
+
+
+def closing(tx: Transaction) -> None:
+    """Give back what this process runs, and forget it: nobody has to wait until its leases run out."""
+    _release(tx, q.running_here(tx), "its producer closed the buffer")
+    q.forget_producer(tx)
 
 
 def release_dead(tx: Transaction, max_crashes: int | None) -> int:
     """Interrupt the running groups of producers that are not alive; fail those that took too many with them."""
-    rows = q.running_without_owner(tx.conn)
+    rows = q.running_without_owner(tx)
     poison = [row for row in rows if max_crashes is not None and row.crashes + 1 >= max_crashes]
     others = [row for row in rows if row not in poison]
     _release(tx, others, "its producer died, or its lease ran out")

@@ -11,7 +11,7 @@ from buffer.codec import EncodedGroup, GroupSnapshot, encode, encode_prefix
 from buffer.errors import IllegalTransitionError, LeaseLostError, UnknownGroupError
 from buffer.queries import Transaction
 from buffer.staleness import Timeline
-from buffer.status import Status, check_transition
+from buffer.status import TRANSITIONS, Status, check_transition
 
 _STORABLE_NEW = frozenset({Status.PENDING, Status.COMPLETED, Status.INTERRUPTED, Status.EXPIRED, Status.FILTERED, Status.FAILED})
 
@@ -63,6 +63,8 @@ def _check_result(tx: Transaction, e: EncodedGroup, row: Any) -> None:
         raise IllegalTransitionError(f"{what} is consumed: resume() gives it back, commit() makes it final, put() does neither")
     if e.status in _ONLY_BY:
         raise IllegalTransitionError(f"{what} cannot be stored as {e.status}: that is done by {_ONLY_BY[e.status]}")
+    if e.status not in TRANSITIONS[Status(row.status)] and q.ran_and_lost(tx, e.group_id):
+        raise lease_lost(what, row)
     check_transition(Status(row.status), e.status, what)
 
 

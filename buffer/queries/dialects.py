@@ -1,12 +1,15 @@
 """Statements for many rows, and where the two databases speak differently: INSERT that changes what is there, and numbers
 that never repeat."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, CursorResult, Table, bindparam, case, func, select, text
+from sqlalchemy import Boolean, Connection, CursorResult, Table, bindparam, case, func, select, text
 from sqlalchemy import Sequence as DatabaseSequence
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from buffer import schema as t
 
@@ -116,3 +119,50 @@ def last_number(conn: Connection, name: str) -> int:
         return given
     last: int | None = conn.scalar(select(t.sequences.c.last).where(t.sequences.c.name == name))
     return last or 0
+
+
+class contains_text(FunctionElement[bool]):
+    """Whether a column holds a part, literally; of letters, ASCII's capital ones count as small ones."""
+
+    inherit_cache = True
+    type = Boolean()
+
+
+@compiles(contains_text, "sqlite")
+def _contains_on_sqlite(element: Any, compiler: Any, **options: Any) -> str:
+    column, part = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"instr(lower({column}), lower({part})) > 0"
+
+
+@compiles(contains_text, "postgresql")
+def _contains_on_postgresql(element: Any, compiler: Any, **options: Any) -> str:
+    # The collation decides what lower() does: "C" knows ASCII only, as SQLite does.
+    column, part = (compiler.process(clause, **options) for clause in element.clauses)
+    return f'strpos(lower({column} COLLATE "C"), lower({part} COLLATE "C")) > 0'
+
+
+_CLOCK = text("SELECT extract(epoch FROM clock_timestamp())::float8")
+
+
+def clock(conn: Connection) -> float:
+    """Seconds since 1970, by the clock that all who use the database share."""
+    if conn.dialect.name == "sqlite":
+        return time.time()
+    now: float = conn.scalars(_CLOCK).one()
+    return now
+
+
+_CHANNEL = "millrace_"
+_NOTIFY = text(f"SELECT pg_notify('{_CHANNEL}' || CAST('groups' AS regclass)::oid, :payload)")
+_CHANNEL_HERE = text(f"SELECT '{_CHANNEL}' || CAST('groups' AS regclass)::oid")
+
+
+def notify(conn: Connection, payload: str) -> None:
+    """Tell all who listen on this buffer, when the transaction is committed. For PostgreSQL only."""
+    conn.execute(_NOTIFY, {"payload": payload})
+
+
+def listen(conn: Connection) -> None:
+    """Be told. For PostgreSQL only; another buffer in the same database has another channel."""
+    channel = conn.scalars(_CHANNEL_HERE).one()
+    conn.exec_driver_sql(f'LISTEN "{channel}"')

@@ -140,10 +140,14 @@ def _write_payloads(conn: Connection, encoded: Sequence[EncodedGroup]) -> None:
         _DROP_PREFIXES.execute(conn, [{"id": e.group_id} for e in encoded])
 
 
+class Overtaken(IllegalTransitionError):
+    """A group changed between the look at it and the change of it. Done again, the transaction sees what it is now."""
+
+
 def require_rowcount(found: int, expected: int) -> None:
-    """Raise `IllegalTransitionError` where a statement's WHERE did not hold for all rows."""
+    """Raise `Overtaken` where a statement's WHERE did not hold for all rows."""
     if found != expected:
-        raise IllegalTransitionError(f"{expected} rows were to change, {found} did: a group is not what it was, or has other members")
+        raise Overtaken(f"{expected} rows were to change, {found} did: a group is not what it was, or has other members")
 
 
 _STORE_EXPIRED = Many(

@@ -3,41 +3,107 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, delete, insert, literal, select, update
+from sqlalchemy import ColumnElement, Connection, Float, Row, bindparam, delete, literal, literal_column, select, update
 
 from buffer import schema as t
+from buffer.queries.dialects import Upsert, clock
 from buffer.queries.groups import ROWS, chunks
 from buffer.queries.transaction import Transaction
 from buffer.status import Status
 
-_ALIVE = select(t.producers.c.owner)
+# -- producers --------------------------------------------------------------------------------------------------
+
+_REMEMBERED = 86_400.0
+"""Seconds for which a producer whose lease ran out is kept: coming back, it asks whether its last transaction counts."""
+
+_REGISTER = Upsert(t.producers, ["owner"], lambda new: {"expires_at": new.expires_at})
 
 
-def forget_producers(tx: Transaction, *, expired_only: bool) -> None:
-    """Forget producers whose leases ran out, or all, where it is known that none of them lives."""
-    statement = delete(t.producers)
-    tx.conn.execute(statement.where(t.producers.c.expires_at < tx.now) if expired_only else statement)
+def register_producer(conn: Connection, owner: str, host: str, pid: int, lease: float, transactions: int) -> None:
+    """Add a process to those that are alive."""
+    now = clock(conn)
+    row = {"owner": owner, "host": host, "pid": pid, "started_at": now, "expires_at": now + lease, "transactions": transactions}
+    _REGISTER.execute(conn, row)
 
 
-def register_producer(tx: Transaction, host: str, pid: int, lease: float) -> None:
-    """Add this process to those that are alive."""
-    row = {"owner": tx.owner, "host": host, "pid": pid, "started_at": tx.now, "expires_at": tx.now + lease, "transactions": 0}
-    tx.conn.execute(insert(t.producers), row)
+def forget_producers(tx: Transaction, *, alone: bool) -> None:
+    """Forget producers that are long dead; all others, where it is known that none of them lives."""
+    gone = t.producers.c.owner != tx.owner if alone else t.producers.c.expires_at < tx.now - _REMEMBERED
+    tx.conn.execute(delete(t.producers).where(gone))
 
 
-def running_without_owner(conn: Connection) -> list[Row[Any]]:
-    """Running groups whose producer is not alive."""
-    # Literally, not as a parameter: only then does the planner see that the partial index holds what it needs.
-    running = t.groups.c.status == literal(Status.RUNNING.value, literal_execute=True)
-    orphaned = ROWS.where(running, t.groups.c.owner.not_in(_ALIVE) | t.groups.c.owner.is_(None))
-    return list(conn.execute(orphaned.order_by(t.groups.c.group_id).with_for_update(skip_locked=True)))
+def forget_producer(tx: Transaction) -> None:
+    """This process ends: what it ran is nobody's any more."""
+    tx.conn.execute(delete(t.producers).where(t.producers.c.owner == tx.owner))
 
 
-def consumed_without_owner(conn: Connection) -> bool:
+_CLOCK: ColumnElement[float] = literal_column("extract(epoch FROM clock_timestamp())::float8", Float)
+_RENEW = (
+    update(t.producers)
+    .where(t.producers.c.owner == bindparam("me"))
+    .values(transactions=t.producers.c.transactions + 1, expires_at=_CLOCK + bindparam("lease", type_=Float))
+    .returning(t.producers.c.transactions, t.producers.c.expires_at)
+)
+
+
+def renew(conn: Connection, owner: str, lease: float) -> tuple[int, float] | None:
+    """Renew a producer's leases and count a transaction of its; gives its number and the time. None: it is not registered.
+
+    For PostgreSQL only, where the server's clock is everybody's.
+    """
+    row = conn.execute(_RENEW, {"me": owner, "lease": lease}).one_or_none()
+    return None if row is None else (row.transactions, row.expires_at - lease)
+
+
+_TRANSACTIONS = select(t.producers.c.transactions).where(t.producers.c.owner == bindparam("me")).with_for_update()
+
+
+def transactions_of(conn: Connection, owner: str) -> int | None:
+    """The number of the producer's last transaction, once one that is still under way has ended."""
+    return conn.scalar(_TRANSACTIONS, {"me": owner})
+
+
+# -- groups -----------------------------------------------------------------------------------------------------
+
+_ALIVE = select(t.producers.c.owner).where(t.producers.c.expires_at >= bindparam("now", type_=Float))
+_NOT_ALIVE = t.groups.c.owner.not_in(_ALIVE) | t.groups.c.owner.is_(None)
+# Literally, not as a parameter: only then does the planner see that the partial index holds what it needs.
+_RUNNING = t.groups.c.status == literal(Status.RUNNING.value, literal_execute=True)
+_ORPHANED = ROWS.where(_RUNNING, _NOT_ALIVE).order_by(t.groups.c.group_id).with_for_update(skip_locked=True)
+_RUN_BY_ME = ROWS.where(_RUNNING, t.groups.c.owner == bindparam("me")).order_by(t.groups.c.group_id).with_for_update()
+
+
+def running_without_owner(tx: Transaction) -> list[Row[Any]]:
+    """Running groups whose producer is not alive, and that nobody else releases at this moment."""
+    return list(tx.conn.execute(_ORPHANED, {"now": tx.now}))
+
+
+def running_here(tx: Transaction) -> list[Row[Any]]:
+    """Groups that this process runs."""
+    return list(tx.conn.execute(_RUN_BY_ME, {"me": tx.owner}))
+
+
+def consumed_without_owner(tx: Transaction) -> bool:
     """Whether any group is consumed, not committed, and was taken by a process that is not alive."""
     consumed = (t.groups.c.status == Status.CONSUMED.value, t.groups.c.consumed_step.is_not(None))
-    found = select(t.groups.c.group_id).where(*consumed, t.groups.c.owner.not_in(_ALIVE) | t.groups.c.owner.is_(None)).limit(1)
-    return conn.scalar(found) is not None
+    return tx.conn.scalar(select(t.groups.c.group_id).where(*consumed, _NOT_ALIVE).limit(1), {"now": tx.now}) is not None
+
+
+_LAST_TRANSITIONS = (
+    select(t.transitions.c.source, t.transitions.c.target, t.transitions.c.owner)
+    .where(t.transitions.c.group_id == bindparam("id"))
+    .order_by(t.transitions.c.transition_id.desc())
+)
+
+
+def ran_and_lost(tx: Transaction, group_id: int) -> bool:
+    """Whether this process once ran the group, and another ended that."""
+    ended_by: str | None = None
+    for row in tx.conn.execute(_LAST_TRANSITIONS, {"id": group_id}):
+        if row.target == Status.RUNNING and row.owner == tx.owner:
+            return ended_by is not None and ended_by != tx.owner
+        ended_by = row.owner
+    return False
 
 
 _COUNT_CRASH = update(t.groups).where(t.groups.c.group_id == bindparam("id")).values(crashes=t.groups.c.crashes + 1)

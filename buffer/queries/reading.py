@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, Connection, Row, bindparam, func, select
 from buffer import schema as t
 from buffer.codec import decode_group
 from buffer.queries.consumption import timeline as current_timeline
+from buffer.queries.dialects import contains_text
 from buffer.queries.groups import all_of, chunks, known
 from buffer.rollout import RolloutGroup
 from buffer.status import Status
@@ -119,7 +120,7 @@ def _of_members(filters: Filters) -> Iterable[ColumnElement[bool]]:
     if filters.max_reward is not None:
         yield filters.max_reward >= _MEAN_REWARD
     if filters.error is not None:
-        yield members.where(t.rollouts.c.error.icontains(filters.error, autoescape=True)).exists()
+        yield members.where(contains_text(t.rollouts.c.error, filters.error)).exists()
     if filters.min_attempts is not None:
         yield members.where(t.rollouts.c.attempts >= filters.min_attempts).exists()
 

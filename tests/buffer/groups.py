@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -12,10 +13,13 @@ import numpy as np
 from buffer import DrawnRow, Position, ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.staleness import FIRST_TIMELINE, Timeline
 from buffer.status import GROUP_WIDE
+from tests import postgres
 
 
 def url(folder: Path, name: str = "run.db") -> str:
-    return f"sqlite:///{folder / name}"
+    """A database of this name: a file in the folder, or on the server of the test what stands for it. The same each time."""
+    address = os.environ.get(postgres.ADDRESS)
+    return f"sqlite:///{folder / name}" if address is None else postgres.schema_url(address, folder, name)
 
 
 def a_group(

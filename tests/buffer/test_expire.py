@@ -15,6 +15,8 @@ from buffer.errors import ReplayBufferError
 from buffer.operations import Expired, expiring
 from tests.buffer.groups import a_group, fill, ids, plain, put_all, url
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 TASK = "math"
 
 
@@ -235,6 +237,7 @@ async def test_a_buffer_that_only_reads_expires_nothing(buffer: ReplayBuffer, tm
             await reader.expire(TASK, version=5, max_staleness=1)
 
 
+@pytest.mark.sqlite
 async def test_an_older_file_gets_the_index(tmp_path: Path) -> None:
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         await buffer.put(a_group(1))

@@ -49,7 +49,7 @@ async def assert_intact(folder: Path, expected: list[int], name: str = "run.db")
     [
         ("run.db", "is not a database URL; give one like 'sqlite:///run.db'"),
         ("", "is not a database URL"),
-        ("mysql://user:secret@host/db", r"mysql://user:\*\*\*@host/db': only SQLite is supported"),
+        ("mysql://user:secret@host/db", r"mysql://user:\*\*\*@host/db': only SQLite and PostgreSQL are supported"),
         ("sqlite://", "names no file, and a buffer in memory would not be durable"),
         ("sqlite:///:memory:", "names no file"),
         ("sqlite:///", "names no file"),
@@ -150,7 +150,7 @@ async def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_lock(tm
 
 
 UNWINDING = """
-from buffer.database import FileLock
+from buffer.backends.sqlite import FileLock
 from pathlib import Path
 lock = FileLock(Path(sys.argv[1]) / "run.db")
 lock.acquire()

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event
 
-from buffer import Fifo, FreshestFirst, ReplayBuffer, StalestFirst, Status, database, queries
+from buffer import Fifo, FreshestFirst, ReplayBuffer, StalestFirst, Status, queries
+from buffer.backends import backend_of
 from buffer.staleness import Level
 from tests.buffer.groups import a_group, draw, put_all, url
 
@@ -27,12 +28,12 @@ HOT: dict[str, tuple[Callable[[Connection], Any], str]] = {
     "last step of a task": (lambda c: queries.last_step(c, "a"), "groups_consumed"),
     "expire": (lambda c: queries.stale(c, "math", 5, Level.SEQUENCE, (-1, 0), 8), "groups_oldest"),
     "expire tokens": (lambda c: queries.stale(c, "math", 5, Level.TOKEN, (-1, 0), 8), "groups_oldest"),
-    "release": (lambda c: queries.running_without_owner(c), "groups_running"),
+    "release": (lambda c: queries.running_without_owner(queries.Transaction(c, "me")), "groups_running"),
     "what a step trained on": (lambda c: queries.find(c, queries.Filters(step=3), 8, 0), "groups_consumed"),
     "overview, what waits": (lambda c: queries.waiting_versions(c), "groups_oldest"),
     "overview, who runs what": (lambda c: queries.running_by_owner(c), "INDEX groups_"),
     "overview, payloads": (lambda c: queries.committed_payloads(c), "groups_prunable"),
-    "open": (lambda c: queries.consumed_without_owner(c), "groups_consumed"),
+    "open": (lambda c: queries.consumed_without_owner(queries.Transaction(c, "me")), "groups_consumed"),
 }
 MAY_SORT = {"commit", "rewind", "release", "what a step trained on", "overview, who runs what"}
 """They sort what was consumed since the last commit, or at one step, or what runs."""
@@ -75,7 +76,7 @@ def test_hot_statements_read_through_an_index(path: Path, name: str) -> None:
 
 def _plan(path: Path, statement: Callable[[Connection], Any]) -> list[str]:
     """What SQLite says of every statement that the function executes."""
-    engine = database.connect(database.parse_url(f"sqlite:///{path}"), read_only=True)
+    engine = backend_of(f"sqlite:///{path}").connect(read_only=True)
     lines: list[str] = []
 
     @event.listens_for(engine, "before_cursor_execute")

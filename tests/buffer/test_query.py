@@ -10,6 +10,8 @@ import pytest
 from buffer import ReplayBuffer, RolloutGroup, Status
 from tests.buffer.groups import a_group, ids, put_all, url
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def judged(group_id: int, *rewards: float | None, status: Status = Status.COMPLETED) -> RolloutGroup:
     group = a_group(group_id, status, size=len(rewards), version=group_id)

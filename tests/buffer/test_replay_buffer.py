@@ -21,6 +21,8 @@ from buffer.errors import (
 )
 from tests.buffer.groups import a_group, draw, finished, ids, plain, put_all, rows, turns, url
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 # -- storing ---------------------------------------------------------------------------------------------------------
 
 
@@ -408,14 +410,14 @@ async def test_taking_after_a_restart_needs_a_resume(tmp_path: Path) -> None:
         assert await buffer.take("math", 1, step=3) == [], "everything is committed: nothing to resume"
 
 
-async def test_a_restart_releases_what_ran(tmp_path: Path) -> None:
+async def test_a_restart_releases_what_ran(tmp_path: Path, backend: str) -> None:
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         await buffer.start((await draw(buffer, 0, 1))[:1])
         await buffer.put(a_group(9, Status.INTERRUPTED, task_name="code"))
         await buffer.claim("code", 1, statuses=[Status.INTERRUPTED])
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         report = await buffer.resume(step=0)
-        assert report.released == 2
+        assert report.released == (2 if backend == "sqlite" else 0), "on a server they were free when the first was closed"
         assert [report.counts[task][Status.INTERRUPTED] for task in ("math", "code")] == [1, 1]
         kept = await buffer.get(9)
         assert [(r.interruptions, r.response_ids.size) for r in kept.rollouts] == [(1, 3), (1, 3)]
@@ -456,7 +458,7 @@ async def test_of_many_samplers_at_once_one_draws(buffer: ReplayBuffer) -> None:
     async with asyncio.TaskGroup() as tasks:
         draws = [tasks.create_task(_outcome(buffer.draw("math", rows(n), group_size=1, moves=0, cursor={"offset": n}))) for n in range(8)]
     assert [type(task.result()) for task in draws] == [type(None)] + [CursorConflictError] * 7
-    assert ids(await buffer.query()) == [1]
+    assert len(await buffer.query()) == 1
 
 
 async def test_a_row_that_cannot_be_run_is_recorded_as_failed(buffer: ReplayBuffer) -> None:
@@ -540,6 +542,7 @@ async def test_a_cancelled_claim_or_start_gives_the_groups_back(buffer: ReplayBu
         await buffer.release(drawn)
 
 
+@pytest.mark.sqlite  # on a server minutes: the loop that never idles takes the interpreter from the writer at every answer
 async def test_many_takers_cancelled_at_all_moments_lose_nothing_and_double_nothing(buffer: ReplayBuffer) -> None:
     await put_all(buffer, [a_group(n, size=1) for n in range(1, 201)])
     generator, given = np.random.default_rng(0), []
@@ -572,7 +575,7 @@ async def test_a_take_given_back_does_not_touch_what_another_took_after_a_rewind
 # -- closing -------------------------------------------------------------------------------------------------------------
 
 
-async def test_what_was_asked_for_before_closing_is_done(tmp_path: Path) -> None:
+async def test_what_was_asked_for_before_closing_is_done(tmp_path: Path, backend: str) -> None:
     buffer, loop = ReplayBuffer.open(url(tmp_path)), asyncio.get_running_loop()
     async with buffer:
         await put_all(buffer, [a_group(n) for n in range(1, 4)])
@@ -585,7 +588,8 @@ async def test_what_was_asked_for_before_closing_is_done(tmp_path: Path) -> None
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         assert await buffer.count("math", "completed") == 12, "the cancelled take gave back its groups before the buffer closed"
         assert (await buffer.audit()).ok
-    assert set(os.listdir(tmp_path)) == {"run.db", "run.db.lock"}, "nothing is left beside the file"
+    if backend == "sqlite":
+        assert set(os.listdir(tmp_path)) == {"run.db", "run.db.lock"}, "nothing is left beside the file"
 
 
 @pytest.mark.parametrize("moment", [1, 2, 5, 50])

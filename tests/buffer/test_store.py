@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 
-from buffer import ReplayBuffer, database, operations
+from buffer import ReplayBuffer, operations
+from buffer.backends import backend_of
 from buffer.codec import snapshot
 from buffer.errors import BufferClosedError, DatabaseError, ReplayBufferError
 from buffer.queries import Transaction
 from buffer.store import Request, Writer
+from buffer.transactor import Producer, Transactor, new_owner
 from tests.buffer.groups import a_group, url
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @pytest.fixture
@@ -26,8 +30,8 @@ async def writer(tmp_path: Path) -> AsyncIterator[Writer]:
 
 
 def _writer(address: str) -> Writer:
-    parsed = database.parse_url(address)
-    return Writer(database.connect(parsed, read_only=False), parsed, asyncio.get_running_loop(), "NORMAL")
+    transactor = Transactor(backend_of(address), Producer(new_owner(), lease=60.0), patience=10.0)
+    return Writer(transactor, asyncio.get_running_loop())
 
 
 def echo(tx: Transaction, arguments: Sequence[Any]) -> Sequence[Any]:
@@ -98,6 +102,7 @@ async def test_what_was_rolled_back_and_then_failed_has_no_outcome_either(writer
     assert requests[0].outcome is None
 
 
+@pytest.mark.sqlite
 async def test_a_lost_connection_ends_the_writer_and_all_who_wait_are_told(writer: Writer) -> None:
     def lose(tx: Transaction, arguments: Sequence[Any]) -> Sequence[Any]:
         tx.conn.close()
@@ -111,6 +116,7 @@ async def test_a_lost_connection_ends_the_writer_and_all_who_wait_are_told(write
         writer.submit(echo, 1)
 
 
+@pytest.mark.sqlite
 async def test_a_connection_that_cannot_be_made_is_the_openers_error(tmp_path: Path) -> None:
     writer = _writer(url(tmp_path / "missing"))
     with pytest.raises(DatabaseError, match="unable to open database file"):

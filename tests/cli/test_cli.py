@@ -237,7 +237,7 @@ def text_file(folder: Path) -> Path:
         (lambda folder: folder, "is a folder"),
         (foreign, "is no Millrace buffer"),
         (text_file, "not a database"),
-        (lambda folder: "postgresql://me:secret@host/run", "only SQLite is supported"),
+        (lambda folder: "mysql://me:secret@host/run", "only SQLite and PostgreSQL are supported"),
         (lambda folder: "sqlite://", "names no file"),
         (lambda folder: "://", "is not a database URL"),
     ],

