@@ -182,11 +182,13 @@ class ReplayBuffer:
     async def _open_writer(self, loop: asyncio.AbstractEventLoop) -> None:
         self._backend.lock()
         transactor = Transactor(self._backend, Producer(new_owner(), self._lease), self._patience)
-        # Alone, nobody's leases run out: whoever wrote before us is dead, and its groups are released at the opening.
-        shared = not self._backend.alone
-        reap = partial(operations.release_dead, max_crashes=self._max_crashes) if shared else None
-        leave = operations.closing if shared else None
-        self._writer = Writer(transactor, loop, on_commit=self._committed, tick=reap, every=self._lease / 3, leave=leave)
+        tick: Callable[[queries.Transaction], object]
+        if self._backend.alone:
+            # Whoever wrote before is dead, and its groups are released at the opening; none can be lost later.
+            tick, leave = partial(queries.prolong, lease=self._lease), None
+        else:
+            tick, leave = partial(operations.release_dead, max_crashes=self._max_crashes), operations.closing
+        self._writer = Writer(transactor, loop, on_commit=self._committed, tick=tick, every=self._lease / 3, leave=leave)
         await self._writer.start()
         opening = Opening(alone=self._backend.alone, max_crashes=self._max_crashes)
         self._needs_resume, self._released = await self._write(operations.opened, opening)

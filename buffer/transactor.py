@@ -22,9 +22,6 @@ R = TypeVar("R")
 _REDOS = 20
 """How often a transaction is done again that others kept from succeeding."""
 
-_NEVER = 1e10
-"""Seconds of a lease that does not run out: who writes alone has nobody to lose it to."""
-
 
 class Producer(NamedTuple):
     """Who writes: a name that no other process has or had, and for how many seconds its leases hold unless they are renewed."""
@@ -141,8 +138,7 @@ class Transactor:
 
     def _register(self, conn: Connection) -> None:
         with conn.begin():
-            lease = _NEVER if self._backend.alone else self._producer.lease
-            queries.register_producer(conn, self._producer.owner, socket.gethostname(), os.getpid(), lease, self._number)
+            queries.register_producer(conn, *self._producer, socket.gethostname(), os.getpid(), self._number)
 
     def _reconnect(self) -> int | None:
         """A new connection; gives the number of the last transaction that counts, once the server knows it."""

@@ -19,7 +19,7 @@ _REMEMBERED = 86_400.0
 _REGISTER = Upsert(t.producers, ["owner"], lambda new: {"expires_at": new.expires_at})
 
 
-def register_producer(conn: Connection, owner: str, host: str, pid: int, lease: float, transactions: int) -> None:
+def register_producer(conn: Connection, owner: str, lease: float, host: str, pid: int, transactions: int) -> None:
     """Add a process to those that are alive."""
     now = clock(conn)
     row = {"owner": owner, "host": host, "pid": pid, "started_at": now, "expires_at": now + lease, "transactions": transactions}
@@ -35,6 +35,11 @@ def forget_producers(tx: Transaction, *, alone: bool) -> None:
 def forget_producer(tx: Transaction) -> None:
     """This process ends: what it ran is nobody's any more."""
     tx.conn.execute(delete(t.producers).where(t.producers.c.owner == tx.owner))
+
+
+def prolong(tx: Transaction, lease: float) -> None:
+    """Renew this process's leases, where nobody could take them away: for those who look at the run."""
+    tx.conn.execute(update(t.producers).where(t.producers.c.owner == tx.owner).values(expires_at=tx.now + lease))
 
 
 _CLOCK: ColumnElement[float] = literal_column("extract(epoch FROM clock_timestamp())::float8", Float)
