@@ -1,6 +1,5 @@
 """How a run stands, in one state of its database: counts, steps, versions, staleness, rates, leases and sizes."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -87,7 +86,7 @@ class Overview:
     """What `ReplayBuffer.overview` found.
 
     Attributes:
-        at: when it was asked; seconds since 1970.
+        at: when it was asked, by the database's clock; seconds since 1970.
         tasks: each task by its name.
         last_step: the last step at which anything was consumed; 0 before the first.
         committed_step: the last committed one; None before the first commit.
@@ -98,7 +97,7 @@ class Overview:
         rate_seconds: the seconds up to `at` that rates are counted over.
         last_change: when a group changed its status last, in seconds since 1970; None in an empty buffer.
         schema_version: of the database.
-        database_bytes: its size.
+        database_bytes: its size; on PostgreSQL that of the buffer's tables.
         free_bytes: of these, what is used again before the file grows; None where the database does not tell.
         payload_groups: committed groups whose tokens are there: those that `prune` may take them from.
         payload_bytes: the bytes of these tokens.
@@ -132,7 +131,7 @@ class Overview:
 
 def overview(conn: Connection, window: float) -> Overview:
     """Ask everything, with rates over the last `window` seconds at most."""
-    now = time.time()
+    now = queries.clock(conn)
     waiting = _waiting(conn)
     version = _version(conn, waiting)
     seconds, last_change, rates = _rates(conn, now, window)
@@ -219,7 +218,12 @@ def _rates(conn: Connection, now: float, window: float) -> tuple[float, float | 
 
 def _producer(row: Any, now: float, running: Mapping[str | None, int]) -> ProducerOverview:
     return ProducerOverview(
-        row.owner, row.host, _whole(row.pid), _real(row.started_at), _real(row.expires_at) - now, running.get(row.owner, 0)
+        owner=row.owner,
+        host=row.host,
+        pid=_whole(row.pid),
+        started_at=_real(row.started_at),
+        expires_in=_real(row.expires_at) - now,
+        running=running.get(row.owner, 0),
     )
 
 

@@ -20,7 +20,7 @@ from buffer.queries.consumption import (
     timeline,
     unconsume,
 )
-from buffer.queries.dialects import last_number, listen, notify, reserve, reserve_beyond
+from buffer.queries.dialects import clock, last_number, listen, notify, reserve, reserve_beyond
 from buffer.queries.groups import (
     Overtaken,
     add_prefixes,
@@ -101,6 +101,7 @@ __all__ = [
     "begin_timeline",
     "changes_since",
     "claimable",
+    "clock",
     "committed_payloads",
     "consume",
     "consumed_after",

@@ -113,9 +113,12 @@ _SIZE_SQLITE = text(
     "SELECT page_count * page_size AS bytes, freelist_count * page_size AS free"
     " FROM pragma_page_count, pragma_page_size, pragma_freelist_count"
 )
-_SIZE_POSTGRESQL = text("SELECT pg_database_size(current_database()) AS bytes, NULL AS free")
+_SIZE_POSTGRESQL = text(
+    "SELECT sum(pg_total_relation_size(oid))::bigint AS bytes, NULL AS free FROM pg_class"
+    " WHERE relkind = 'r' AND relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = 'groups'::regclass)"
+)
 
 
 def database_size(conn: Connection) -> Row[Any]:
-    """The database's `bytes`, and those of them that are `free` to be used again (None where that is not known)."""
+    """The `bytes` of the file, or of the tables; and those that are `free` to be used again, None where that is not known."""
     return conn.execute(_SIZE_SQLITE if conn.dialect.name == "sqlite" else _SIZE_POSTGRESQL).one()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from buffer import PruneReport, ReplayBuffer
+from buffer import Overview, PruneReport, ReplayBuffer
 from buffer.errors import ReplayBufferError, SchemaVersionError
 from producer.cli.asking import AsJson, Url, console, full_url, look, name_of, print_json, refuse, work
 from producer.cli.commands import Statuses, Task, app, require_task
@@ -69,8 +69,10 @@ def prune(
     """Give up the tokens of committed groups beyond any bound. The file keeps its size, and its space is used again."""
     if not rows and keep_steps is keep_last is max_bytes is None:
         raise typer.BadParameter("nothing to give up: say --keep-steps, --keep-last, --max-bytes or --rows")
+    # Looked at first also where nobody is asked: a database without a buffer is not to become one.
+    now = look(url, lambda buffer: buffer.overview())
     if not yes:
-        _ask_first(url)
+        _ask_first(name_of(url), now)
     report = work(url, lambda buffer: buffer.prune(keep_steps=keep_steps, keep_last=keep_last, max_bytes=max_bytes, rows=rows))
     _say(
         asdict(report),
@@ -109,12 +111,11 @@ def fork(
     _say(asdict(made), line, as_json)
 
 
-def _ask_first(url: str) -> None:
+def _ask_first(name: str, now: Overview) -> None:
     from producer.cli.safe import escaped
 
-    now = look(url, lambda buffer: buffer.overview())
     there = f"{shown_groups(now.payload_groups, 'committed ')} with {shown_bytes(now.payload_bytes)} of tokens"
-    question = f"{escaped(name_of(url))} has {there}. Give up what lies beyond these bounds, for good? [y/N] "
+    question = f"{escaped(name)} has {there}. Give up what lies beyond these bounds, for good? [y/N] "
     print(question, end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         refuse(ReplayBufferError("nothing was given up; say y, or --yes"))

@@ -92,4 +92,4 @@ def _doing(one: Record) -> str:
     groups, left = shown_groups(one["running"]), one["expires_in"]
     if one["alive"] is False:
         return f"has ended, and left {groups} running" if one["running"] else "has ended"
-    return f"runs {groups}, {f'lease for {shown_seconds(left)}' if left > 0 else 'its lease ran out'}"
+    return f"runs {groups}, " + (f"lease for {shown_seconds(left)}" if left > 0 else "its lease ran out")

@@ -1,6 +1,5 @@
 """An open buffer for the buffer's tests. Tests that ask for `backend` run on each database, with `url` giving addresses there."""
 
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -9,15 +8,6 @@ import pytest
 from buffer import ReplayBuffer
 from tests import postgres
 from tests.buffer.groups import url
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[postgres.Server]:
-    """One server for all tests. Not in pytest's folder, which is for this user only: as root, the server is another's."""
-    with tempfile.TemporaryDirectory(prefix="millrace-") as folder:
-        started = postgres.Server(Path(folder) / "data")
-        yield started
-        started.stop()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,6 +11,8 @@ from buffer.errors import CorruptPayloadError
 from buffer.overview import Staleness
 from tests.buffer.groups import a_group, draw, finished, put_all, url
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 S = Status
 
 
@@ -97,6 +99,7 @@ async def test_producers_are_told_with_what_they_run(buffer: ReplayBuffer) -> No
     assert 0 < one.expires_in <= 60
 
 
+@pytest.mark.sqlite
 async def test_running_groups_of_nobody_are_counted(tmp_path: Path) -> None:
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         await draw(buffer, 0, 1)
@@ -113,6 +116,7 @@ def set_times(folder: Path, change: str) -> None:
         connection.execute(f"update transitions set at = {change}")
 
 
+@pytest.mark.sqlite
 async def test_rates_are_of_the_window(tmp_path: Path) -> None:
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         (first, second, *_) = await draw(buffer, *range(6))
@@ -134,6 +138,7 @@ async def test_rates_are_of_the_window(tmp_path: Path) -> None:
         assert found.at - found.last_change == pytest.approx(60, abs=5)
 
 
+@pytest.mark.sqlite
 async def test_rates_of_a_young_or_busy_run_are_over_what_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         await put_all(buffer, [a_group(1 + n) for n in range(40)])
@@ -154,6 +159,7 @@ async def test_a_window_that_is_none_is_refused(buffer: ReplayBuffer, window: fl
         await buffer.overview(window=window)
 
 
+@pytest.mark.sqlite
 async def test_a_number_that_was_edited_away_is_named(tmp_path: Path) -> None:
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         await buffer.put(a_group(1))
