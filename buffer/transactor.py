@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from buffer import queries
+from buffer import processes, queries
 from buffer.backends import Backend
 from buffer.errors import DatabaseError
 from buffer.queries import Deltas, Transaction
@@ -32,7 +32,7 @@ class Producer(NamedTuple):
 
 def new_owner() -> str:
     """Unique, whatever host and process have been before: a lease is never taken for another's."""
-    return f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
+    return f"{socket.gethostname()}/{os.getpid()}/{processes.machine()}-{secrets.token_hex(4)}"
 
 
 class ConnectionGivenUpError(DatabaseError):

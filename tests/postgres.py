@@ -25,12 +25,24 @@ class Server:
         # Processes are killed here, the machine is not: what was written to the system's cache is there afterwards.
         execute(self.address, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
 
-    def restart(self, mode: str = "immediate") -> None:
+    def restart(self) -> None:
         """End every process of the server at once, as a crash does, and start it again."""
-        folder = str(self._server.pgdata)
-        options = f"-h '' -k {folder}"
-        command = [str(self._server.bin_path / "pg_ctl"), "-w", "-D", folder, "-m", mode, "-o", options, "-l", f"{folder}/log", "restart"]
-        user = self._server.system_user
+        self._control("-m", "immediate", "-o", self._options(), "-l", f"{self._server.pgdata}/log", "restart")
+
+    def stop_for_a_while(self) -> None:
+        """End every process of the server at once, until `go_on`."""
+        self._control("-m", "immediate", "stop")
+
+    def go_on(self) -> None:
+        """Start it again."""
+        self._control("-o", self._options(), "-l", f"{self._server.pgdata}/log", "start")
+
+    def _options(self) -> str:
+        return f"-h '' -k {self._server.pgdata}"
+
+    def _control(self, *arguments: str) -> None:
+        folder, user = str(self._server.pgdata), self._server.system_user
+        command = [str(self._server.bin_path / "pg_ctl"), "-w", "-D", folder, *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, user=user, cwd=folder, env=_environment(user), timeout=60)
 
     def stop(self) -> None:

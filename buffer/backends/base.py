@@ -100,7 +100,7 @@ class Backend(ABC):
         """Leave no transaction open after a failure."""
 
     def is_lost(self, conn: Connection) -> bool:
-        """Whether the connection is gone, so that what was sent last may be done or not."""
+        """After a failure: whether the connection is gone, so that what was sent last may be done or not."""
         return False
 
     def is_broken(self, error: DBAPIError) -> bool:

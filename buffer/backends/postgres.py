@@ -26,6 +26,22 @@ except ImportError as error:
 _OPENING = "SELECT pg_advisory_xact_lock(hashtext('millrace ' || current_schema()))"
 """Two processes that open an empty database at once would both make its tables."""
 
+_BUSY = "fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500"
+_MOVING = "fillfactor = 85, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 2000"
+_STORAGE = (
+    # Arrays of numbers hardly shrink, and to try costs more than to write them.
+    "ALTER TABLE payloads ALTER COLUMN arrays SET STORAGE EXTERNAL",
+    "ALTER TABLE prefixes ALTER COLUMN arrays SET STORAGE EXTERNAL",
+    # Small ones whose rows change in every transaction: there is room for the new row beside the old one.
+    *(f"ALTER TABLE {name} SET ({_BUSY})" for name in ("counts", "producers", "tasks")),
+    # Large ones whose rows change a few times each: what is dead is cleaned up before it is much.
+    *(f"ALTER TABLE {name} SET ({_MOVING})" for name in ("groups", "rollouts", "prefixes")),
+)
+"""How PostgreSQL keeps the tables; no part of the schema's version."""
+
+_HANGING = "-c idle_in_transaction_session_timeout=30s"
+"""A process that was stopped in the midst of a transaction holds locks that others wait for."""
+
 _REDO = ("40001", "40P01", "55P03")
 """A serialization failure, a deadlock, a lock not available: what was rolled back may be done again."""
 
@@ -44,9 +60,12 @@ class PostgreSQL(Backend):
         # A host that vanished is noticed within a minute, not within the hours that are the systems' default.
         arguments: dict[str, Any] = {"connect_timeout": 10, "keepalives_idle": 20, "keepalives_interval": 10, "keepalives_count": 3}
         arguments |= {"tcp_user_timeout": 50_000, "application_name": f"millrace {'reader' if read_only else 'writer'}"}
+        arguments = {name: value for name, value in arguments.items() if name not in self._url.query}
+        if not read_only:
+            arguments["options"] = " ".join((*self._url.normalized_query.get("options", ()), _HANGING))
         engine = create_engine(
             self._url,
-            connect_args={name: value for name, value in arguments.items() if name not in self._url.query},
+            connect_args=arguments,
             poolclass=QueuePool,
             pool_size=pool_size,
             max_overflow=0,
@@ -71,6 +90,11 @@ class PostgreSQL(Backend):
                 _require_schema(conn)
                 self.create(conn)
 
+    def create(self, conn: Connection) -> None:
+        super().create(conn)
+        for statement in _STORAGE:
+            conn.execute(text(statement))
+
     def begin(self, conn: Connection, owner: str, lease: float) -> tuple[int, float] | None:
         return queries.renew(conn, owner, lease)
 
@@ -84,7 +108,13 @@ class PostgreSQL(Backend):
         _driver(conn).rollback()
 
     def is_lost(self, conn: Connection) -> bool:
-        return conn.closed or conn.invalidated or _driver(conn).closed
+        if conn.closed or conn.invalidated:
+            return True
+        # Where the server went in the midst of a pipeline the driver does not call it closed, but it is good for nothing.
+        with suppress(psycopg.Error):
+            _driver(conn).rollback()
+            return _driver(conn).closed
+        return True
 
     def is_broken(self, error: DBAPIError) -> bool:
         # libpq gives no state where there was no server to give one.

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol
 
 from buffer import queries as q
+from buffer.processes import is_dead
 from buffer.queries import Transaction
 from buffer.status import Status
 
@@ -50,6 +51,7 @@ def closing(tx: Transaction) -> None:
 
 def release_dead(tx: Transaction, max_crashes: int | None) -> int:
     """Interrupt the running groups of producers that are not alive; fail those that took too many with them."""
+    q.end_leases(tx, [row.owner for row in q.other_producers(tx) if is_dead(row.owner, row.pid)])
     rows = q.running_without_owner(tx)
     poison = [row for row in rows if max_crashes is not None and row.crashes + 1 >= max_crashes]
     others = [row for row in rows if row not in poison]

@@ -32,6 +32,18 @@ def forget_producers(tx: Transaction, *, alone: bool) -> None:
     tx.conn.execute(delete(t.producers).where(gone))
 
 
+def other_producers(tx: Transaction) -> list[Row[Any]]:
+    """Owners, and their process ids, whose leases have not run out yet."""
+    columns = select(t.producers.c.owner, t.producers.c.pid)
+    return list(tx.conn.execute(columns.where(t.producers.c.owner != tx.owner, t.producers.c.expires_at >= tx.now)))
+
+
+def end_leases(tx: Transaction, owners: Sequence[str]) -> None:
+    """Let the leases of producers run out now."""
+    if owners:
+        tx.conn.execute(update(t.producers).where(t.producers.c.owner.in_(owners)).values(expires_at=0.0))
+
+
 def forget_producer(tx: Transaction) -> None:
     """This process ends: what it ran is nobody's any more."""
     tx.conn.execute(delete(t.producers).where(t.producers.c.owner == tx.owner))
