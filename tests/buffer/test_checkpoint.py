@@ -11,6 +11,8 @@ from buffer import ReplayBuffer, RolloutGroup, Status
 from buffer.errors import LeaseLostError, UnknownGroupError
 from tests.buffer.groups import a_group, draw, fill, finished, plain, url
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 S = Status
 
 

@@ -6,6 +6,8 @@ from buffer import ReplayBuffer, Status
 from buffer.errors import UnknownGroupError
 from tests.buffer.groups import a_group, draw, finished
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 S = Status
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from buffer import Fifo, FreshestFirst, ReplayBuffer, StalestFirst, Status, TakePolicy
 from buffer.errors import CursorConflictError, IllegalTransitionError, ResumeRequiredError, StepError
@@ -287,7 +287,14 @@ class BufferModel(RuleBasedStateMachine):
         assert self.run(self.buffer.last_step()) == last
 
 
-BufferModel.TestCase.settings = settings(
-    max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
-TestBuffer = BufferModel.TestCase
+@pytest.mark.parametrize(("backend", "examples"), [("sqlite", 25), ("postgresql", 4)], indirect=["backend"])
+def test_the_buffer_is_as_the_model(backend: str, examples: int) -> None:
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        BufferModel,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+        ),
+    )

@@ -10,6 +10,8 @@ from buffer import PruneReport, ReplayBuffer, Status
 from buffer.operations import pruning
 from tests.buffer.groups import a_group, ids, plain, put_all, url
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 S = Status
 
 

@@ -7,6 +7,8 @@ import pytest
 from buffer import ReplayBuffer, RolloutGroup, Status
 from tests.buffer.groups import a_group, draw, finished, ids, put_all, url
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 S = Status
 
 
