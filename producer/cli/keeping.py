@@ -1,6 +1,7 @@
 """The commands of `millrace` that write: to the database, or to a file or database beside it."""
 
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ import typer
 
 from buffer import Overview, PruneReport, ReplayBuffer
 from buffer.errors import ReplayBufferError, SchemaVersionError
+from buffer.export import read_groups
 from producer.cli.asking import AsJson, Url, console, full_url, look, name_of, print_json, refuse, work
 from producer.cli.commands import Statuses, Task, app, require_task
 from producer.cli.units import parse_bytes, shown_bytes, shown_groups
@@ -44,10 +46,20 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Add the groups of a file that `export` wrote. A database that is not there is made."""
-    if not path.exists():
-        refuse(FileNotFoundError(f"there is no file {path}; give one that `millrace export` wrote"))
+    _refuse_what_is_none(path)
     n = work(url, lambda buffer: buffer.import_file(path), may_create=True)
     _say({"path": str(path), "groups": n}, f"{shown_groups(n)} added", as_json)
+
+
+def _refuse_what_is_none(path: Path) -> None:
+    """Before a database is made: the file has to be there, and to begin as one that `export` wrote."""
+    if not path.exists():
+        refuse(FileNotFoundError(f"there is no file {path}; give one that `millrace export` wrote"))
+    try:
+        with closing(read_groups(path)) as groups:
+            next(groups, None)
+    except (ReplayBufferError, ValueError, OSError, ImportError) as error:
+        refuse(error)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -74,6 +75,14 @@ def test_what_cannot_be_done_leaves_everything_as_it_was(
     assert {path.name for path in copy.parent.iterdir()} <= {"copy.db", "copy.db-wal", "copy.db-shm", "copy.db.lock", "notes.jsonl"}
 
 
+@pytest.mark.parametrize("name", ["absent.jsonl", "notes.jsonl", "notes.parquet", "notes.csv"])
+def test_no_database_is_made_for_a_file_that_is_none(tmp_path: Path, name: str) -> None:
+    for other in ("notes.jsonl", "notes.parquet", "notes.csv"):
+        (tmp_path / other).write_text("no groups\n")
+    assert in_process("import", tmp_path / "new.db", tmp_path / name).returncode == 1
+    assert not (tmp_path / "new.db").exists()
+
+
 # --- prune
 
 
@@ -101,6 +110,17 @@ def test_prune_asks_nobody_who_is_not_there(copy: Path) -> None:
     words = [*MILLRACE, "prune", str(copy), "--keep-steps", "0"]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False, env=environment())
     assert (done.returncode, done.stdout, len(with_tokens(copy, Status.ARCHIVED))) == (1, b"", 4)
+
+
+def test_ctrl_c_at_the_question_gives_nothing_up(copy: Path) -> None:
+    words = [*MILLRACE, "prune", str(copy), "--keep-steps", "0"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+        assert process.stderr is not None
+        assert process.stderr.read(1)  # it asks
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate()
+    assert (process.returncode, out, b"Traceback" in error) == (130, b"", False)
+    assert len(with_tokens(copy, Status.ARCHIVED)) == 4
 
 
 # --- fork
