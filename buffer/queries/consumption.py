@@ -2,9 +2,24 @@
 
 import time
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, assert_never
 
-from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, func, insert, literal, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal,
+    literal_column,
+    select,
+    tuple_,
+    update,
+)
 
 from buffer import schema as t
 from buffer.errors import CorruptPayloadError
@@ -23,10 +38,15 @@ _g = t.groups.c
 
 def first_completed(conn: Connection, task_name: str, limit: int, policy: TakePolicy) -> list[Row[Any]]:
     """The completed groups to hand out next: the rewound first, as they were consumed, then by policy."""
+    return list(conn.execute(_ready(policy), {"task": task_name, "limit": limit}).all())
+
+
+@cache
+def _ready(policy: TakePolicy) -> Select[Any]:
     # Literally, not as a parameter: only then does the planner see that the partial indexes hold what it needs.
-    completed = literal(Status.COMPLETED.value, literal_execute=True)
-    ready = ROWS.where(_g.task_name == task_name, _g.status == completed).order_by(_g.consumed_seq, *_order(policy))
-    return list(conn.execute(ready.limit(limit).with_for_update(skip_locked=True)))
+    completed: ColumnElement[str] = literal_column(f"'{Status.COMPLETED.value}'")
+    ready = ROWS.where(_g.task_name == bindparam("task"), _g.status == completed).order_by(_g.consumed_seq, *_order(policy))
+    return ready.limit(bindparam("limit")).with_for_update(skip_locked=True)
 
 
 def _order(policy: TakePolicy) -> list[ColumnElement[Any]]:

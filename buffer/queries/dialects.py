@@ -1,15 +1,17 @@
 """Statements for many rows, and where the two databases speak differently: INSERT that changes what is there, and numbers
 that never repeat."""
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Boolean, Connection, CursorResult, Table, bindparam, case, func, select, text
+from sqlalchemy import Boolean, ColumnElement, Connection, CursorResult, Integer, Table, bindparam, case, func, select, text
 from sqlalchemy import Sequence as DatabaseSequence
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import NullType
 
 from buffer import schema as t
 
@@ -69,6 +71,38 @@ def _built(statement: Any, keys: Sequence[str], change: Change | None, returning
         return statement.on_conflict_do_nothing(index_elements=keys)
     statement = statement.on_conflict_do_update(index_elements=keys, set_=change(statement.excluded))
     return statement if returning is None else statement.returning(returning)
+
+
+class _each(FunctionElement[int]):
+    """The ids of one parameter, as a query."""
+
+    inherit_cache = True
+    type = Integer()
+
+
+@compiles(_each, "sqlite")
+def _each_on_sqlite(element: Any, compiler: Any, **options: Any) -> str:
+    (ids,) = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"(SELECT value FROM json_each({ids}))"
+
+
+@compiles(_each, "postgresql")
+def _each_on_postgresql(element: Any, compiler: Any, **options: Any) -> str:
+    (ids,) = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"(SELECT unnest(CAST({ids} AS BIGINT[])))"
+
+
+def is_among(column: ColumnElement[int], name: str) -> ColumnElement[bool]:
+    """Whether a column is among the ids that the parameter `name` has from `ids_of`.
+
+    SQLAlchemy's own IN has a parameter an id, and is written anew for each list.
+    """
+    return column.op("IN", is_comparison=True)(_each(bindparam(name, type_=NullType())))
+
+
+def ids_of(conn: Connection, ids: Sequence[int]) -> str | list[int]:
+    """A parameter for `is_among`."""
+    return json.dumps(ids) if conn.dialect.name == "sqlite" else list(ids)
 
 
 _RESERVE = Upsert(t.sequences, ["name"], lambda new: {"last": t.sequences.c.last + new.last}, returning=t.sequences.c.last)

@@ -9,7 +9,7 @@ from sqlalchemy.exc import IntegrityError
 from buffer import schema as t
 from buffer.codec import EncodedGroup, EncodedPrefix
 from buffer.errors import DuplicateGroupError, IllegalTransitionError, UnknownGroupError
-from buffer.queries.dialects import Many, Upsert, reserve
+from buffer.queries.dialects import Many, Upsert, ids_of, is_among, reserve
 from buffer.queries.transaction import Transaction
 from buffer.status import Status, check_transition
 
@@ -206,7 +206,7 @@ ROWS = select(_g.group_id, _g.task_name, _g.status, _g.members, _g.consumed_seq,
 """What a move needs to know of a group."""
 
 _KNOWN = ROWS.add_columns(select(func.coalesce(func.max(t.timelines.c.timeline) + 1, 0)).scalar_subquery().label("timeline")).where(
-    _g.group_id.in_(bindparam("ids", expanding=True))
+    is_among(_g.group_id, "ids")
 )
 
 
@@ -214,7 +214,7 @@ def known(conn: Connection, group_ids: Sequence[int]) -> dict[int, Row[Any]]:
     """What `ROWS` selects, and the number of the run's timeline, of those of the groups that exist."""
     found: dict[int, Row[Any]] = {}
     for chunk in chunks(group_ids):
-        found |= {row.group_id: row for row in conn.execute(_KNOWN, {"ids": chunk})}
+        found |= {row.group_id: row for row in conn.execute(_KNOWN, {"ids": ids_of(conn, chunk)})}
     return found
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, Row, bindparam, func, select
 from buffer import schema as t
 from buffer.codec import decode_group
 from buffer.queries.consumption import timeline as current_timeline
-from buffer.queries.dialects import contains_text
+from buffer.queries.dialects import contains_text, ids_of, is_among
 from buffer.queries.groups import all_of, chunks, known
 from buffer.rollout import RolloutGroup
 from buffer.status import Status
@@ -24,36 +24,52 @@ def load_groups(conn: Connection, group_ids: Sequence[int]) -> list[RolloutGroup
     return [loaded[group_id] for group_id in all_of(group_ids, loaded)]
 
 
+_r = t.rollouts.c
+_OF_MEMBERS = ("group_id", "member", "status", "attempts", "interruptions", "error", "finish_reason", "score", "reward")
+_MEMBERS = select(*(_r[name] for name in _OF_MEMBERS)).where(is_among(_r.group_id, "ids")).order_by(_r.group_id, _r.member)
+_OF_GROUPS = ("group_id", "task_name", "status", "epoch", "position", "consumed_step", "filter_reason")
+_GROUPS = (
+    select(*(t.groups.c[name] for name in _OF_GROUPS), t.prompts.c.data, t.payloads.c.extras, t.payloads.c.arrays)
+    .select_from(t.groups.join(t.prompts).outerjoin(t.payloads, t.payloads.c.group_id == t.groups.c.group_id))
+    .where(is_among(t.groups.c.group_id, "ids"))
+)
 _PREFIXES = (
     select(t.prefixes.c.group_id, t.prefixes.c.extras, t.prefixes.c.arrays)
-    .where(t.prefixes.c.group_id.in_(bindparam("ids", expanding=True)))
+    .where(is_among(t.prefixes.c.group_id, "ids"))
     .order_by(t.prefixes.c.group_id, t.prefixes.c.number)
 )
+_WHOLE = {Status.COMPLETED.value, Status.CONSUMED.value, Status.ARCHIVED.value, Status.FILTERED.value, Status.EXPIRED.value}
+"""Statuses in which the payload holds all there is: it took the place of the prefixes."""
 
 
 def _load_chunk(conn: Connection, group_ids: Sequence[int]) -> dict[int, RolloutGroup]:
+    ids = {"ids": ids_of(conn, group_ids)}
+    # Fetched at once and made into plain dicts: there are hundreds of them, and to look a name up in a row of SQLAlchemy is slow.
     members: dict[int, list[Mapping[str, Any]]] = {}
-    order = (t.rollouts.c.group_id, t.rollouts.c.member)
-    for row in conn.execute(select(t.rollouts).where(t.rollouts.c.group_id.in_(group_ids)).order_by(*order)).mappings():
-        members.setdefault(row["group_id"], []).append(dict(row))
-    prefixes: dict[int, list[tuple[str, bytes]]] = {}
-    for group_id, extras, arrays in conn.execute(_PREFIXES, {"ids": group_ids}):
-        prefixes.setdefault(group_id, []).append((extras, arrays))
+    for row in conn.execute(_MEMBERS, ids).all():
+        members.setdefault(row[0], []).append(dict(zip(_OF_MEMBERS, row, strict=True)))
+    rows = conn.execute(_GROUPS, ids).all()
+    prefixes = _prefixes(conn, [row.group_id for row in rows if row.status not in _WHOLE])
     timeline = current_timeline(conn)
-    joined = t.groups.join(t.prompts).outerjoin(t.payloads, t.payloads.c.group_id == t.groups.c.group_id)
-    statement = select(t.groups, t.prompts.c.data, t.payloads.c.extras, t.payloads.c.arrays).select_from(joined)
-    rows = conn.execute(statement.where(t.groups.c.group_id.in_(group_ids))).mappings()
     return {
-        row["group_id"]: decode_group(
-            dict(row),
-            members.get(row["group_id"], []),
-            row["data"],
-            None if row["arrays"] is None else (row["extras"], row["arrays"]),
-            prefixes.get(row["group_id"], ()),
+        row.group_id: decode_group(
+            dict(zip(_OF_GROUPS, row, strict=False)),
+            members.get(row.group_id, []),
+            row.data,
+            None if row.arrays is None else (row.extras, row.arrays),
+            prefixes.get(row.group_id, ()),
             timeline,
         )
         for row in rows
     }
+
+
+def _prefixes(conn: Connection, group_ids: Sequence[int]) -> dict[int, list[tuple[str, bytes]]]:
+    found: dict[int, list[tuple[str, bytes]]] = {}
+    if group_ids:
+        for group_id, extras, arrays in conn.execute(_PREFIXES, {"ids": ids_of(conn, group_ids)}).all():
+            found.setdefault(group_id, []).append((extras, arrays))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
