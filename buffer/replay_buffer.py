@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -129,6 +130,7 @@ class ReplayBuffer:
         self._needs_resume = False
         self._released = 0
         self._progress = Progress()
+        self._counts: Counter[tuple[str, Status]] | None = None
 
     @classmethod
     def open(
@@ -167,7 +169,7 @@ class ReplayBuffer:
     async def __aenter__(self) -> Self:
         if self._loop is not None:
             raise ReplayBufferError("this buffer is open already; open another ReplayBuffer for another use")
-        self._loop, self._closing = asyncio.get_running_loop(), False
+        self._loop, self._closing, self._counts = asyncio.get_running_loop(), False, None
         try:
             if not self._read_only:
                 await self._open_writer(self._loop)
@@ -192,9 +194,14 @@ class ReplayBuffer:
         await self._writer.start()
         opening = Opening(alone=self._backend.alone, max_crashes=self._max_crashes)
         self._needs_resume, self._released = await self._write(operations.opened, opening)
+        if self._backend.alone:
+            # Nobody else changes them: what is stored and what this process commits is all there is to know.
+            self._counts = Counter(await self._write(operations.counted, None))
 
     def _committed(self, deltas: Mapping[tuple[str, Status], int]) -> None:
         """On the loop, after a transaction of ours and before its answers: by how much each count changed."""
+        if self._counts is not None:
+            self._counts.update(deltas)
         self._waiters.committed(deltas)
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -457,12 +464,19 @@ class ReplayBuffer:
     async def count(self, task_name: str, status: Status | str) -> int:
         """Groups of the task with this status; costs the same whatever the size of the buffer."""
         args.require_task(task_name)
-        return await self._read(queries.count, task_name, parse_status(status))
+        parsed = parse_status(status)
+        if self._counts is None:
+            return await self._read(queries.count, task_name, parsed)
+        self._check_open()
+        return self._counts[task_name, parsed]
 
     async def counts(self, task_name: str) -> dict[Status, int]:
         """Groups of the task by status, every status present."""
         args.require_task(task_name)
-        return await self._read(queries.counts, task_name)
+        if self._counts is None:
+            return await self._read(queries.counts, task_name)
+        self._check_open()
+        return {status: self._counts[task_name, status] for status in Status}
 
     async def task_names(self) -> list[str]:
         """The tasks of this run."""

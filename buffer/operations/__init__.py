@@ -12,7 +12,7 @@ from buffer.operations.drawing import Draw, DrawnRow, cursor, draw
 from buffer.operations.expiring import Expire, Expired, expire
 from buffer.operations.pruning import Prune, PrunedSlice, prune
 from buffer.operations.rewinding import Commit, ResumeReport, Rewind, Rewound, commit, resume
-from buffer.operations.running import Claim, Opened, Opening, claim, closing, opened, release, release_claimed, release_dead, start
+from buffer.operations.running import Claim, Opened, Opening, claim, closing, counted, opened, release, release_claimed, release_dead, start
 from buffer.operations.storing import Checkpoint, checkpoint, put
 from buffer.operations.transfer import Restore, restore
 from buffer.queries import Transaction
@@ -43,6 +43,7 @@ __all__ = [
     "claim",
     "closing",
     "commit",
+    "counted",
     "committed_step",
     "cursor",
     "draw",

@@ -64,6 +64,11 @@ def release_dead(tx: Transaction, max_crashes: int | None) -> int:
     return len(rows)
 
 
+def counted(tx: Transaction, requests: Sequence[None]) -> list[dict[tuple[str, Status], int]]:
+    """The stored counts by task and status."""
+    return [q.stored_counts(tx.conn)] * len(requests)
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """A wish for up to `limit` waiting groups of a task, from the first of `statuses` that has any, and so on."""
