@@ -1,12 +1,14 @@
 """Shows that an audit finds what is wrong in a damaged database, and says with which groups."""
 
-import sqlite3
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from buffer import ReplayBuffer, Status
-from tests.buffer.groups import a_group, draw, put_all
+from tests.buffer.groups import a_group, draw, edit, put_all, url
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 DAMAGE = {
     "UPDATE counts SET n = n + 1 WHERE status = 'completed'": [
@@ -25,7 +27,7 @@ DAMAGE = {
     "DELETE FROM payloads WHERE group_id = 3": [
         "1 groups with tokens and without a payload (groups 3)",
     ],
-    "INSERT INTO payloads VALUES (77, '[]', x'')": [
+    "INSERT INTO payloads SELECT 77, extras, arrays FROM payloads WHERE group_id = 1": [
         "1 rows of payloads without a group (groups 77)",
     ],
     "UPDATE rollouts SET tokens = 99 WHERE group_id = 1": [
@@ -40,61 +42,60 @@ DAMAGE = {
     "UPDATE groups SET pruned_at = 1.0 WHERE group_id = 4": [
         "1 groups with a payload that was given up (groups 4)",
     ],
-    "INSERT INTO prefixes VALUES (2, 1, '[]', x'')": [
+    "INSERT INTO prefixes SELECT group_id, 1, extras, arrays FROM payloads WHERE group_id = 2": [
         "1 groups with prefixes that neither run nor wait (groups 2)",
     ],
-    "INSERT INTO transitions VALUES (NULL, 99, 0.0, NULL, 'failed', 'me', NULL, NULL, NULL)": [
+    "INSERT INTO transitions (group_id, at, target, owner) VALUES (99, 0.0, 'failed', 'me')": [
         "1 rows of transitions without a group (groups 99)",
     ],
 }
 
 
-async def _run(folder: Path) -> str:
-    """Groups 1 to 4 completed (1 consumed), 5 pending, 6 running."""
-    url = f"sqlite:///{folder / 'run.db'}"
-    async with ReplayBuffer.open(url) as buffer:
+@pytest.fixture
+async def run(backend: str, tmp_path: Path) -> AsyncIterator[None]:
+    """Groups 1 to 4 completed (1 consumed), 5 pending, 6 running, in a buffer that is open."""
+    async with ReplayBuffer.open(url(tmp_path)) as buffer:
         await put_all(buffer, [a_group(n) for n in range(1, 5)])
         await buffer.take("math", 1, step=1)
         drawn = await draw(buffer, 0, 1)
         await buffer.start(drawn[1:])
         assert (await buffer.audit(payloads=True)).ok
-    return url
+        yield
 
 
+@pytest.mark.usefixtures("run")
 @pytest.mark.parametrize(("damage", "problems"), DAMAGE.items(), ids=list(DAMAGE))
 async def test_it_finds_what_is_wrong_and_where(tmp_path: Path, damage: str, problems: list[str]) -> None:
-    url = await _run(tmp_path)
-    with sqlite3.connect(tmp_path / "run.db") as connection:
-        assert connection.execute(damage).rowcount >= 1
-    async with ReplayBuffer.open(url, read_only=True) as buffer:
+    assert edit(tmp_path, damage) >= 1
+    async with ReplayBuffer.open(url(tmp_path), read_only=True) as buffer:
         report = await buffer.audit()
     assert not report.ok
     assert set(problems) <= set(report.problems), report.problems
 
 
+@pytest.mark.usefixtures("run")
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
         ("UPDATE groups SET max_version = 7 WHERE group_id = 2", "group 2: max_version is 7, its payload says 0"),
-        ("UPDATE payloads SET arrays = x'00' WHERE group_id = 3", "group 3: a payload has 1 bytes, its lengths say otherwise"),
+        (
+            "UPDATE payloads SET arrays = substr(arrays, 1, 1) WHERE group_id = 3",
+            "group 3: a payload has 1 bytes, its lengths say otherwise",
+        ),
         ("UPDATE payloads SET extras = 'nonsense' WHERE group_id = 4", "group 4 does not decode"),
     ],
 )
 async def test_with_payloads_it_reads_every_one(tmp_path: Path, damage: str, problem: str) -> None:
-    url = await _run(tmp_path)
-    with sqlite3.connect(tmp_path / "run.db") as connection:
-        assert connection.execute(damage).rowcount == 1
-    async with ReplayBuffer.open(url, read_only=True) as buffer:
+    assert edit(tmp_path, damage) == 1
+    async with ReplayBuffer.open(url(tmp_path), read_only=True) as buffer:
         assert (await buffer.audit()).ok, "the payloads are not read"
         report = await buffer.audit(payloads=True)
     assert [p for p in report.problems if p.startswith(problem)] == list(report.problems) != []
 
 
 async def test_only_the_first_of_many_groups_are_named(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'run.db'}"
-    async with ReplayBuffer.open(url) as buffer:
+    async with ReplayBuffer.open(url(tmp_path)) as buffer:
         await put_all(buffer, [a_group(n, Status.INTERRUPTED) for n in range(1, 10)])
-    with sqlite3.connect(tmp_path / "run.db") as connection:
-        connection.execute("DELETE FROM payloads")
-    async with ReplayBuffer.open(url, read_only=True) as buffer:
+    edit(tmp_path, "DELETE FROM payloads")
+    async with ReplayBuffer.open(url(tmp_path), read_only=True) as buffer:
         assert (await buffer.audit()).problems == ["9 groups with tokens and without a payload (groups 1, 2, 3, 4, 5, ...)"]

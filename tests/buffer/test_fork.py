@@ -15,13 +15,15 @@ from buffer import ReplayBuffer, RolloutGroup, Status, forking
 from buffer.errors import BufferClosedError, DatabaseError, StepError
 from tests.buffer.groups import a_group, draw, finished, ids, plain, turns, url
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 ROOT = Path(__file__).parents[2]
 STEPS = 5
 COMMITTED = 3
 
 
 @pytest.fixture
-async def run(tmp_path: Path) -> AsyncIterator[ReplayBuffer]:
+async def run(backend: str, tmp_path: Path) -> AsyncIterator[ReplayBuffer]:
     """Five steps of three groups, the first three committed; groups that wait, that run, and one that was filtered."""
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         await draw(buffer, *range(30))

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from buffer import ReplayBuffer, operations, queries
 from buffer.codec import snapshot
 from tests.buffer.groups import a_group, draw, put_all, url
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 async def test_counting_answers_while_a_long_write_is_under_way(tmp_path: Path) -> None:  # case 15

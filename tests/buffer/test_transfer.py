@@ -16,6 +16,8 @@ from buffer.errors import DuplicateGroupError, FileFormatError, IllegalTransitio
 from buffer.export import read_groups, write_groups
 from tests.buffer.groups import a_group, draw, finished, ids, plain, put_all, rows, turns, url
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 ROOT = Path(__file__).parents[2]
 
 
