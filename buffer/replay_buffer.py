@@ -198,6 +198,11 @@ class ReplayBuffer:
             # Nobody else changes them: what is stored and what this process commits is all there is to know.
             self._counts = Counter(await self._write(operations.counted, None))
 
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may write to this database at the same time, as on PostgreSQL."""
+        return not self._backend.alone
+
     def _committed(self, deltas: Mapping[tuple[str, Status], int]) -> None:
         """On the loop, after a transaction of ours and before its answers: by how much each count changed."""
         if self._counts is not None:

@@ -13,6 +13,7 @@ from agent_loop.sampling import whole
 from agent_loop.single_turn import Tokenizer
 from buffer import DrawnRow, Position, ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.codec import encode_group, encode_prompt
+from buffer.errors import CursorConflictError
 from buffer.rollout import prompt_fields
 from producer.dataset import Cursor, SourceRow, row_source
 from producer.errors import DatasetError
@@ -114,7 +115,12 @@ class PromptSampler:
         bad = 0
         while True:
             rows = await self._read(task_name, n, buffer)
-            groups = await self._record(task_name, rows, buffer)
+            try:
+                groups = await self._record(task_name, rows, buffer)
+            except CursorConflictError:
+                if buffer is None or not buffer.shared:
+                    raise
+                continue  # Another process drew these prompts meanwhile: the dataset is opened again where that left it.
             if groups:
                 return groups
             last = rows[-1].source

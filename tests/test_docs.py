@@ -47,6 +47,7 @@ from buffer.schema import metadata
 from buffer.status import TRANSITIONS
 from producer import ProducedBatch, ReplayPromptSampler, SyncProduceStrategy
 from producer.experience import make_experience
+from tests import postgres
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -170,8 +171,13 @@ async def names(
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PATH", os.pathsep.join([str(scripts), str(Path(sys.executable).parent), os.environ["PATH"]]))
-    reader = READERS.get(request.node.callspec.params["page"])
-    yield {"__name__": "docs"} | ({} if reader is None else await reader(tmp_path, monkeypatch))
+    page = request.node.callspec.params["page"]
+    reader = READERS.get(page)
+    own: dict[str, Any] = {"__name__": "docs"}
+    if "postgresql" in page:
+        server: postgres.Server = request.getfixturevalue("server")
+        own["url"] = postgres.schema_url(server.address, tmp_path, "run.db")
+    yield own | ({} if reader is None else await reader(tmp_path, monkeypatch))
 
 
 # --- running blocks
