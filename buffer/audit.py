@@ -79,6 +79,8 @@ def _payload_problems(conn: Connection, group_id: int) -> Iterator[str]:
         # SQLite lets whoever edits a file put anything into a column.
         yield f"group {group_id}: what is stored of it is no group ({error})"
         return
-    for name in ("tokens", "min_version", "max_version", "oldest_version"):
+    # Of groups that are final a rewind leaves the staleness as it was.
+    staleness = ("oldest_version", "freshest_version") if group.status in queries.STALENESS_KEPT else ()
+    for name in ("tokens", "min_version", "max_version", *staleness):
         if said.pruned_at is None and not said.checkpointed and getattr(said, name) != found[name]:
             yield f"group {group_id}: {name} is {getattr(said, name)}, its payload says {found[name]}"
