@@ -6,16 +6,15 @@ import time
 from collections.abc import Iterable
 from typing import SupportsIndex, TypeVar
 
+from buffer.numbers import TOO_LARGE, plain_number, refuse_text
 from buffer.policies import TakePolicy
 from buffer.staleness import Level
-
-_TOO_LARGE = 2**62
-"""Columns hold 64 bits, and one more than a number has to fit too."""
 
 
 def require_task(task_name: str) -> None:
     if not task_name or not isinstance(task_name, str):
         raise ValueError(f"task_name={task_name!r} names no task; give the name of one, as text")
+    refuse_text("task_name", task_name)
 
 
 def check_policy(policy: object) -> None:
@@ -42,7 +41,7 @@ def whole_number(name: str, value: SupportsIndex, *, at_least: int, hint: str = 
         number = at_least - 1
     if number < at_least:
         raise ValueError(f"{name}={value!r} must be a whole number, {at_least} or more" + (f"; {hint}" if hint else ""))
-    if number >= _TOO_LARGE:
+    if number >= TOO_LARGE:
         raise ValueError(f"{name}={value!r} must be less than 2**62")
     return number
 
@@ -81,7 +80,7 @@ def checked_range(name: str, low: N | None, high: N | None) -> tuple[N | None, N
 
 def plain_ids(group_ids: Iterable[SupportsIndex]) -> list[int]:
     """Each id once, as a plain int."""
-    return list(dict.fromkeys(operator.index(group_id) for group_id in group_ids))
+    return list(dict.fromkeys(plain_number("group_id", group_id) for group_id in group_ids))
 
 
 def seconds(name: str, value: float) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from buffer.errors import CorruptPayloadError
+from buffer.numbers import plain_number
 from buffer.payload import NOTHING, Response, Runs, Span, pack, unpack
 from buffer.rollout import Position, RolloutGroup, RolloutState, Turn, drawn_fields
 from buffer.staleness import FIRST_TIMELINE, NO_VERSION, Timeline
@@ -205,11 +206,11 @@ def _hot_member(rollout: RolloutState, span: Span | None) -> dict[str, Any]:
         "group_id": rollout.group_id,
         "member": rollout.index,
         "status": rollout.status.value,
-        "attempts": rollout.attempts,
-        "interruptions": rollout.interruptions,
+        "attempts": plain_number("attempts", rollout.attempts),
+        "interruptions": plain_number("interruptions", rollout.interruptions),
         "tokens": rollout.response_ids.size,
         "min_version": span.oldest if span else None,
-        "finish_reason": rollout.finish_reason,
+        "finish_reason": None if rollout.finish_reason is None else _storable_text(rollout.finish_reason),
         "score": _finite(rollout.score, "score", rollout),
         "reward": _finite(rollout.reward, "reward", rollout),
         "error": None if rollout.error is None else _storable_text(rollout.error),
@@ -219,10 +220,13 @@ def _hot_member(rollout: RolloutState, span: Span | None) -> dict[str, Any]:
 def _finite(value: float | None, name: str, rollout: RolloutState) -> float | None:
     if value is None:
         return None
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
     if not math.isfinite(number):
         # SQL has no NaN: it would come back as "not judged".
-        raise ValueError(f"rollout {rollout.rollout_id}: {name} is {number}; it must be finite, or None with an error that says why")
+        raise ValueError(f"rollout {rollout.rollout_id}: {name} is {value!s:.100}; it must be finite, or None with an error that says why")
     return number
 
 
@@ -373,6 +377,8 @@ def _is_utf8(text: str) -> bool:
 
 def _storable_text(text: str) -> str:
     """With what a column of text cannot hold, half a surrogate pair and the character 0, escaped."""
+    if not isinstance(text, str):
+        raise ValueError(f"a reason or an error is {text!r:.100}; it must be text, or None")
     return (text if _is_utf8(text) else text.encode(errors="backslashreplace").decode()).replace("\0", "\\x00")
 
 

@@ -137,9 +137,7 @@ def _rewind(conn: Connection, step: int) -> tuple[Rewound, int]:
     running = queries.running_without_owner(tx)
     queries.move(tx, running, Status.INTERRUPTED, reason="it ran elsewhere when the run was forked")
     queries.count_interruption(conn, [row.group_id for row in running])
-    for task_name, n in queries.reopen_after(conn, step).items():
-        tx.deltas[task_name, Status.ARCHIVED] -= n
-        tx.deltas[task_name, Status.CONSUMED] += n
+    queries.reopen_after(tx, step)
     (done,) = operations.resume(tx, [Rewind(step)])
     tx.finish()
     return done, len(running)

@@ -16,8 +16,9 @@ from buffer import audit, forking, operations, queries, transfer
 from buffer.audit import AuditReport
 from buffer.backends import backend_of
 from buffer.codec import snapshot, to_json
-from buffer.errors import BufferClosedError, ReplayBufferError, ResumeRequiredError
+from buffer.errors import BufferClosedError, IllegalTransitionError, ReplayBufferError, ResumeRequiredError
 from buffer.forking import ForkReport
+from buffer.numbers import TOO_LARGE
 from buffer.operations import (
     Checkpoint,
     Claim,
@@ -263,21 +264,23 @@ class ReplayBuffer:
 
         Raises:
             LeaseLostError: the group is not this process's any more, or does not run.
+            IllegalTransitionError: none of its members runs: it is to be `put`.
             ValueError: as of `put`.
         """
         if not isinstance(group, RolloutGroup):
             raise TypeError(f"checkpoint() stores a RolloutGroup, not {type(group).__name__}")
         now = snapshot(group)
-        starts = self._progress.starts(now)
-        if not starts:
+        if now.status is not Status.RUNNING:
+            raise IllegalTransitionError(f"group {group.group_id} is {now.status} and cannot be checkpointed; put() stores what came of it")
+        if not (starts := self._progress.starts(now)):
             return
-        # At once: the next one is written after this one, and begins where it ended.
-        self._progress.stored(now)
+        asked = self._progress.asked(now)
         try:
             await self._write(operations.checkpoint, Checkpoint(now, starts))
         except (ReplayBufferError, ValueError):
             self._progress.forget(group.group_id)
             raise
+        self._progress.stored(asked)
 
     async def take(
         self, task_name: str, n: int, *, step: int, version: int | None = None, policy: TakePolicy | None = None
@@ -430,7 +433,8 @@ class ReplayBuffer:
             CursorConflictError: another sampler has moved the cursor.
         """
         args.require_task(task_name)
-        request = Draw(task_name, list(rows), group_size, moves, to_json(cursor, "the dataset cursor"))
+        size, moved = args.whole_number("group_size", group_size, at_least=1), args.whole_number("moves", moves, at_least=0)
+        request = Draw(task_name, list(rows), size, moved, to_json(cursor, "the dataset cursor"))
         ids: list[int] = await self._write(operations.draw, request)
         return ids
 
@@ -582,7 +586,7 @@ class ReplayBuffer:
         its time, and is done in slices, of which each sees its own state of the database.
         """
         report = await self._read(audit.audit)
-        after: int | None = 0 if payloads else None
+        after: int | None = -TOO_LARGE if payloads else None
         problems = list(report.problems)
         while after is not None:
             found, after = await self._read(audit.audit_payloads, after, _AUDIT_SLICE)
@@ -601,7 +605,7 @@ class ReplayBuffer:
             keep_steps: the payloads of so many steps up to the committed one are kept.
             keep_last: those of so many groups are kept, the last consumed.
             max_bytes: the oldest go until those left take no more.
-            rows: also give up the rows of groups without a payload, but for the last step's; `audit` knows how many were.
+            rows: also give up the rows of groups without a payload, but for those of each task's last step; `audit` knows how many were.
         """
         bounds = {"keep_steps": keep_steps, "keep_last": keep_last, "max_bytes": max_bytes}
         given = {name: args.whole_or_none(name, bound) for name, bound in bounds.items()}
@@ -693,7 +697,7 @@ class ReplayBuffer:
         fork calls `resume(step=step)`, as after any restart.
 
         This run may go on: it is read in one transaction, as it was at its beginning. A fork that is broken off leaves a
-        database that cannot be opened and says so.
+        database that cannot be opened and says so, or, at its very beginning, an empty file.
 
         Args:
             url: of the copy; its database must be new or empty.

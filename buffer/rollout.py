@@ -1,13 +1,13 @@
 """What a rollout is: one response to one prompt (`RolloutState`), and the group scheduled together (`RolloutGroup`)."""
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from buffer.numbers import plain_number, refuse_text
 from buffer.staleness import FIRST_TIMELINE, Level, Timeline, fresh_mask, oldest_version, staleness, too_stale
 from buffer.status import GROUP_WIDE, Status, group_status, parse_status
 
@@ -91,10 +91,11 @@ class RolloutState:
 
     def __post_init__(self) -> None:
         self.status = parse_status(self.status)
-        self.group_id = _id("group_id", self.group_id)
-        self.index = _id("index", self.index)
+        self.group_id = plain_number("group_id", self.group_id)
+        self.index = plain_number("index", self.index)
         if not self.task_name:
             raise ValueError("task_name is empty; give every rollout the name of its task")
+        refuse_text("task_name", self.task_name)
         if self.index < 0:
             raise ValueError(f"index {self.index} of a rollout in its group must be 0 or more")
         if self.prompt_ids is not None:
@@ -254,14 +255,6 @@ def _joined(old: NDArray[Any], new: NDArray[Any]) -> NDArray[Any]:
     return joined
 
 
-def _id(name: str, value: SupportsIndex) -> int:
-    """A plain int: drivers do not know numpy's."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name}={value!r} must be a whole number") from None
-
-
 def _check_not_negative(rollout_id: str, **arrays: NDArray[np.int32]) -> None:
     for name, values in arrays.items():
         if values.size and values.min() < 0:
@@ -290,11 +283,14 @@ class RolloutGroup:
     filter_reason: str | None = None
 
     def __post_init__(self) -> None:
-        self.group_id = _id("group_id", self.group_id)
+        self.group_id = plain_number("group_id", self.group_id)
         if not self.rollouts:
             raise ValueError(f"group {self.group_id} has no rollouts; a group holds at least one")
         if self.position is not None:
-            self.position = Position(*self.position)
+            epoch, offset = self.position
+            self.position = Position(plain_number("epoch", epoch), plain_number("offset", offset))
+        if self.consumed_step is not None:
+            self.consumed_step = plain_number("consumed_step", self.consumed_step)
         for index, rollout in enumerate(self.rollouts):
             if (rollout.group_id, rollout.task_name, rollout.index) != (self.group_id, self.task_name, index):
                 raise ValueError(

@@ -5,7 +5,6 @@ Functions that write take the `Transaction` under way, those that only read its 
 
 from buffer.queries.audit import counted_rows, drawn_by_task, faults, stored_counts
 from buffer.queries.consumption import (
-    STALENESS_KEPT,
     anything_sampled,
     begin_timeline,
     consume,
@@ -96,7 +95,6 @@ __all__ = [
     "Filters",
     "Overtaken",
     "RecordedStep",
-    "STALENESS_KEPT",
     "Transaction",
     "add_drawn",
     "add_prefixes",

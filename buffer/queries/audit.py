@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Select, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, func, select
 
 from buffer import schema as t
 from buffer.status import Status
@@ -35,6 +35,9 @@ def stored_counts(conn: Connection) -> dict[tuple[str, Status], int]:
 
 
 _EXAMPLES = 5
+_MAY_HAVE_PREFIXES = [status.value for status in (Status.RUNNING, Status.INTERRUPTED, Status.FAILED)]
+"""A group that failed since its producers died goes on from its checkpoint too, when it is run on request."""
+
 _g = t.groups.c
 
 
@@ -83,6 +86,5 @@ def _contradictions() -> dict[str, ColumnElement[bool]]:
         "groups with tokens and without a payload": (_g.tokens > 0) & _g.pruned_at.is_(None) & ~_rows_of(t.payloads).exists() & ~has_prefix,
         "groups with a payload that was given up": _g.pruned_at.is_not(None) & _rows_of(t.payloads).exists(),
         "groups that run and belong to nobody": (_g.status == Status.RUNNING.value) & _g.owner.is_(None),
-        "groups with prefixes that neither run nor wait": has_prefix
-        & or_(_g.status.not_in([Status.RUNNING.value, Status.INTERRUPTED.value])),
+        "groups with prefixes that neither run nor may run on": has_prefix & _g.status.not_in(_MAY_HAVE_PREFIXES),
     }

@@ -28,7 +28,7 @@ from buffer.queries.dialects import Many, Upsert, reserve
 from buffer.queries.groups import ROWS, chunks, move, note_moves, require_rowcount
 from buffer.queries.transaction import Transaction
 from buffer.staleness import Level, Timeline
-from buffer.status import Status
+from buffer.status import FINAL, Status
 
 _g = t.groups.c
 
@@ -133,10 +133,11 @@ def step_version(conn: Connection, step: int) -> int | None:
 
 def last_step(conn: Connection, task_name: str | None = None) -> int:
     """The last step at which anything of the task (of any task) was consumed and not given back; 0 before the first."""
-    return max(_last_step_of(conn, status, task_name) for status in (Status.CONSUMED, Status.ARCHIVED))
+    return max(last_step_of(conn, status, task_name) for status in (Status.CONSUMED, Status.ARCHIVED))
 
 
-def _last_step_of(conn: Connection, status: Status, task_name: str | None) -> int:
+def last_step_of(conn: Connection, status: Status, task_name: str | None) -> int:
+    """The last step of the groups of the task (of any task) that are consumed, or of those that are archived."""
     reached = _g.consumed_step
     # Walks the index from its end; the first entry is nearly always the task's own.
     last = select(reached).where(_g.status == status.value, reached.is_not(None)).order_by(reached.desc()).limit(1)
@@ -185,15 +186,14 @@ def stale(conn: Connection, task_name: str, below: int, level: Level, after: tup
     return list(conn.execute(statement.order_by(*place).limit(limit).with_for_update(skip_locked=True)))
 
 
-STALENESS_KEPT = frozenset(Status) - {Status.FILTERED, Status.ARCHIVED, Status.DISCARDED}
-"""Statuses in which a group waits, or from which it may come to wait: a rewind counts their staleness anew. The others are final."""
+_MAY_WAIT = [status.value for status in Status if status not in FINAL]
+"""Statuses in which a group waits, or from which it may come to wait: their staleness is asked for some time."""
 
 
 def newer_than(conn: Connection, version: int) -> list[int]:
     """Groups that may be handed out some time and have a trainable token newer than `version`, by id."""
     # With the tasks named, an index on task and status finds them; final groups are never looked at.
-    statuses = sorted(status.value for status in STALENESS_KEPT)
-    newer = select(_g.group_id).where(_g.task_name.in_(select(t.tasks.c.task_name)), _g.status.in_(statuses), _g.max_version > version)
+    newer = select(_g.group_id).where(_g.task_name.in_(select(t.tasks.c.task_name)), _g.status.in_(_MAY_WAIT), _g.max_version > version)
     return list(conn.scalars(newer.order_by(_g.group_id)))
 
 

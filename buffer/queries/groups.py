@@ -170,7 +170,8 @@ def store_expired(tx: Transaction, encoded: Sequence[EncodedGroup], stored: Sequ
     _store_members(tx.conn, encoded)
     _write_payloads(tx.conn, encoded)
     for e, was in zip(encoded, stored, strict=True):
-        tx.changed(e.group_id, e.task_name, was, e.status, version=e.group["max_version"], reason=reason)
+        if was is not e.status:  # else more of its members expired
+            tx.changed(e.group_id, e.task_name, was, e.status, version=e.group["max_version"], reason=reason)
 
 
 # -- prefixes ---------------------------------------------------------------------------------------------------

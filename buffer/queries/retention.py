@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, func, select, text, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, delete, false, func, or_, select, text, update
 
 from buffer import schema as t
+from buffer.queries.consumption import last_step_of
 from buffer.queries.transaction import Transaction
-from buffer.queries.values import meta_value, set_meta_value
+from buffer.queries.values import meta_value, set_meta_value, task_names
 from buffer.status import Status
 
 _g = t.groups.c
@@ -66,10 +67,12 @@ def drop_payloads(tx: Transaction, group_ids: Sequence[int]) -> None:
 
 
 def pruned(conn: Connection, limit: int) -> list[Row[Any]]:
-    """Archived groups without a payload, the oldest first; those of the last step stay, to tell which it was."""
-    last = select(func.max(_g.consumed_step)).where(_g.status == _ARCHIVED.value).scalar_subquery()
+    """Archived groups without a payload, the oldest first; those of each task's last step stay, to tell which it was."""
+    before_last = [
+        and_(_g.task_name == task_name, _g.consumed_step < last_step_of(conn, _ARCHIVED, task_name)) for task_name in task_names(conn)
+    ]
     found = select(_g.group_id, _g.task_name, _g.consumed_step).where(
-        _g.status == _ARCHIVED.value, _g.pruned_at.is_not(None), _g.consumed_step < last
+        _g.status == _ARCHIVED.value, _g.pruned_at.is_not(None), or_(false(), *before_last)
     )
     return list(conn.execute(found.order_by(_g.consumed_step).limit(limit)))
 

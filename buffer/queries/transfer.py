@@ -10,7 +10,7 @@ from sqlalchemy import Connection, bindparam, func, select, tuple_, update
 from buffer import schema as t
 from buffer.codec import EncodedGroup
 from buffer.queries.dialects import Upsert, reserve
-from buffer.queries.groups import insert_groups
+from buffer.queries.groups import ROWS, insert_groups
 from buffer.queries.transaction import Transaction
 from buffer.status import Status
 
@@ -106,10 +106,11 @@ def last_pruned_step(conn: Connection) -> int:
     return found or 0
 
 
-def reopen_after(conn: Connection, step: int) -> dict[str, int]:
-    """What is committed at a step later than `step` is only consumed again; gives how many groups of each task."""
+def reopen_after(tx: Transaction, step: int) -> None:
+    """What is committed at a step later than `step` is only consumed again."""
     later = (_g.status == Status.ARCHIVED.value, _g.consumed_step > step)
-    counted = conn.execute(select(_g.task_name, func.count().label("n")).where(*later).group_by(_g.task_name))
-    by_task = {row.task_name: row.n for row in counted}
-    conn.execute(update(t.groups).where(*later).values(status=Status.CONSUMED.value))
-    return by_task
+    # Not by `move`: in a run that goes on, what is committed stays so.
+    for row in tx.conn.execute(ROWS.where(*later).order_by(_g.consumed_seq)):
+        reason = f"the run was forked at step {step}"
+        tx.changed(row.group_id, row.task_name, Status.ARCHIVED, Status.CONSUMED, reason=reason, version=row.max_version)
+    tx.conn.execute(update(t.groups).where(*later).values(status=Status.CONSUMED.value))

@@ -43,7 +43,7 @@ DAMAGE = {
         "1 groups with a payload that was given up (groups 4)",
     ],
     "INSERT INTO prefixes SELECT group_id, 1, extras, arrays FROM payloads WHERE group_id = 2": [
-        "1 groups with prefixes that neither run nor wait (groups 2)",
+        "1 groups with prefixes that neither run nor may run on (groups 2)",
     ],
     "INSERT INTO transitions (group_id, at, target, owner) VALUES (99, 0.0, 'failed', 'me')": [
         "1 rows of transitions without a group (groups 99)",
@@ -99,3 +99,22 @@ async def test_only_the_first_of_many_groups_are_named(tmp_path: Path) -> None:
     edit(tmp_path, "DELETE FROM payloads")
     async with ReplayBuffer.open(url(tmp_path), read_only=True) as buffer:
         assert (await buffer.audit()).problems == ["9 groups with tokens and without a payload (groups 1, 2, 3, 4, 5, ...)"]
+
+
+async def test_a_rewind_leaves_final_groups_as_they_are_and_that_is_sound(tmp_path: Path) -> None:
+    async with ReplayBuffer.open(url(tmp_path)) as buffer:
+        await put_all(buffer, [a_group(1, version=1), a_group(2, "filtered", version=5), a_group(3, version=9)])
+        await buffer.take("math", 1, step=1, version=1)
+        await buffer.take("math", 1, step=2, version=2)
+        for step in (1, 0):
+            await buffer.resume(step)
+            assert (await buffer.audit(payloads=True)).problems == []
+
+
+@pytest.mark.parametrize("group_id", [0, -5])
+async def test_groups_of_any_number_are_read(tmp_path: Path, group_id: int) -> None:
+    async with ReplayBuffer.open(url(tmp_path)) as buffer:
+        await buffer.put(a_group(group_id))
+    edit(tmp_path, "UPDATE payloads SET extras = '[]'")
+    async with ReplayBuffer.open(url(tmp_path), read_only=True) as buffer:
+        assert len((await buffer.audit(payloads=True)).problems) == 1

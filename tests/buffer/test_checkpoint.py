@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from buffer import ReplayBuffer, RolloutGroup, Status
-from buffer.errors import LeaseLostError, UnknownGroupError
+from buffer.errors import IllegalTransitionError, LeaseLostError, UnknownGroupError
 from tests.buffer.groups import a_group, draw, fill, finished, plain, url
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -129,7 +129,7 @@ async def test_what_does_not_run_has_no_checkpoint(buffer: ReplayBuffer) -> None
     with pytest.raises(LeaseLostError, match="group 1 of task 'math' ran out, and now it is interrupted"):
         await buffer.checkpoint(group)
     with pytest.raises(UnknownGroupError, match=r"group 77 .* only groups that were handed out"):
-        await buffer.checkpoint(a_group(77))
+        await buffer.checkpoint(a_group(77, S.RUNNING))
     with pytest.raises(TypeError, match=r"checkpoint\(\) stores a RolloutGroup, not str"):
         await buffer.checkpoint("group")  # type: ignore[arg-type]
 
@@ -148,21 +148,45 @@ async def test_a_checkpoint_that_failed_is_made_good_by_the_next(buffer: ReplayB
     await buffer.put(finished(group))
 
 
-async def test_what_is_judged_or_measured_after_the_last_token_is_checkpointed_too(buffer: ReplayBuffer) -> None:
-    (group,) = await buffer.start(await draw(buffer, 0))
-    group.rollouts[0].append([1, 2], logprobs=[-1, -1])
-    await buffer.checkpoint(group)
-    group.rollouts[0].metrics["turns"] = 2.0
-    group.rollouts[0].reward_parts["format"] = 0.5
-    await buffer.checkpoint(group)
-    stored = (await buffer.get(group.group_id)).rollouts[0]
-    assert (stored.metrics, stored.reward_parts) == ({"turns": 2.0}, {"format": 0.5})
+async def test_one_asked_for_before_the_last_one_failed_holds_what_that_was_to_store(buffer: ReplayBuffer) -> None:
+    (group,) = await running(buffer)
+    sample(group, 3)
+    group.rollouts[0].metrics["seconds"] = object()  # type: ignore[assignment]
+    async with asyncio.TaskGroup() as tasks:
+        bad = tasks.create_task(refused(buffer, group))
+        await asyncio.sleep(0)
+        group.rollouts[0].metrics.clear()
+        sample(group, 1)
+        tasks.create_task(buffer.checkpoint(group))
+    assert bad.result()
+    assert plain(await buffer.get(group.group_id)) == plain(group)
 
 
-async def test_a_token_without_a_log_probability_is_written_once(buffer: ReplayBuffer) -> None:
-    (group,) = await buffer.start(await draw(buffer, 0))
-    group.rollouts[0].append([1], logprobs=[float("nan")], trainable=False)
+async def refused(buffer: ReplayBuffer, group: RolloutGroup) -> bool:
+    with pytest.raises(ValueError, match="cannot be stored"):
+        await buffer.checkpoint(group)
+    return True
+
+
+async def test_one_that_was_cancelled_is_not_counted_on(buffer: ReplayBuffer) -> None:
+    (group,) = await running(buffer)
+    sample(group, 3)
+    group.rollouts[0].metrics["seconds"] = object()  # type: ignore[assignment]
+    task = asyncio.create_task(buffer.checkpoint(group))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    group.rollouts[0].metrics.clear()
+    sample(group, 1)
     await buffer.checkpoint(group)
-    before = (await buffer.overview()).prefix_bytes
-    await buffer.checkpoint(group)
-    assert (await buffer.overview()).prefix_bytes == before
+    assert plain(await buffer.get(group.group_id)) == plain(group)
+
+
+async def test_a_group_of_which_nothing_runs_is_not_checkpointed(tmp_path: Path) -> None:
+    async with ReplayBuffer.open(url(tmp_path)) as buffer:
+        (group,) = await running(buffer)
+        with pytest.raises(IllegalTransitionError, match=r"group 1 is completed and cannot be checkpointed; put\(\) stores"):
+            await buffer.checkpoint(finished(group))
+    async with ReplayBuffer.open(url(tmp_path)) as buffer:  # else its row would say interrupted, its members completed
+        assert (await buffer.get(1)).status is S.INTERRUPTED

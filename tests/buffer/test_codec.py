@@ -72,10 +72,13 @@ def judgements(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+TASK_NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=5)
+
+
 @st.composite
 def groups(draw: st.DrawFn) -> RolloutGroup:
     """Any group the store can hold, its members' prompts shared or of their own."""
-    size, group_id, task_name = draw(st.integers(1, 4)), draw(st.integers(0, 2**62)), draw(st.text(min_size=1, max_size=5))
+    size, group_id, task_name = draw(st.integers(1, 4)), draw(st.integers(0, 2**62 - 1)), draw(TASK_NAMES)
     shared, shared_ids = draw(PROMPTS), draw(st.none() | st.lists(INT32, max_size=5))
     whole = draw(st.none() | st.sampled_from(sorted(GROUP_WIDE)))
     rollouts = []
@@ -477,3 +480,19 @@ def test_a_damaged_payload_of_the_first_schema_is_refused(at: int) -> None:
     parts = stored(encode_group(RolloutGroup(1, rollouts, "math"))) | {"payload": (FIRST_SCHEMA[0], arrays[: len(FIRST_SCHEMA[1])])}
     with pytest.raises(CorruptPayloadError):
         decode_group(**parts)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("error", ValueError("x"), r"a reason or an error is ValueError\('x'\); it must be text"),
+        ("finish_reason", 5, "is 5; it must be text"),
+        ("attempts", 1.5, r"attempts=1\.5 must be a whole number"),
+        ("score", "high", "score is high; it must be finite"),
+    ],
+)
+def test_what_no_column_holds_is_refused(field: str, value: object, message: str) -> None:
+    rollout = RolloutState(1, 0)
+    setattr(rollout, field, value)
+    with pytest.raises(ValueError, match=message):
+        encode_group(RolloutGroup(1, [rollout]))

@@ -60,6 +60,17 @@ async def consumed(buffer: ReplayBuffer) -> dict[int, list[int]]:
     return {step: ids(await buffer.query(task_name="math", step=step)) for step in range(1, STEPS + 1)}
 
 
+async def test_the_history_of_a_fork_has_no_gap(run: ReplayBuffer, tmp_path: Path) -> None:
+    await run.fork(url(tmp_path, "fork.db"), step=0)
+    async with ReplayBuffer.open(url(tmp_path, "fork.db")) as fork:
+        for group in await fork.query(limit=100):
+            told = await fork.history(group.group_id)
+            assert [t.source for t in told] == [None, *(t.target for t in told[:-1])]
+            assert told[-1].target is group.status
+        reopened = await fork.history((await consumed(run))[1][0])
+        assert [t.reason for t in reopened[-2:]] == ["the run was forked at step 0", "rewound to step 0"]
+
+
 @pytest.mark.parametrize("step", range(STEPS + 1))
 async def test_a_trainer_of_the_fork_is_handed_the_same_batches_again(step: int, run: ReplayBuffer, tmp_path: Path) -> None:
     before = await consumed(run)

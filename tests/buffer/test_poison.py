@@ -100,3 +100,13 @@ def test_a_bound_that_is_none_is_refused(tmp_path: Path, bound: float) -> None:
 def test_a_lease_that_is_none_is_refused(tmp_path: Path, lease: float) -> None:
     with pytest.raises(ValueError, match="lease="):
         ReplayBuffer.open(url(tmp_path), lease=lease)
+
+
+async def test_one_with_a_checkpoint_keeps_it_and_may_go_on_from_it_on_request(tmp_path: Path, zygote: Zygote) -> None:
+    await drawn(tmp_path)
+    crash(zygote, tmp_path, max_crashes=1, sample=True)
+    async with ReplayBuffer.open(url(tmp_path), max_crashes=1) as buffer:
+        assert await buffer.count("math", S.FAILED) == 2
+        assert (await buffer.audit(payloads=True)).problems == []
+        (again,) = await buffer.start([1])
+        assert again.rollouts[0].response_ids.tolist() == [1]

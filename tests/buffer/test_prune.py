@@ -81,6 +81,15 @@ async def test_rows_go_when_asked_and_are_accounted_for(buffer: ReplayBuffer) ->
     assert ids(await buffer.query()) == [9, 10], "the last step's rows tell which it was"
 
 
+async def test_each_task_keeps_its_last_step(buffer: ReplayBuffer) -> None:
+    for step, task_name in ((8, "code"), (9, "code"), (10, "math")):
+        await buffer.put(a_group(step, task_name=task_name))
+        await buffer.take(task_name, 1, step=step)
+    await buffer.commit(10)
+    assert (await buffer.prune(keep_steps=0, rows=True)).rows == 1
+    assert [await buffer.last_step(task_name) for task_name in ("code", "math")] == [9, 10]
+
+
 async def test_a_pruned_group_is_still_found_with_its_rewards_and_its_history(buffer: ReplayBuffer) -> None:
     await trained(buffer)
     before = plain(await buffer.get(1))

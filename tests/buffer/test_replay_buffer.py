@@ -225,6 +225,14 @@ async def test_numbers_of_numpy_are_numbers(buffer: ReplayBuffer) -> None:
     taken = await buffer.take("math", np.int64(1), step=np.int64(1), version=np.int32(3))  # type: ignore[arg-type]
     assert ids(taken) == [1]
     assert (await buffer.resume(np.int64(0))).rewound == 1  # type: ignore[arg-type]
+    group = a_group(2, position=Position(np.int64(0), np.int32(7)))  # type: ignore[arg-type]
+    group.rollouts[0].attempts = group.rollouts[0].interruptions = np.int64(3)  # type: ignore[assignment]
+    await buffer.put(group)
+    stored = await buffer.get(2)
+    assert (stored.position, stored.rollouts[0].attempts, stored.rollouts[0].interruptions) == ((0, 7), 3, 3)
+    drawn = DrawnRow({"prompt": "p"}, Position(np.int64(1), np.int64(1)))  # type: ignore[arg-type]
+    ids_drawn = await buffer.draw("code", [drawn], group_size=np.int64(2), moves=np.int64(0), cursor={"at": np.int64(1)})  # type: ignore[arg-type]
+    assert (await buffer.get(ids_drawn[0])).position == (1, 1)
 
 
 async def test_bad_arguments_are_refused_with_the_value_and_the_bound(buffer: ReplayBuffer) -> None:
@@ -232,6 +240,11 @@ async def test_bad_arguments_are_refused_with_the_value_and_the_bound(buffer: Re
         (buffer.count("math", "done"), "unknown status 'done'; it must be one of: pending"),
         (buffer.query(status="done"), "unknown status 'done'"),
         (buffer.count("", "completed"), "task_name='' names no task"),
+        (buffer.count("\ud800", "completed"), r"task_name='\\ud800' is no text that a database holds"),
+        (buffer.draw("a\0", rows(0), group_size=1, moves=0, cursor={}), "holds a null character"),
+        (buffer.get("x"), "group_id='x' must be a whole number"),  # type: ignore[arg-type]
+        (buffer.history(2**70), r"group_id=.* must lie between -2\*\*62 and 2\*\*62"),
+        (buffer.draw("math", rows(0), group_size="2", moves=0, cursor={}), "group_size='2' must be a whole number"),  # type: ignore[arg-type]
         (buffer.counts(None), "task_name=None names no task"),  # type: ignore[arg-type]
         (buffer.take("", 1, step=1), "task_name='' names no task"),
         (buffer.take("math", -1, step=1), "n=-1 must be a whole number, 0 or more"),
@@ -246,7 +259,7 @@ async def test_bad_arguments_are_refused_with_the_value_and_the_bound(buffer: Re
         (buffer.resume(None), "step=None must be a whole number, 0 or more; 0 where there is no checkpoint"),  # type: ignore[arg-type]
         (buffer.query(limit=-1), "limit=-1 must be a whole number"),
         (buffer.query(offset=-1), "offset=-1 must be a whole number"),
-        (buffer.draw("math", rows(0), group_size=0, moves=0, cursor={}), "group 1 has no rollouts"),
+        (buffer.draw("math", rows(0), group_size=0, moves=0, cursor={}), "group_size=0 must be a whole number, 1 or more"),
         (buffer.draw("math", rows(0), group_size=1, moves=0, cursor={"at": object()}), "the dataset cursor cannot be stored"),
     ]
     for ask, message in refused:

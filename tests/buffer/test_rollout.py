@@ -234,3 +234,15 @@ def test_an_id_is_a_whole_number(group_id: object) -> None:
     with pytest.raises(ValueError, match=f"group_id={group_id!r} must be a whole number"):
         RolloutGroup(group_id, [RolloutState(1, 0)])  # type: ignore[arg-type]
     assert type(RolloutGroup(np.int64(1), [RolloutState(np.int64(1), 0)]).group_id) is int  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("group_id", [2**62, 2**63 - 1, 2**70, -(2**62)])
+def test_an_id_fits_into_a_column_and_leaves_room_for_others(group_id: int) -> None:
+    with pytest.raises(ValueError, match=rf"group_id={group_id} must lie between -2\*\*62 and 2\*\*62"):
+        RolloutState(group_id, 0)
+
+
+@pytest.mark.parametrize("task_name", ["a\0b", "\ud800"])
+def test_a_task_has_a_name_that_databases_hold(task_name: str) -> None:
+    with pytest.raises(ValueError, match="give another name"):
+        RolloutState(1, 0, task_name)
