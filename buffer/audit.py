@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 from buffer import queries
 from buffer.codec import encode_group
 from buffer.errors import CorruptPayloadError
-from buffer.status import FINAL, Status
+from buffer.status import Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +68,6 @@ def audit_payloads(conn: Connection, after: int, limit: int) -> tuple[list[str],
     return problems, ids[-1] if len(ids) == limit else None
 
 
-_ALWAYS = ("tokens", "min_version", "max_version")
-"""Columns that a payload tells; what staleness is counted from is not counted anew by a rewind where nobody asks any more."""
-
-
 def _payload_problems(conn: Connection, group_id: int) -> Iterator[str]:
     try:
         (group,) = queries.load_groups(conn, [group_id])
@@ -83,6 +79,8 @@ def _payload_problems(conn: Connection, group_id: int) -> Iterator[str]:
         # SQLite lets whoever edits a file put anything into a column.
         yield f"group {group_id}: what is stored of it is no group ({error})"
         return
-    for name in _ALWAYS if Status(said.status) in FINAL else (*_ALWAYS, "oldest_version"):
+    # Of groups that are final a rewind leaves the staleness as it was.
+    staleness = ("oldest_version", "freshest_version") if group.status in queries.STALENESS_KEPT else ()
+    for name in ("tokens", "min_version", "max_version", *staleness):
         if said.pruned_at is None and not said.checkpointed and getattr(said, name) != found[name]:
             yield f"group {group_id}: {name} is {getattr(said, name)}, its payload says {found[name]}"

@@ -1,34 +1,56 @@
 """What the database holds of the groups that this process runs: the base of the deltas that checkpoints write."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from buffer.codec import GroupSnapshot
-from buffer.rollout import RolloutGroup, RolloutState
+from buffer.rollout import TOKEN_ARRAYS, RolloutGroup, RolloutState
+from buffer.status import Status
 
 
 class _Stored(NamedTuple):
     """A member as it was when it was stored last: its tokens, and what else may change."""
 
-    response_ids: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-    versions: NDArray[np.int32]
+    tokens: Sequence[NDArray[Any]]
+    prompt_ids: NDArray[np.int32] | None
     others: tuple[Any, ...]
 
     @classmethod
     def of(cls, rollout: RolloutState) -> "_Stored":
-        others = (rollout.status, rollout.attempts, rollout.interruptions, rollout.error, rollout.finish_reason, rollout.score)
-        return cls(rollout.response_ids, rollout.logprobs, rollout.versions, others)
+        others = (
+            *(rollout.status, rollout.attempts, rollout.interruptions, rollout.error, rollout.finish_reason, rollout.score, rollout.reward),
+            # Until then it is decoded anew, and not stored.
+            rollout.text if rollout.status is Status.COMPLETED else None,
+            *(list(rollout.turns), dict(rollout.reward_parts), dict(rollout.metrics)),
+            None if rollout.messages is None else [dict(message) for message in rollout.messages],
+            None if rollout.media is None else list(rollout.media),
+        )
+        return cls(_tokens(rollout), rollout.prompt_ids, others)
 
-    def start_of(self, rollout: RolloutState) -> int:
-        """From which token on `rollout` is new: behind those stored, or 0 where it was begun anew."""
-        n = self.response_ids.size
-        # Versions too: those of an engine elsewhere are provisional until the request ends.
-        now, before = (rollout.response_ids, rollout.logprobs, rollout.versions), (self.response_ids, self.logprobs, self.versions)
-        return n if all(np.array_equal(new[:n], old) for new, old in zip(now, before, strict=True)) else 0
+    def start_of(self, rollout: RolloutState) -> int | None:
+        """From which token on `rollout` is new: behind those stored, or 0 where it was begun anew. None: nothing is new."""
+        now, n = _Stored.of(rollout), self.tokens[0].size
+        if rollout.prompt_ids is not self.prompt_ids and not np.array_equal(rollout.prompt_ids, self.prompt_ids):  # type: ignore[arg-type]
+            return 0
+        if not all(np.array_equal(stored, array[:n]) for stored, array in zip(self.tokens, now.tokens, strict=True)):
+            return 0
+        return n if rollout.response_ids.size > n or not _equal(now.others, self.others) else None
+
+
+def _tokens(rollout: RolloutState) -> list[NDArray[Any]]:
+    """All of a token: versions too, since those of an engine elsewhere are provisional. Log-probabilities as bits, for NaN."""
+    arrays = [getattr(rollout, name) for name in TOKEN_ARRAYS]
+    return [array.view(np.int32) if array.dtype == np.float32 else array for array in arrays]
+
+
+def _equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    try:
+        return one == other
+    except ValueError:  # an array in a message has no one truth value
+        return False
 
 
 class _Asked:
@@ -72,9 +94,5 @@ class Progress:
         known = self._stored.get(snapshot.group_id)
         if not isinstance(known, list) or len(known) != len(snapshot.rollouts):
             return {rollout.index: 0 for rollout in snapshot.rollouts}
-        found = {}
-        for rollout, stored in zip(snapshot.rollouts, known, strict=True):
-            start, now = stored.start_of(rollout), _Stored.of(rollout)
-            if start < rollout.response_ids.size or start < stored.response_ids.size or now.others != stored.others:
-                found[rollout.index] = start
-        return found
+        starts = {rollout.index: stored.start_of(rollout) for rollout, stored in zip(snapshot.rollouts, known, strict=True)}
+        return {index: start for index, start in starts.items() if start is not None}

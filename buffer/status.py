@@ -44,9 +44,6 @@ TRANSITIONS: MappingProxyType[Status, frozenset[Status]] = MappingProxyType(
 GROUP_WIDE = frozenset({_S.FILTERED, _S.CONSUMED, _S.ARCHIVED, _S.DISCARDED})
 """Statuses that a group has as a whole: its members have it all or none."""
 
-FINAL = frozenset(status for status, goes_to in TRANSITIONS.items() if not goes_to)
-"""Statuses in which a group stays."""
-
 CLAIMABLE = frozenset(status for status, goes_to in TRANSITIONS.items() if _S.RUNNING in goes_to)
 """Statuses from which a group may be claimed by a producer."""
 

@@ -99,29 +99,32 @@ def _resume_one(tx: Transaction, request: Rewind) -> Rewound:
     q.unconsume(tx, rows, f"rewound to step {step}")
     # What the next step saw stays: resuming from here once more must give the same version.
     q.drop_steps_after(tx.conn, step + 1)
-    timeline, expired = _begin_timeline(tx, version, request)
+    timeline, expired = _begin_timeline(tx, version, request, [row.group_id for row in rows if row.max_version is not None])
     return Rewound(version, timeline, len(rows), expired)
 
 
-def _begin_timeline(tx: Transaction, version: int, request: Rewind) -> tuple[int, int]:
-    """End the timeline, unless nothing was ever sampled on it; gives the number of the present one, and the expired groups."""
+def _begin_timeline(tx: Transaction, version: int, request: Rewind, rewound: Sequence[int]) -> tuple[int, int]:
+    """End the timeline, unless nothing was ever sampled on it; gives the number of the present one, and the expired groups.
+
+    `rewound` are counted anew whatever their versions: in a fork they were final when earlier rewinds came.
+    """
     ended = q.timeline(tx.conn).number
     if not q.anything_sampled(tx.conn):
         return ended, 0
     q.begin_timeline(tx.conn, ended, version, request.step)
-    undone = q.newer_than(tx.conn, version)
+    undone = sorted({*q.newer_than(tx.conn, version), *rewound})
     expired = 0
     for start in range(0, len(undone), _SLICE):
-        expired += _requalify(tx, undone[start : start + _SLICE], request)
+        expired += _requalify(tx, undone[start : start + _SLICE], request, version)
     return ended + 1, expired
 
 
-def _requalify(tx: Transaction, group_ids: Sequence[int], request: Rewind) -> int:
+def _requalify(tx: Transaction, group_ids: Sequence[int], request: Rewind, fork: int) -> int:
     """Count the staleness of these groups as the present timeline has it; gives how many were expired instead."""
     groups = q.load_groups(tx.conn, group_ids)
     stored = {group.group_id: group.status for group in groups}
     may_expire = [group for group in groups if request.expire_future and _may_expire(group.status)]
-    undone = [group for group in may_expire if _reset_undone(group)]
+    undone = [group for group in may_expire if _reset_newer(group, fork)]
     if undone:
         reason = f"sampled by weights that the rewind to step {request.step} undid"
         q.store_expired(tx, [encode_group(group) for group in undone], [stored[group.group_id] for group in undone], reason)
@@ -135,13 +138,13 @@ def _may_expire(status: Status) -> bool:
     return status is Status.EXPIRED or Status.EXPIRED in TRANSITIONS[status]
 
 
-def _reset_undone(group: RolloutGroup) -> bool:
-    """Reset the members with a trainable token of weights that do not exist any more, and say whether there are any."""
-    undone = [r for r in group.rollouts if r.undone]
-    for rollout in undone:
+def _reset_newer(group: RolloutGroup, fork: int) -> bool:
+    """Reset the members with a trainable token of weights newer than the rewind's, and say whether there are any."""
+    newer = [r for r in group.rollouts if bool(((r.versions > fork) & (r.loss_mask == 1)).any())]
+    for rollout in newer:
         rollout.reset()
         rollout.status = Status.EXPIRED
-    return bool(undone)
+    return bool(newer)
 
 
 def _version_at(conn: Connection, step: int) -> int:

@@ -5,6 +5,7 @@ Functions that write take the `Transaction` under way, those that only read its 
 
 from buffer.queries.audit import counted_rows, drawn_by_task, faults, stored_counts
 from buffer.queries.consumption import (
+    STALENESS_KEPT,
     anything_sampled,
     begin_timeline,
     consume,
@@ -95,6 +96,7 @@ __all__ = [
     "Filters",
     "Overtaken",
     "RecordedStep",
+    "STALENESS_KEPT",
     "Transaction",
     "add_drawn",
     "add_prefixes",

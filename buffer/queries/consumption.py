@@ -28,7 +28,7 @@ from buffer.queries.dialects import Many, Upsert, reserve
 from buffer.queries.groups import ROWS, chunks, move, note_moves, require_rowcount
 from buffer.queries.transaction import Transaction
 from buffer.staleness import Level, Timeline
-from buffer.status import FINAL, Status
+from buffer.status import Status
 
 _g = t.groups.c
 
@@ -186,14 +186,15 @@ def stale(conn: Connection, task_name: str, below: int, level: Level, after: tup
     return list(conn.execute(statement.order_by(*place).limit(limit).with_for_update(skip_locked=True)))
 
 
-_MAY_WAIT = [status.value for status in Status if status not in FINAL]
-"""Statuses in which a group waits, or from which it may come to wait: their staleness is asked for some time."""
+STALENESS_KEPT = frozenset(Status) - {Status.FILTERED, Status.ARCHIVED, Status.DISCARDED}
+"""Statuses in which a group waits, or from which it may come to wait: a rewind counts their staleness anew. The others are final."""
 
 
 def newer_than(conn: Connection, version: int) -> list[int]:
     """Groups that may be handed out some time and have a trainable token newer than `version`, by id."""
     # With the tasks named, an index on task and status finds them; final groups are never looked at.
-    newer = select(_g.group_id).where(_g.task_name.in_(select(t.tasks.c.task_name)), _g.status.in_(_MAY_WAIT), _g.max_version > version)
+    statuses = sorted(status.value for status in STALENESS_KEPT)
+    newer = select(_g.group_id).where(_g.task_name.in_(select(t.tasks.c.task_name)), _g.status.in_(statuses), _g.max_version > version)
     return list(conn.scalars(newer.order_by(_g.group_id)))
 
 

@@ -148,6 +148,26 @@ async def test_a_checkpoint_that_failed_is_made_good_by_the_next(buffer: ReplayB
     await buffer.put(finished(group))
 
 
+async def test_what_is_judged_or_measured_after_the_last_token_is_checkpointed_too(buffer: ReplayBuffer) -> None:
+    (group,) = await buffer.start(await draw(buffer, 0))
+    group.rollouts[0].append([1, 2], logprobs=[-1, -1])
+    await buffer.checkpoint(group)
+    group.rollouts[0].metrics["turns"] = 2.0
+    group.rollouts[0].reward_parts["format"] = 0.5
+    await buffer.checkpoint(group)
+    stored = (await buffer.get(group.group_id)).rollouts[0]
+    assert (stored.metrics, stored.reward_parts) == ({"turns": 2.0}, {"format": 0.5})
+
+
+async def test_a_token_without_a_log_probability_is_written_once(buffer: ReplayBuffer) -> None:
+    (group,) = await buffer.start(await draw(buffer, 0))
+    group.rollouts[0].append([1], logprobs=[float("nan")], trainable=False)
+    await buffer.checkpoint(group)
+    before = (await buffer.overview()).prefix_bytes
+    await buffer.checkpoint(group)
+    assert (await buffer.overview()).prefix_bytes == before
+
+
 async def test_one_asked_for_before_the_last_one_failed_holds_what_that_was_to_store(buffer: ReplayBuffer) -> None:
     (group,) = await running(buffer)
     sample(group, 3)

@@ -126,6 +126,33 @@ async def test_an_unknown_future_is_refused(buffer: ReplayBuffer, future: object
         await buffer.resume(step=0, future=future)  # type: ignore[arg-type]
 
 
+async def test_a_group_that_is_final_keeps_its_staleness_over_a_rewind_and_the_audit_knows(buffer: ReplayBuffer) -> None:
+    await buffer.put(a_group(1, S.FILTERED, version=3))
+    await buffer.resume(step=0)
+    assert (await buffer.audit(payloads=True)).problems == []
+
+
+async def test_a_group_that_was_consumed_when_a_rewind_undid_its_weights_is_counted_as_of_then(buffer: ReplayBuffer) -> None:
+    await buffer.put(a_group(1, version=5))
+    await buffer.take("math", 1, step=1, version=1)
+    assert (await buffer.resume(step=1)).version == 2
+    await buffer.commit(0, version=9)
+    assert (await buffer.resume(step=0)).version == 9
+    assert (await buffer.get(1)).staleness(2) == 3
+    assert await buffer.expire("math", version=2, max_staleness=2) == 1
+
+
+async def test_what_an_earlier_rewind_undid_is_no_future_of_a_later_one(buffer: ReplayBuffer) -> None:
+    group = a_group(1, version=2)
+    group.rollouts[1].append([5], logprobs=[-1.0], version=7)
+    await buffer.put(group)
+    await buffer.commit(0, version=1)
+    await buffer.resume(step=0)
+    await buffer.commit(0, version=5)
+    assert (await buffer.resume(step=0, future="expire")).expired == 1
+    assert [r.response_ids.size for r in (await buffer.get(1)).rollouts] == [3, 0]
+
+
 async def test_the_future_of_fresh_members_of_an_expired_group_is_expired_too(buffer: ReplayBuffer) -> None:
     group = a_group(1, version=5)
     group.rollouts[0].reset()
