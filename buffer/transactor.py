@@ -67,6 +67,7 @@ class Transactor:
 
     def close(self) -> None:
         """Let go of the connection."""
+        self._backend.close()
         if self._conn is not None:
             with suppress(SQLAlchemyError):
                 self._conn.close()
@@ -90,7 +91,8 @@ class Transactor:
                     tx.finish()
                     self._backend.finish(tx)
                     done = result, tx.deltas
-                return done  # noqa: RET504 - set before the COMMIT, returned behind it
+                self._backend.committed()
+                return done
             except BaseException as error:  # noqa: BLE001 - it is raised again, unless it passes
                 counts = self._settle(error, next(waits) if next(redos, None) is not None else None, known=done is not None)
             if counts and done is not None:

@@ -95,6 +95,12 @@ class Backend(ABC):
     def finish(self, tx: queries.Transaction) -> None:  # noqa: B027 - nobody else is there to be told
         """At its end: tell the others what it changed."""
 
+    def committed(self) -> None:  # noqa: B027 - most databases keep house by themselves
+        """After it: it is durable."""
+
+    def close(self) -> None:  # noqa: B027
+        """No more transactions come; what runs beside them ends."""
+
     @abstractmethod
     def abandon(self, conn: Connection) -> None:
         """Leave no transaction open after a failure."""

@@ -13,6 +13,7 @@ from sqlalchemy.schema import CreateIndex
 
 from buffer import schema
 from buffer.backends.base import Backend, first_of
+from buffer.backends.checkpointer import Checkpointer
 from buffer.errors import BufferLockedError, DatabaseError
 
 _PAGE_SIZE = 32768
@@ -29,15 +30,13 @@ class SQLite(Backend):
         self._path = _path_of(url)
         self._synchronous = synchronous
         self._lock = FileLock(self._path)
+        self._checkpointer: Checkpointer | None = None
         super().__init__(str(self._path))
 
     def connect(self, *, read_only: bool, pool_size: int = 1) -> Engine:
-        mode = "ro" if read_only else "rwc"
-        # The path is quoted by as_uri, so that a '?' in it cannot become an option.
-        address = f"{self._path.as_uri()}?mode={mode}"
         engine = create_engine(
             "sqlite+pysqlite://",
-            creator=lambda: _connect(self._path, address),
+            creator=lambda: _connect(self._path, "ro" if read_only else "rwc"),
             poolclass=QueuePool,
             pool_size=pool_size,
             max_overflow=0,
@@ -75,6 +74,17 @@ class SQLite(Backend):
                 self._bring_forward(conn)
                 _make_missing_indexes(conn)
 
+    def committed(self) -> None:
+        if self._checkpointer is None:
+            self._checkpointer = Checkpointer(lambda: _connect(self._path, "rw"))
+            self._checkpointer.start()
+        self._checkpointer.committed()
+
+    def close(self) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.close()
+            self._checkpointer = None
+
     def abandon(self, conn: Connection) -> None:
         # A COMMIT that failed (a full disk) may not have ended its transaction.
         if _driver(conn).in_transaction:
@@ -98,10 +108,11 @@ def _path_of(url: str) -> Path:
     return Path(path).resolve()
 
 
-def _connect(path: Path, address: str) -> sqlite3.Connection:
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
     if path.is_dir():
         raise DatabaseError(f"{path} is a folder; give the name of a file in it")
-    return sqlite3.connect(address, uri=True, timeout=30, isolation_level=None, check_same_thread=False)
+    # The path is quoted by as_uri, so that a '?' in it cannot become an option.
+    return sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, timeout=30, isolation_level=None, check_same_thread=False)
 
 
 _READER_SETTINGS = ("query_only = ON", "cache_size = -4096", "trusted_schema = OFF")

@@ -1,0 +1,76 @@
+"""Shows that SQLite's log is moved into the file while a buffer writes, without the writer's doing."""
+
+import shutil
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+
+from buffer import ReplayBuffer
+from buffer.backends.checkpointer import Checkpointer
+from tests.buffer.groups import a_group, put_all, url
+
+
+def _written(path: Path) -> sqlite3.Connection:
+    """A connection whose log is never moved by itself, with one row in it."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    for statement in ("PRAGMA journal_mode = WAL", "PRAGMA wal_autocheckpoint = 0", "CREATE TABLE t (x)", "INSERT INTO t VALUES (1)"):
+        connection.execute(statement)
+    return connection
+
+
+def _rows_of_the_file_alone(path: Path, copy: Path) -> list[tuple[int]]:
+    shutil.copy(path, copy)
+    connection = sqlite3.connect(copy)
+    try:
+        return connection.execute("SELECT x FROM t").fetchall()
+    finally:
+        connection.close()
+
+
+def test_what_was_committed_reaches_the_file_beside_an_open_writer(tmp_path: Path) -> None:
+    path, began = tmp_path / "x.db", threading.Semaphore(0)
+    writer = _written(path)
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        connection.set_trace_callback(lambda _: began.release())
+        return connection
+
+    checkpointer = Checkpointer(connect)
+    checkpointer.start()
+    checkpointer.committed()
+    assert began.acquire(timeout=30)
+    checkpointer.close()  # finishes what it began
+    assert _rows_of_the_file_alone(path, tmp_path / "copy.db") == [(1,)]
+    writer.close()
+
+
+def test_without_a_commit_nothing_is_moved(tmp_path: Path) -> None:
+    writer = _written(tmp_path / "x.db")
+    checkpointer = Checkpointer(lambda: sqlite3.connect(tmp_path / "x.db", check_same_thread=False))
+    checkpointer.start()
+    checkpointer.close()
+    with pytest.raises(sqlite3.OperationalError, match="no such table"):
+        _rows_of_the_file_alone(tmp_path / "x.db", tmp_path / "copy.db")
+    writer.close()
+
+
+def test_where_the_file_cannot_be_opened_the_thread_ends_quietly(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(lambda: sqlite3.connect(tmp_path / "no folder" / "x.db"))
+    checkpointer.start()
+    checkpointer.committed()
+    checkpointer.close()
+
+
+async def test_the_thread_ends_with_the_buffer_and_leaves_no_log(tmp_path: Path) -> None:
+    async with ReplayBuffer.open(url(tmp_path)) as buffer:
+        await put_all(buffer, [a_group(n) for n in range(1, 20)])
+        assert _threads() == 1
+    assert _threads() == 0
+    assert not (tmp_path / "run.db-wal").exists()
+
+
+def _threads() -> int:
+    return sum(thread.name == "millrace-checkpointer" for thread in threading.enumerate())
