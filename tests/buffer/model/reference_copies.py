@@ -114,6 +114,8 @@ class Model(Reference):
                 raise IllegalTransitionError
         self.refuse_steps(groups)
         self.refuse_positions(groups)
+        if len({group.group_id for group in groups}) < len(groups):
+            raise DuplicateGroupError
         self.restore(groups)
 
     def refuse_steps(self, groups: Sequence[RolloutGroup]) -> tuple[int | None, int | None]:
