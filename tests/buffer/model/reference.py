@@ -328,7 +328,9 @@ class Reference:
         """Reset the members of waiting groups that are `gone`."""
         expired = 0
         for known in self.groups.values():
-            waits = known.status in (S.COMPLETED, S.INTERRUPTED) and task_name in (None, known.task)
+            # A rewind looks at what has expired too.
+            waiting = (S.COMPLETED, S.INTERRUPTED) if task_name else (S.COMPLETED, S.INTERRUPTED, S.EXPIRED)
+            waits = known.status in waiting and task_name in (None, known.task)
             if not waits or not any(map(gone, known.members)):
                 continue
             members = self.load(known.group_id).rollouts
@@ -336,8 +338,8 @@ class Reference:
                 member.reset()
                 member.status = S.EXPIRED
             known.store(members)
+            expired += known.status is not S.EXPIRED
             self.note(known, S.EXPIRED, reason=PROSE)
-            expired += 1
         return expired
 
     # -- producing --------------------------------------------------------------------------------------------------
