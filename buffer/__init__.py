@@ -1,12 +1,14 @@
 """What a rollout is, and the durable store that keeps them."""
 
+from buffer.asking import Transition
 from buffer.audit import AuditReport
 from buffer.forking import ForkReport
+from buffer.keeping import PruneReport
 from buffer.operations import DrawnRow, ResumeReport
 from buffer.overview import Overview
 from buffer.policies import Fifo, FreshestFirst, StalestFirst, TakePolicy
 from buffer.queries import RecordedStep
-from buffer.replay_buffer import DatasetCursor, PruneReport, ReplayBuffer, Transition
+from buffer.replay_buffer import DatasetCursor, ReplayBuffer
 from buffer.rollout import Position, RolloutGroup, RolloutState, Turn
 from buffer.status import Status
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from buffer import ReplayBuffer
+from buffer.asking import Transition
 from buffer.export import read_groups
-from buffer.replay_buffer import Transition
 from buffer.status import Status
 from tests.buffer.groups import url
 from tests.buffer.model import commands, crash

@@ -7,8 +7,8 @@ from buffer import RolloutGroup, Status
 from buffer.codec import encode_group
 from buffer.errors import DuplicateGroupError, IllegalTransitionError, StepError
 from buffer.forking import ForkReport
+from buffer.keeping import PruneReport
 from buffer.queries import RecordedStep
-from buffer.replay_buffer import PruneReport
 from buffer.status import group_status, member_status
 from tests.buffer.model.described import of_file
 from tests.buffer.model.reference import LAST, Known, Reference

@@ -1,0 +1,180 @@
+"""What can be asked of a buffer; nothing here changes it."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from buffer import arguments as args
+from buffer import audit, operations, queries
+from buffer.access import Access
+from buffer.audit import AuditReport
+from buffer.numbers import TOO_LARGE
+from buffer.overview import Overview, overview
+from buffer.queries import Filters, RecordedStep
+from buffer.rollout import RolloutGroup
+from buffer.status import Status, parse_status
+
+_AUDIT_SLICE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One change of a group's status, as `ReplayBuffer.history` tells it.
+
+    Attributes:
+        at: seconds since 1970.
+        source: the status before; None where the group came into being.
+        target: the status after.
+        owner: the process that wrote it: host, process id and a random part.
+        step: of the trainer, where the group was handed out.
+        version: the newest among its trainable tokens then; None without one.
+        reason: an error, a filter's reason, staleness, a rewind; None where the statuses say it all.
+    """
+
+    at: float
+    source: Status | None
+    target: Status
+    owner: str
+    step: int | None
+    version: int | None
+    reason: str | None
+
+
+class Asking(Access):
+    """The questions that a `ReplayBuffer` answers."""
+
+    async def count(self, task_name: str, status: Status | str) -> int:
+        """Groups of the task with this status; costs the same whatever the size of the buffer."""
+        args.require_task(task_name)
+        parsed = parse_status(status)
+        if self._counts is None:
+            return await self._read(queries.count, task_name, parsed)
+        self._check_open()
+        return self._counts[task_name, parsed]
+
+    async def counts(self, task_name: str) -> dict[Status, int]:
+        """Groups of the task by status, every status present."""
+        args.require_task(task_name)
+        if self._counts is None:
+            return await self._read(queries.counts, task_name)
+        self._check_open()
+        return {status: self._counts[task_name, status] for status in Status}
+
+    async def task_names(self) -> list[str]:
+        """The tasks of this run."""
+        return await self._read(queries.task_names)
+
+    async def last_step(self, task_name: str | None = None) -> int:
+        """The last step at which anything of the task (by default of any task) was consumed; 0 before the first."""
+        return await self._read(queries.last_step, task_name)
+
+    async def next_step(self, task_name: str) -> int:
+        """The step of the task's next batch where the trainer names none: behind its last one, and behind what is committed."""
+        args.require_task(task_name)
+        return await self._read(operations.next_step, task_name)
+
+    async def get(self, group_id: int) -> RolloutGroup:
+        """One group, payload included; `UnknownGroupError` if there is none."""
+        (group,) = await self._read(queries.load_groups, args.plain_ids([group_id]))
+        return group
+
+    async def query(
+        self,
+        *,
+        task_name: str | None = None,
+        status: Status | str | Collection[Status | str] = (),
+        step: int | None = None,
+        min_version: int | None = None,
+        max_version: int | None = None,
+        min_reward: float | None = None,
+        max_reward: float | None = None,
+        error: str | None = None,
+        min_attempts: int | None = None,
+        min_age: float | None = None,
+        max_age: float | None = None,
+        order: Literal["oldest", "newest", "changed", "stalest", "best", "worst"] = "oldest",
+        limit: int = 100,
+        offset: int = 0,
+    ) -> list[RolloutGroup]:
+        """Groups of which all holds that is asked, payloads included.
+
+        Args:
+            task_name: whose groups.
+            status: one, or any of several.
+            step: at which they were consumed (and not given back since).
+            min_version: no trainable token is older. Groups without trainable tokens have no versions: neither bound finds them.
+            max_version: no trainable token is newer.
+            min_reward: the mean reward of the members that have one is at least this. Groups without rewards are not found.
+            max_reward: that mean is at most this.
+            error: some member's error holds this text; capital letters of ASCII count as small ones, "" finds any error.
+            min_attempts: some member failed at least so often.
+            min_age: they were drawn at least so many seconds ago.
+            max_age: at most so many.
+            order: "oldest" or "newest" by when they were drawn, last "changed" first, "stalest" first, "best" or "worst" mean
+                reward first (those without one last).
+            limit: the most groups.
+            offset: how many of those found are passed over.
+        """
+        limit, offset = args.whole_number("limit", limit, at_least=0), args.whole_number("offset", offset, at_least=0)
+        filters = Filters(
+            task_name,
+            [parse_status(s) for s in ([status] if isinstance(status, str) else status)],
+            args.whole_or_none("step", step, at_least=1),
+            *args.checked_range("version", args.whole_or_none("min_version", min_version), args.whole_or_none("max_version", max_version)),
+            *args.checked_range("reward", args.number_or_none("min_reward", min_reward), args.number_or_none("max_reward", max_reward)),
+            args.text_or_none("error", error),
+            args.whole_or_none("min_attempts", min_attempts),
+            *args.drawn_between(min_age, max_age),
+            args.one_of("order", order, queries.ORDERS),
+        )
+        return await self._read(_find_and_load, filters, limit, offset)
+
+    async def history(self, group_id: int) -> list[Transition]:
+        """Every change of the group's status, the first first; `UnknownGroupError` if there is no such group."""
+        (group_id,) = args.plain_ids([group_id])
+        rows = await self._read(queries.history, group_id)
+        return [
+            Transition(
+                row.at, None if row.source is None else Status(row.source), Status(row.target), row.owner, row.step, row.version, row.reason
+            )
+            for row in rows
+        ]
+
+    async def overview(self, *, window: float = 300.0) -> Overview:
+        """How the run stands: counts, steps, versions, staleness, rates, leases and sizes, in one state of the database.
+
+        It reads indexes: its cost grows with the groups that wait and with those committed whose tokens are there, and not with
+        the others.
+
+        Args:
+            window: seconds up to now that rates are counted over; less where the run is younger, or its newest 10,000 changes
+                of a status do not reach back so far.
+        """
+        return await self._read(overview, args.seconds("window", window))
+
+    async def audit(self, *, payloads: bool = False) -> AuditReport:
+        """Check the conservation law: drawn prompts = groups over all statuses, counters = rows, no orphans.
+
+        With `payloads` every payload is decoded too, and compared with the columns that are read in its place; that takes
+        its time, and is done in slices, of which each sees its own state of the database.
+        """
+        report = await self._read(audit.audit)
+        after: int | None = -TOO_LARGE if payloads else None
+        problems = list(report.problems)
+        while after is not None:
+            found, after = await self._read(audit.audit_payloads, after, _AUDIT_SLICE)
+            problems += found
+        return replace(report, problems=problems)
+
+    async def recorded_steps(self, task_name: str) -> list[RecordedStep]:
+        """The steps at which groups of the task were consumed and not given back, ascending."""
+        args.require_task(task_name)
+        return await self._read(queries.recorded_steps, task_name)
+
+    async def pruned_to(self) -> int:
+        """The last step of which `prune` gave up a group with its row; 0 where there is none. Batches up to it are not whole."""
+        return await self._read(queries.rows_pruned_to)
+
+
+def _find_and_load(conn: Any, filters: Filters, limit: int, offset: int) -> list[RolloutGroup]:
+    return queries.load_groups(conn, queries.find(conn, filters, limit, offset))
