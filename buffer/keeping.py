@@ -47,8 +47,9 @@ class Keeping(Access):
         given = {name: args.whole_or_none(name, bound) for name, bound in bounds.items()}
         if not rows and all(bound is None for bound in given.values()):
             raise ValueError(f"prune() was told nothing to give up; give one of {', '.join(given)}, or rows=True")
-        done = await self._prune(Prune(given["keep_steps"], given["keep_last"], given["max_bytes"]))
-        return replace(done, rows=(await self._prune(Prune(None, None, None, rows=True))).rows) if rows else done
+        self._check_writable()
+        done = await self._prune(Prune(await self._read(operations.prune_bounds, *given.values())))
+        return replace(done, rows=(await self._prune(Prune(None))).rows) if rows else done
 
     async def _prune(self, request: Prune) -> PruneReport:
         total = PruneReport(0, 0, 0)

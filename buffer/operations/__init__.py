@@ -10,7 +10,7 @@ from typing import Any
 from buffer.operations.consuming import Take, Taken, check_step, committed_step, give_back, next_step, take
 from buffer.operations.drawing import Draw, DrawnRow, cursor, draw
 from buffer.operations.expiring import Expire, Expired, expire
-from buffer.operations.pruning import Prune, PrunedSlice, prune
+from buffer.operations.pruning import Prune, PrunedSlice, prune, prune_bounds
 from buffer.operations.rewinding import Commit, ResumeReport, Rewind, Rewound, commit, resume
 from buffer.operations.running import Claim, Opened, Opening, claim, closing, counted, opened, release, release_claimed, release_dead, start
 from buffer.operations.storing import Checkpoint, checkpoint, put
@@ -52,6 +52,7 @@ __all__ = [
     "next_step",
     "opened",
     "prune",
+    "prune_bounds",
     "put",
     "release",
     "release_claimed",

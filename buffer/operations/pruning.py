@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+from sqlalchemy import Connection
+
 from buffer import queries as q
 from buffer.operations.consuming import committed_step
 from buffer.queries import Transaction
@@ -14,12 +16,9 @@ _SLICE_BYTES, _SLICE_GROUPS = 2**21, 64
 
 @dataclass(frozen=True, slots=True)
 class Prune:
-    """A wish to give up the next slice of payloads beyond any of these bounds, or with `rows` of rows without payloads."""
+    """A wish to give up the next slice of payloads up to `bounds`; without, of rows without payloads."""
 
-    keep_steps: int | None
-    keep_last: int | None
-    max_bytes: int | None
-    rows: bool = False
+    bounds: q.Bounds | None
 
 
 class PrunedSlice(NamedTuple):
@@ -32,11 +31,10 @@ class PrunedSlice(NamedTuple):
 
 def prune(tx: Transaction, requests: Sequence[Prune]) -> list[PrunedSlice]:
     """Give up a slice for each; one that gave up nothing was the last."""
-    return [_prune_rows(tx) if request.rows else _prune_payloads(tx, request) for request in requests]
+    return [_prune_rows(tx) if request.bounds is None else _prune_payloads(tx, request.bounds) for request in requests]
 
 
-def _prune_payloads(tx: Transaction, request: Prune) -> PrunedSlice:
-    bounds = _bounds(tx, request)
+def _prune_payloads(tx: Transaction, bounds: q.Bounds) -> PrunedSlice:
     if bounds == q.Bounds(None, None):
         return PrunedSlice(0, 0, 0)
     found = q.prunable(tx.conn, bounds, _SLICE_GROUPS)
@@ -46,11 +44,12 @@ def _prune_payloads(tx: Transaction, request: Prune) -> PrunedSlice:
     return PrunedSlice(len(rows), sum(row.payload_bytes for row in rows), 0)
 
 
-def _bounds(tx: Transaction, request: Prune) -> q.Bounds:
-    step = None if request.keep_steps is None else (committed_step(tx.conn) or 0) - request.keep_steps
+def prune_bounds(conn: Connection, keep_steps: int | None, keep_last: int | None, max_bytes: int | None) -> q.Bounds:
+    """Up to where payloads go, as things stand. Found once, by a reader: it looks at every group that has one."""
+    step = None if keep_steps is None else (committed_step(conn) or 0) - keep_steps
     seqs = [
-        None if request.keep_last is None else q.seq_before_last(tx.conn, request.keep_last),
-        None if request.max_bytes is None else q.seq_within_bytes(tx.conn, request.max_bytes),
+        None if keep_last is None else q.seq_before_last(conn, keep_last),
+        None if max_bytes is None else q.seq_within_bytes(conn, max_bytes),
     ]
     return q.Bounds(step, max((seq for seq in seqs if seq is not None), default=None))
 

@@ -8,6 +8,7 @@ import pytest
 
 from buffer import PruneReport, ReplayBuffer, Status
 from buffer.operations import pruning
+from buffer.queries import Bounds
 from tests.buffer.groups import a_group, ids, plain, put_all, url
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -129,7 +130,7 @@ async def test_a_slice_is_bounded_in_bytes(buffer: ReplayBuffer, monkeypatch: py
     await trained(buffer)
     one = (await buffer.prune(keep_last=9)).payload_bytes
     monkeypatch.setattr(pruning, "_SLICE_BYTES", 3 * one)
-    first = await buffer._write(pruning.prune, pruning.Prune(0, None, None))
+    first = await buffer._write(pruning.prune, pruning.Prune(Bounds(5, None)))
     assert first.payloads == 3
 
 

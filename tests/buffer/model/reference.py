@@ -231,6 +231,8 @@ class Reference:
                 self.groups[group.group_id].members[index] = kept
 
     def checkpoint(self, group: RolloutGroup) -> None:
+        if group.status is not S.RUNNING:
+            raise IllegalTransitionError(group.group_id)
         base = self.base.get(group.group_id)
         changed = [r for i, r in enumerate(group.rollouts) if base is None or contents(r) != contents(base[i])]
         if not changed:
