@@ -60,6 +60,7 @@ class Asking(Access):
         if self._counts is None:
             return await self._read(queries.counts, task_name)
         self._check_open()
+        await asyncio.sleep(0)
         return {status: self._counts[task_name, status] for status in Status}
 
     async def task_names(self) -> list[str]:

@@ -16,7 +16,7 @@ from tests.buffer.model.machine import BufferMachine
 from tests.buffer.model.on_postgres import PostgresMachine
 
 LONGER = int(os.environ.get("MILLRACE_MODEL_EXAMPLES", "0"))
-PUBLIC = {name for name, method in vars(ReplayBuffer).items() if inspect.iscoroutinefunction(method) and not name.startswith("_")}
+PUBLIC = {name for name, _ in inspect.getmembers(ReplayBuffer, inspect.iscoroutinefunction) if not name.startswith("_")}
 
 
 def run(machine: type[BufferMachine], examples: int) -> None:

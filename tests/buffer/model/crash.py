@@ -3,7 +3,8 @@
 While a file is written to, SQLite appends to its log (`-wal`) and leaves the file itself alone, until a log of 64 MB is
 worked into it. The process's death takes nothing back of what it wrote. So what a kill leaves is the file, and the log up to
 some byte: which byte decides when it was. A test chooses the byte, also in the middle of a transaction, and opens the copy.
-`tests/buffer/test_kill.py` kills real processes; here each moment can be met, and met again.
+The thread beside the writer that moves the log into the file before that is held, since it would change the file between a
+call and the copy. `tests/buffer/test_kill.py` kills real processes, with that thread; here each moment can be met, and met again.
 """
 
 import shutil
