@@ -1,4 +1,7 @@
-"""Order of the suite: what is fast runs first, what starts engines of real models and the demo last. And one server for all."""
+"""Order of the suite: what is fast runs first, what starts engines of real models and the demo last. And one server for all.
+
+Tests that ask for `backend` run on each database, with `tests.buffer.groups.url` giving addresses there.
+"""
 
 import tempfile
 from collections.abc import Iterator
@@ -11,8 +14,11 @@ from tests import postgres
 LAST = ("tests/engines/test_transformers", "tests/engines/test_vllm", "tests/test_docs", "tests/test_demo")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Stable: within each part the order stays."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Stable: within each part the order stays. What is marked as being about SQLite's file does not run on the server."""
+    other = [item for item in items if item.get_closest_marker("sqlite") and "postgresql" in item.name]
+    items[:] = [item for item in items if item not in set(other)]
+    config.hook.pytest_deselected(items=other)
     items.sort(key=lambda item: next((place for place, name in enumerate(LAST, 1) if item.nodeid.startswith(name)), 0))
 
 
@@ -23,3 +29,15 @@ def server() -> Iterator[postgres.Server]:
         started = postgres.Server(Path(folder) / "data")
         yield started
         started.stop()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The database that this test and its child processes use."""
+    if request.param == "sqlite":
+        yield request.param
+        return
+    server: postgres.Server = request.getfixturevalue("server")
+    monkeypatch.setenv(postgres.ADDRESS, server.address)
+    yield request.param
+    postgres.drop_schemas(server.address)

@@ -69,6 +69,22 @@ def edit(address: str, statement: str) -> int:
         return connection.execute(statement.encode()).rowcount
 
 
+def wait_until_idle(address: str) -> None:
+    """Return when the server has ended, one way or the other, what processes that are dead now had asked of it."""
+    ours = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'millrace%'"
+    with psycopg.connect(address, autocommit=True) as connection:
+        while connection.execute(ours).fetchone() != (0,):
+            connection.execute("SELECT pg_sleep(0.002)")
+
+
+def wait_until_leases_end(address: str) -> None:
+    """Return when no producer's lease holds."""
+    left = "SELECT max(expires_at) - extract(epoch FROM clock_timestamp())::float8 FROM producers"
+    with psycopg.connect(address, autocommit=True) as connection:
+        while (longest := connection.execute(left).fetchone()) is not None and (longest[0] or 0.0) > 0:
+            connection.execute("SELECT pg_sleep(%s)", [longest[0] + 0.001])
+
+
 def schema_url(address: str, folder: Path, name: str) -> str:
     """The URL of the schema that stands for a file of this name in this folder; it is made if it is missing."""
     schema = "t" + hashlib.sha1(str(folder / name).encode()).hexdigest()[:20]

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import secrets
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ import numpy as np
 
 from agent_loop import SamplingParams, SingleTurnAgentLoop
 from agent_loop.engines.simulated import SimulatedEngine
-from buffer import Fifo, FreshestFirst, ReplayBuffer, RolloutGroup, RolloutState, StalestFirst
+from buffer import Fifo, FreshestFirst, ReplayBuffer, RolloutGroup, RolloutState, StalestFirst, processes
 from buffer.staleness import NO_VERSION
 from producer import AsyncProduceStrategy, ProducedBatch, ReplayPromptSampler, SyncProduceStrategy
 from producer.strategy import ProduceStrategy
@@ -52,6 +53,8 @@ class Plan:
         checkpoint_tokens: of the strategies; None checkpoints no running group.
         policy: which completed groups they take first, a key of `POLICIES`.
         future: of `resume`.
+        lease: of the buffer. None is its default. With one, each process acts as one on a machine of its own: that it is dead
+            is only known when its lease ends.
     """
 
     folder: str
@@ -66,6 +69,7 @@ class Plan:
     checkpoint_tokens: int | None = None
     policy: str = "fifo"
     future: Literal["keep", "expire"] = "keep"
+    lease: float | None = None
 
     @classmethod
     def of(cls, plan: dict[str, Any]) -> "Plan":
@@ -228,10 +232,19 @@ class Trainer:
         os.replace(fresh, self._path)
 
 
+def on_a_machine_of_its_own() -> None:
+    """Others see from now on that this process is not on their machine, so that its lease is all they know of it."""
+    elsewhere = secrets.token_hex(4)
+    processes.__dict__["machine"] = lambda: elsewhere
+
+
 async def run(say: Say, plan: dict[str, Any], draws: int = 0) -> None:
     """The program of a child: train as planned; or, to know what comes in which order, only draw so many prompts of each task."""
     asked = Plan.of(plan)
-    async with ToldBuffer.open(asked.url, max_crashes=None) as buffer, SimulatedEngine(seed=asked.seed, vocab_size=16) as engine:
+    options = {} if asked.lease is None else {"lease": asked.lease}
+    if asked.lease is not None:
+        on_a_machine_of_its_own()
+    async with ToldBuffer.open(asked.url, max_crashes=None, **options) as buffer, SimulatedEngine(seed=asked.seed, vocab_size=16) as engine:
         assert isinstance(buffer, ToldBuffer)
         buffer.say = say
         samplers = {task.name: _sampler(task, buffer, asked.seed) for task in asked.tasks}

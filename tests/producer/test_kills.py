@@ -2,6 +2,10 @@
 
 `kill_run.py` is the run, `kill_ledger.py` knows what must hold. Each test plays rounds: a run is begun in a fresh database,
 killed at random moments, looked at and started again, until it reaches its end.
+
+On PostgreSQL the server may still do, or undo, what a killed process had asked for last. A third of the times the next
+process opens the database in the midst of that. Every other round the processes act as if each ran on a machine of its
+own, so that only the end of a lease tells that one is dead.
 """
 
 import asyncio
@@ -14,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from buffer import ReplayBuffer
+from tests import postgres
 from tests.buffer.groups import url
 from tests.producer.kill_ledger import Ledger, Row
 from tests.producer.kill_run import POLICIES, Plan, Task, as_arguments
@@ -26,48 +32,59 @@ ACTS = [
     *("resuming", "resumed", "drawing", "drawn", "claiming", "claimed", "storing", "stored"),
     *("taking", "taken", "saving", "saved", "committing", "committed"),
 ]
-ROUNDS = 6
+ROUNDS = {"sqlite": 6, "postgresql": 3}
 """At least: so many plans differ by their number."""
 
 EXPIRY = ["expiring", "expired"]
 CHECKPOINTS = ["checkpointing", "checkpointed"]
 
 
+KILLS = {
+    "sync": {"sqlite": 120, "postgresql": 30},
+    "async": {"sqlite": 160, "postgresql": 40},
+    "workers": {"sqlite": 24, "postgresql": 6},
+}
+LEASE = 0.4
+
+
 @pytest.fixture(scope="module")
 def zygote() -> Iterator[Zygote]:
-    with Zygote("tests.producer.kill_run:run") as started:
+    with Zygote("tests.producer.kill_run:run", "buffer.backends.postgres") as started:
         yield started
 
 
 @pytest.fixture
 def zygote_with_torch() -> Iterator[Zygote]:
-    with Zygote("tests.producer.kill_run:run", "torchdata.stateful_dataloader") as started:
+    with Zygote("tests.producer.kill_run:run", "buffer.backends.postgres", "torchdata.stateful_dataloader") as started:
         yield started
 
 
 @pytest.mark.timeout(300)
-def test_sync_batches_equal_those_of_a_run_without_kills(tmp_path: Path, zygote: Zygote) -> None:  # case 13
-    said = play(zygote, tmp_path, "sync", kills=120)
+def test_sync_batches_equal_those_of_a_run_without_kills(tmp_path: Path, zygote: Zygote, backend: str) -> None:  # case 13
+    said = play(zygote, tmp_path, "sync", backend)
     assert all(said[act] >= 5 for act in ACTS), said
 
 
 @pytest.mark.timeout(300)
-def test_over_issuing_loses_nothing_and_does_nothing_twice(tmp_path: Path, zygote: Zygote) -> None:  # case 13
-    said = play(zygote, tmp_path, "async", kills=160)
+def test_over_issuing_loses_nothing_and_does_nothing_twice(tmp_path: Path, zygote: Zygote, backend: str) -> None:  # case 13
+    said = play(zygote, tmp_path, "async", backend)
     assert all(said[act] >= 5 for act in ACTS + EXPIRY + CHECKPOINTS), said
 
 
 @pytest.mark.timeout(300)
-def test_rows_of_dataloaders_with_workers_come_in_their_order(tmp_path: Path, zygote_with_torch: Zygote) -> None:
-    play(zygote_with_torch, tmp_path, "workers", kills=24)
+def test_rows_of_dataloaders_with_workers_come_in_their_order(tmp_path: Path, zygote_with_torch: Zygote, backend: str) -> None:
+    play(zygote_with_torch, tmp_path, "workers", backend)
 
 
-def play(zygote: Zygote, folder: Path, kind: str, *, kills: int) -> Counter[str]:
-    """Rounds until so many processes were killed; how often each act was told."""
+def play(zygote: Zygote, folder: Path, kind: str, backend: str) -> Counter[str]:
+    """Rounds until enough processes were killed; how often each act was told."""
     said, done, number = Counter[str](), 0, 0
-    while done < kills or number < ROUNDS:
+    while done < KILLS[kind][backend] or number < ROUNDS[backend]:
         chance = random.Random(f"{SEED}-{kind}-{number}")
-        ledger = begin(zygote, folder / str(number), a_plan(chance, kind, number))
+        plan = a_plan(chance, kind, number)
+        if backend == "postgresql":
+            plan = replace(plan, steps=min(plan.steps, 6), lease=[None, LEASE][number % 2])
+        ledger = begin(zygote, folder / str(number), plan)
         try:
             done += play_round(zygote, ledger, chance)
         except BaseException as error:
@@ -116,24 +133,51 @@ def begin(zygote: Zygote, folder: Path, plan: Plan) -> Ledger:
 def play_round(zygote: Zygote, ledger: Ledger, chance: random.Random) -> int:
     """Start the run, kill it, look, and again until it ends by itself; the number of kills."""
     acts = ACTS + EXPIRY * (ledger.plan.max_staleness is not None) + CHECKPOINTS * (ledger.plan.checkpoint_tokens is not None)
-    kills = 0
-    while was_killed(zygote, ledger, Moment.any(chance, at_start=0.03, lines=60, whats=acts)):
+    kills, at_start = 0, 0.03 if is_file(ledger.plan) else 0.15
+    while was_killed(zygote, ledger, Moment.any(chance, at_start=at_start, lines=60, whats=acts), chance.random() < 1 / 3):
         kills += 1
     compare(ledger)
     return kills
 
 
-def was_killed(zygote: Zygote, ledger: Ledger, moment: Moment) -> bool:
-    """Start the run once and hold the ledger against what the kill left; False if it ended by itself before."""
+def is_file(plan: Plan) -> bool:
+    return plan.url.startswith("sqlite")
+
+
+def was_killed(zygote: Zygote, ledger: Ledger, moment: Moment, at_once: bool) -> bool:
+    """Start the run once and hold the ledger against what the kill left; False if it ended by itself before.
+
+    `at_once`: another process opens the database right behind the kill.
+    """
     child = zygote.start(**as_arguments(ledger.plan))
     try:
         killed = child.killed(moment)
         ledger.read(child.lines)
+        if killed and not is_file(ledger.plan):
+            let_the_server_end(ledger.plan, at_once)
         asyncio.run(ledger.look() if killed else ledger.close())
+        if killed and at_once and not is_file(ledger.plan):
+            assert ledger.running == 0, "whoever opens the database releases what the dead ran, what they were about to run too"
     except BaseException as error:
         error.add_note(f"{moment}; the last lines were:\n" + "\n".join(map(str, child.lines[-30:])))
         raise
     return killed
+
+
+def let_the_server_end(plan: Plan, at_once: bool) -> None:
+    """Return when what the killed process had asked for is done or undone, and its leases ended."""
+    if at_once and plan.lease is None:
+        asyncio.run(open_and_close(plan.url))
+    postgres.wait_until_idle(plan.url)
+    if plan.lease is not None and postgres.execute(plan.url, "SELECT to_regclass('producers')") != [(None,)]:
+        postgres.wait_until_leases_end(plan.url)
+        if at_once:
+            asyncio.run(open_and_close(plan.url))
+
+
+async def open_and_close(url: str) -> None:
+    async with ReplayBuffer.open(url, max_crashes=None):
+        pass
 
 
 def compare(ledger: Ledger) -> None:
