@@ -4,8 +4,8 @@
 killed at random moments, looked at and started again, until it reaches its end.
 
 On PostgreSQL the server may still do, or undo, what a killed process had asked for last. A third of the times the next
-process opens the database in the midst of that. Every other round the processes act as if each ran on a machine of its
-own, so that only the end of a lease tells that one is dead.
+process opens the database in the midst of that. In half of the rounds the processes act as if each ran on a machine
+of its own, so that only the end of a lease tells that one is dead.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ ACTS = [
     *("resuming", "resumed", "drawing", "drawn", "claiming", "claimed", "storing", "stored"),
     *("taking", "taken", "saving", "saved", "committing", "committed"),
 ]
-ROUNDS = {"sqlite": 6, "postgresql": 3}
+ROUNDS = {"sqlite": 6, "postgresql": 4}
 """At least: so many plans differ by their number."""
 
 EXPIRY = ["expiring", "expired"]
@@ -44,6 +44,9 @@ KILLS = {
     "async": {"sqlite": 160, "postgresql": 40},
     "workers": {"sqlite": 24, "postgresql": 6},
 }
+LEAST = {"sqlite": 5, "postgresql": 1}
+"""Of each act, in the rounds of a kind."""
+
 LEASE = 0.4
 
 
@@ -62,13 +65,13 @@ def zygote_with_torch() -> Iterator[Zygote]:
 @pytest.mark.timeout(300)
 def test_sync_batches_equal_those_of_a_run_without_kills(tmp_path: Path, zygote: Zygote, backend: str) -> None:  # case 13
     said = play(zygote, tmp_path, "sync", backend)
-    assert all(said[act] >= 5 for act in ACTS), said
+    assert all(said[act] >= LEAST[backend] for act in ACTS), said
 
 
 @pytest.mark.timeout(300)
 def test_over_issuing_loses_nothing_and_does_nothing_twice(tmp_path: Path, zygote: Zygote, backend: str) -> None:  # case 13
     said = play(zygote, tmp_path, "async", backend)
-    assert all(said[act] >= 5 for act in ACTS + EXPIRY + CHECKPOINTS), said
+    assert all(said[act] >= LEAST[backend] for act in ACTS + EXPIRY + CHECKPOINTS), said
 
 
 @pytest.mark.timeout(300)
@@ -83,7 +86,7 @@ def play(zygote: Zygote, folder: Path, kind: str, backend: str) -> Counter[str]:
         chance = random.Random(f"{SEED}-{kind}-{number}")
         plan = a_plan(chance, kind, number)
         if backend == "postgresql":
-            plan = replace(plan, steps=min(plan.steps, 6), lease=[None, LEASE][number % 2])
+            plan = replace(plan, steps=min(plan.steps, 5), lease=[None, LEASE][number // 2 % 2])
         ledger = begin(zygote, folder / str(number), plan)
         try:
             done += play_round(zygote, ledger, chance)
