@@ -4,6 +4,7 @@ import json
 import os
 import selectors
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -73,6 +74,7 @@ class PostgreSQL(Backend):
 
         @event.listens_for(engine, "connect")
         def configure(connection: psycopg.Connection[Any], record: Any) -> None:
+            _connections.add(connection)
             connection.read_only = read_only or None
             # A reader's transaction sees one state of the database; a writer's statement what is committed when it begins.
             level = psycopg.IsolationLevel
@@ -132,6 +134,23 @@ class PostgreSQL(Backend):
     def remedy(self, cause: BaseException) -> str:
         state = _state(cause)
         return _BY_STATE[state] if state in _BY_STATE else first_of(_BY_MESSAGE, str(cause))
+
+
+_connections: "weakref.WeakSet[psycopg.Connection[Any]]" = weakref.WeakSet()
+"""Those of this process."""
+
+
+def _let_go_in_child() -> None:
+    # A forked child (a dataloader's worker) has a copy of each socket. If we are killed and it lives on, the server would not
+    # see that we are gone, and our transaction would keep its locks. The numbers stay taken: nothing else gets them.
+    nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for connection in list(_connections):
+        with suppress(psycopg.Error):
+            os.dup2(nowhere, connection.fileno(), inheritable=False)
+    os.close(nowhere)
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _shown(url: URL) -> str:

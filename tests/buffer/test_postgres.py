@@ -1,7 +1,11 @@
 """Shows that on PostgreSQL what was asked for is done exactly once, whatever becomes of the server and the connections."""
 
 import asyncio
+import os
 import random
+import select
+import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +18,8 @@ from buffer import ReplayBuffer, Status
 from buffer.errors import BufferClosedError, DatabaseError, ForeignDatabaseError, SchemaVersionError
 from tests import postgres
 from tests.buffer.groups import a_group, draw, finished, ids, put_all, rows, url
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +207,36 @@ async def test_a_connection_that_is_not_regained_in_time_ends_the_buffer_with_an
         server.go_on()
     async with ReplayBuffer.open(url(tmp_path)) as again:
         assert (await again.audit()).ok
+
+
+FORKING = """
+import asyncio, os, sys, time
+from buffer import ReplayBuffer
+async def main():
+    async with ReplayBuffer.open(sys.argv[1]) as buffer:
+        await buffer.count("math", "completed")
+        worker = os.fork()
+        if worker == 0:
+            time.sleep(30)
+            os._exit(0)
+        print(worker, flush=True)
+        await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+async def test_a_forked_child_that_outlives_a_killed_process_does_not_keep_its_connections(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORKING, url(tmp_path)]
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    worker = int(await process.stdout.readline())
+    held = os.pidfd_open(worker)
+    process.kill()
+    postgres.wait_until_idle(url(tmp_path))
+    assert not select.select([held], [], [], 0)[0], "it need not end for that"
+    signal.pidfd_send_signal(held, signal.SIGKILL)
+    os.close(held)
+    await process.wait()
 
 
 # -- waiting ---------------------------------------------------------------------------------------------------------------
