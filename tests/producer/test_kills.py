@@ -42,7 +42,7 @@ CHECKPOINTS = ["checkpointing", "checkpointed"]
 KILLS = {
     "sync": {"sqlite": 120, "postgresql": 30},
     "async": {"sqlite": 160, "postgresql": 40},
-    "workers": {"sqlite": 24, "postgresql": 6},
+    "workers": {"sqlite": 24},
 }
 LEAST = {"sqlite": 5, "postgresql": 1}
 """Of each act, in the rounds of a kind."""
@@ -74,6 +74,7 @@ def test_over_issuing_loses_nothing_and_does_nothing_twice(tmp_path: Path, zygot
     assert all(said[act] >= LEAST[backend] for act in ACTS + EXPIRY + CHECKPOINTS), said
 
 
+@pytest.mark.sqlite
 @pytest.mark.timeout(300)
 def test_rows_of_dataloaders_with_workers_come_in_their_order(tmp_path: Path, zygote_with_torch: Zygote, backend: str) -> None:
     play(zygote_with_torch, tmp_path, "workers", backend)
