@@ -65,7 +65,7 @@ class Response(NamedTuple):
             raise CorruptPayloadError(f"a prefix goes on at token {start} where {self.response_ids.size} are stored")
         if start == 0:
             return delta
-        joined = {name: np.concatenate([getattr(self, name)[:start], getattr(delta, name)]) for name in TOKEN_ARRAYS}
+        joined: dict[str, Any] = {name: np.concatenate([getattr(self, name)[:start], getattr(delta, name)]) for name in TOKEN_ARRAYS}
         for array in joined.values():
             array.flags.writeable = False
         return delta._replace(**joined, prompt_ids=self.prompt_ids)
