@@ -1,5 +1,6 @@
 """The rest of the reference: what it gives up, questions with filters, files, and copies of runs."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -75,8 +76,11 @@ class Model(Reference):
         known.pruned = True
 
     def drop_rows(self) -> int:
-        last = max((known.step or 0 for known in self.groups.values() if known.status is S.ARCHIVED), default=0)
-        gone = [known for known in self.groups.values() if known.pruned and (known.step or 0) < last]
+        last = Counter[str]()
+        for known in self.groups.values():
+            if known.status is S.ARCHIVED:
+                last[known.task] = max(last[known.task], known.step or 0)
+        gone = [known for known in self.groups.values() if known.pruned and (known.step or 0) < last[known.task]]
         for known in gone:
             del self.groups[known.group_id]
             self.tasks[known.task].pruned += 1
@@ -150,7 +154,7 @@ class Model(Reference):
         other.interrupt(running)
         for known in other.groups.values():
             if known.status is S.ARCHIVED and (known.step or 0) > step:
-                known.status = S.CONSUMED
+                other.note(known, S.CONSUMED, reason=f"the run was forked at step {step}")
         other.committed = None if self.committed is None else min(self.committed, step)
         other.told = None if self.told is None or self.told[1] > step else self.told
         report = other.resume(step)
