@@ -52,6 +52,8 @@ class Checkpointer:
         pause, before = _SHORTEST, 0
         while self._news.wait() and not self._end.wait(pause):
             self._news.clear()
+            if self._end.is_set():  # said just before: what woke us has been cleared, and would not come again
+                return
             _, _, moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             # Fewer than before: the log began anew.
             new = moved - before if moved >= before else moved

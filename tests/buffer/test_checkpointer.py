@@ -64,6 +64,31 @@ def test_where_the_file_cannot_be_opened_the_thread_ends_quietly(tmp_path: Path)
     checkpointer.close()
 
 
+class _EndsMeanwhile(threading.Event):
+    """An end that is said at the very moment when the thread has found that it was not."""
+
+    def __init__(self, news: threading.Event) -> None:
+        super().__init__()
+        self._news = news
+
+    def wait(self, timeout: float | None = None) -> bool:
+        before = self.is_set()
+        self.set()
+        self._news.set()
+        return before
+
+
+def test_an_end_that_comes_with_a_commit_is_heard(tmp_path: Path) -> None:
+    writer = _written(tmp_path / "x.db")
+    checkpointer = Checkpointer(lambda: sqlite3.connect(tmp_path / "x.db", check_same_thread=False))
+    checkpointer._end = _EndsMeanwhile(checkpointer._news)
+    checkpointer.start()
+    checkpointer.committed()
+    checkpointer._thread.join(30)
+    assert not checkpointer._thread.is_alive()
+    writer.close()
+
+
 async def test_the_thread_ends_with_the_buffer_and_leaves_no_log(tmp_path: Path) -> None:
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         await put_all(buffer, [a_group(n) for n in range(1, 20)])
