@@ -340,7 +340,10 @@ class Reference:
                 member.reset()
                 member.status = S.EXPIRED
             known.store(members)
-            expired += known.status is not S.EXPIRED
+            if known.status is S.EXPIRED:  # more of its members did: no change of the group's status
+                known.changed = self.clock
+                continue
+            expired += 1
             self.note(known, S.EXPIRED, reason=PROSE)
         return expired
 
