@@ -211,13 +211,14 @@ def _hot_member(rollout: RolloutState, span: Span | None) -> dict[str, Any]:
         "tokens": rollout.response_ids.size,
         "min_version": span.oldest if span else None,
         "finish_reason": None if rollout.finish_reason is None else _storable_text(rollout.finish_reason),
-        "score": _finite(rollout.score, "score", rollout),
-        "reward": _finite(rollout.reward, "reward", rollout),
+        "score": finite(rollout.score, "score", rollout),
+        "reward": finite(rollout.reward, "reward", rollout),
         "error": None if rollout.error is None else _storable_text(rollout.error),
     }
 
 
-def _finite(value: float | None, name: str, rollout: RolloutState) -> float | None:
+def finite(value: float | None, name: str, rollout: RolloutState) -> float | None:
+    """`value` as a float that a column holds; `ValueError` where it is no finite number."""
     if value is None:
         return None
     try:
@@ -355,7 +356,7 @@ def to_json(value: Any, what: str) -> str:
     """Compact JSON; numpy and torch values become plain ones; anything else is refused naming `what`."""
     try:
         text = _dumps(value, ensure_ascii=False)
-        if not _is_utf8(text):
+        if not is_utf8(text):
             text = _dumps(value, ensure_ascii=True)  # half a surrogate pair, escaped
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} cannot be stored: {error}; keep columns to text, finite numbers, lists and mappings") from None
@@ -367,7 +368,8 @@ def _dumps(value: Any, *, ensure_ascii: bool) -> str:
     return json.dumps(value, default=_plain, separators=(",", ":"), ensure_ascii=ensure_ascii, allow_nan=False)
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, so that it can be written as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -379,7 +381,7 @@ def _storable_text(text: str) -> str:
     """With what a column of text cannot hold, half a surrogate pair and the character 0, escaped."""
     if not isinstance(text, str):
         raise ValueError(f"a reason or an error is {text!r:.100}; it must be text, or None")
-    return (text if _is_utf8(text) else text.encode(errors="backslashreplace").decode()).replace("\0", "\\x00")
+    return (text if is_utf8(text) else text.encode(errors="backslashreplace").decode()).replace("\0", "\\x00")
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.codec import to_json
+from buffer.codec import finite, is_utf8, to_json
 from buffer.rollout import Position, RolloutGroup, RolloutState
 
 FORMAT = 1
@@ -106,26 +106,11 @@ def _row_of(rollout: RolloutState, shared: Row) -> Row:
         if kind is Kind.JSON:
             row[name] = to_json(value, f"{name} of rollout {rollout.rollout_id}")
         elif kind is Kind.NUMBER:
-            row[name] = _finite(value, name, rollout)
-        elif kind is Kind.TEXT and not _is_utf8(value):
+            row[name] = finite(value, name, rollout)
+        elif kind is Kind.TEXT and not is_utf8(value):
             row[name] = json.dumps(value)
             escaped.append(name)
     return row | {"escaped": json.dumps(escaped)}
-
-
-def _finite(value: float, name: str, rollout: RolloutState) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"rollout {rollout.rollout_id}: {name} is {number}; it must be finite, or None with an error that says why")
-    return number
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def same_rows(one: Iterable[Row], other: Iterable[Row]) -> bool:

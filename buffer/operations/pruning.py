@@ -35,8 +35,6 @@ def prune(tx: Transaction, requests: Sequence[Prune]) -> list[PrunedSlice]:
 
 
 def _prune_payloads(tx: Transaction, bounds: q.Bounds) -> PrunedSlice:
-    if bounds == q.Bounds(None, None):
-        return PrunedSlice(0, 0, 0)
     found = q.prunable(tx.conn, bounds, _SLICE_GROUPS)
     before = accumulate((row.payload_bytes for row in found), initial=0)
     rows = [row for row, size in zip(found, before, strict=False) if size < _SLICE_BYTES]

@@ -111,7 +111,7 @@ def _begin_timeline(tx: Transaction, version: int, request: Rewind, rewound: Seq
     ended = q.timeline(tx.conn).number
     if not q.anything_sampled(tx.conn):
         return ended, 0
-    q.begin_timeline(tx.conn, ended, version, request.step)
+    q.begin_timeline(tx, ended, version, request.step)
     undone = sorted({*q.newer_than(tx.conn, version), *rewound})
     expired = 0
     for start in range(0, len(undone), _SLICE):

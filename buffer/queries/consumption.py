@@ -1,6 +1,5 @@
 """Handing out completed groups, making that final, and taking it back."""
 
-import time
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, assert_never
@@ -163,9 +162,9 @@ def anything_sampled(conn: Connection) -> bool:
     return conn.scalar(sampled) is not None or conn.scalar(select(t.steps.c.step).limit(1)) is not None
 
 
-def begin_timeline(conn: Connection, ended: int, fork: int, step: int) -> None:
+def begin_timeline(tx: Transaction, ended: int, fork: int, step: int) -> None:
     """Record that a rewind to the checkpoint of `step`, at version `fork`, ended a timeline."""
-    conn.execute(insert(t.timelines), {"timeline": ended, "fork": fork, "step": step, "at": time.time()})
+    tx.conn.execute(insert(t.timelines), {"timeline": ended, "fork": fork, "step": step, "at": tx.now})
 
 
 _MAY_EXPIRE = [literal(status.value, literal_execute=True) for status in (Status.COMPLETED, Status.INTERRUPTED)]

@@ -40,19 +40,14 @@ def seq_within_bytes(conn: Connection, max_bytes: int) -> int | None:
 
 
 def prunable(conn: Connection, bounds: Bounds, limit: int) -> list[Row[Any]]:
-    """The archived groups whose payloads go first: rows of group_id, task_name and payload_bytes."""
-    beyond = _beyond(bounds)
-    found = select(_g.group_id, _g.task_name, _g.payload_bytes).where(_PRUNABLE, beyond).order_by(*_ORDER)
+    """The archived groups whose payloads go first: rows of group_id and payload_bytes."""
+    found = select(_g.group_id, _g.payload_bytes).where(_PRUNABLE, _beyond(bounds)).order_by(*_ORDER)
     return list(conn.execute(found.limit(limit)))
 
 
 def _beyond(bounds: Bounds) -> ColumnElement[bool]:
     at_most = [(_g.consumed_step, bounds.step), (_g.consumed_seq, bounds.consumed_seq)]
-    conditions = [column <= bound for column, bound in at_most if bound is not None]
-    beyond = conditions[0]
-    for condition in conditions[1:]:
-        beyond |= condition
-    return beyond
+    return or_(false(), *(column <= bound for column, bound in at_most if bound is not None))
 
 
 _DROP_PAYLOAD = delete(t.payloads).where(t.payloads.c.group_id == bindparam("id"))
