@@ -1,14 +1,15 @@
-"""The decisions how many groups to start: exact, over-issued, and never more than the bound."""
+"""The decisions how many groups to start: exact, over-issued, never more than the bound on staleness allows, and tail batches."""
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from producer import AsyncProduceStrategy
-from producer.issue import Load, exact, issue_limit, over_issue
+from producer.issue import Load, bounded_issue, check_tail_options, exact, issue_limit, over_issue, tail_batch
 
 sizes = st.integers(1, 5000)
 counts = st.integers(0, 10_000)
@@ -66,3 +67,59 @@ def test_floats_do_not_add_a_group(batch_size: int, threshold: float, limit: int
 def test_a_threshold_that_bounds_nothing_is_refused(threshold: float) -> None:
     with pytest.raises(ValueError, match="staleness_threshold"):
         AsyncProduceStrategy(None, staleness_threshold=threshold)  # type: ignore[arg-type]
+
+
+# -- bounded ----------------------------------------------------------------------------------------------------
+
+
+@given(sizes, counts, counts, counts, thresholds, st.integers(0, 8), st.integers(0, 1))
+def test_bounded_issue_fills_up_to_both_limits_and_takes_up_what_was_left_behind(
+    batch_size: int, completed: int, in_flight: int, left_behind: int, threshold: float, max_staleness: int, updates_before: int
+) -> None:
+    load = Load(batch_size, completed, in_flight)
+    more = bounded_issue(load, threshold, max_staleness, left_behind=left_behind, updates_before=updates_before)
+    limit = min(issue_limit(batch_size, threshold), (max_staleness + 1 - updates_before) * batch_size)
+    fresh = more - left_behind
+    assert fresh == 0 or completed + in_flight + left_behind + fresh == limit
+    assert fresh > 0 or completed + in_flight + left_behind >= limit
+
+
+def test_on_policy_starts_a_batch_and_nothing_for_the_next_one_before_the_update() -> None:
+    assert bounded_issue(Load(8, 0, 0), 3.0, 0) == 8
+    assert bounded_issue(Load(8, 0, 0), 3.0, 0, updates_before=1) == 0
+    assert bounded_issue(Load(8, 0, 0), 3.0, 1, updates_before=1) == 8
+
+
+# -- tail batches -----------------------------------------------------------------------------------------------
+
+
+@given(counts)
+def test_a_tail_batch_comes_never_at_once_or_when_so_many_wait(candidates: int) -> None:
+    assert not tail_batch(-1, candidates)
+    assert tail_batch(0, candidates) == (candidates > 0)
+    assert tail_batch(5, candidates) == (candidates >= 5)
+
+
+def test_trigger_1_with_two_expired_is_a_tail_batch_of_exactly_two() -> None:  # case 22
+    assert tail_batch(1, 2)
+    assert exact(Load(batch_size=2, completed=0, in_flight=0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("trigger_size", "candidate_step", "named"),
+    [
+        (-2, 1, "tail_batch_trigger_size=-2"),
+        (0.5, 1, "tail_batch_trigger_size=0.5"),
+        (None, 1, "tail_batch_trigger_size=None"),
+        (0, 0, "tail_batch_candidate_step=0"),
+        (0, True, "tail_batch_candidate_step=True"),
+    ],
+)
+def test_options_of_tail_batches_are_checked(trigger_size: Any, candidate_step: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        check_tail_options(trigger_size, candidate_step)
+
+
+@pytest.mark.parametrize("options", [(-1, 1), (0, 3), (64, 2)])
+def test_options_of_tail_batches_come_back(options: tuple[int, int]) -> None:
+    assert check_tail_options(*options) == options
