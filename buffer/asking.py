@@ -63,6 +63,22 @@ class Asking(Access):
         await asyncio.sleep(0)
         return {status: self._counts[task_name, status] for status in Status}
 
+    async def tail_candidates(self, task_name: str, min_interruptions: int = 1) -> int:
+        """Groups of the task that were left behind: expired ones, and interrupted ones with a member stopped so often.
+
+        It costs what waits interrupted, whatever the size of the buffer.
+        """
+        args.require_task(task_name)
+        return await self._read(queries.tail_candidates, task_name, args.whole_number("min_interruptions", min_interruptions, at_least=0))
+
+    async def oldest_versions(self, task_name: str) -> dict[Status, dict[int, int]]:
+        """Of the task's completed and its interrupted groups: how many have which oldest version, from which staleness is counted.
+
+        A group without a trainable token has `buffer.staleness.NO_VERSION`. It costs what waits, whatever the size of the buffer.
+        """
+        args.require_task(task_name)
+        return await self._read(queries.oldest_versions, task_name)
+
     async def task_names(self) -> list[str]:
         """The tasks of this run."""
         return await self._read(queries.task_names)

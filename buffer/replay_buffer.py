@@ -5,7 +5,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from buffer import arguments as args
 from buffer import operations, queries
@@ -281,17 +281,32 @@ class ReplayBuffer(Asking, Keeping):
         ids: list[int] = await self._write(operations.draw, request)
         return ids
 
-    async def claim(self, task_name: str, n: int, *, statuses: Sequence[Status], exclude: Collection[int] = ()) -> list[RolloutGroup]:
+    async def claim(
+        self,
+        task_name: str,
+        n: int,
+        *,
+        statuses: Sequence[Status],
+        exclude: Collection[int] = (),
+        order: Literal["oldest", "most_interrupted"] = "oldest",
+    ) -> list[RolloutGroup]:
         """Up to `n` waiting groups to run, from now on running: first those in `statuses[0]`, then the next.
 
-        `exclude` names groups that are not wanted now.
+        Args:
+            task_name: whose groups.
+            n: the most.
+            statuses: in which they wait.
+            exclude: groups that are not wanted now.
+            order: of those in one status: the "oldest" first, or the "most_interrupted" (by its member stopped most often;
+                the cost is then that of all that wait).
         """
         args.require_task(task_name)
         n = args.whole_number("n", n, at_least=0)
         wanted = [parse_status(status) for status in statuses]
         if refused := [status for status in wanted if status not in CLAIMABLE]:
             raise ValueError(f"groups that are {refused[0]} cannot be run; those that can are {sorted(CLAIMABLE)}")
-        request = Claim(task_name, wanted, n, frozenset(exclude))
+        args.one_of("order", order, get_args(queries.ClaimOrder))
+        request = Claim(task_name, wanted, n, frozenset(exclude), order)
         return await self._run(operations.claim, request) if n > 0 else []
 
     async def start(self, group_ids: Sequence[int]) -> list[RolloutGroup]:

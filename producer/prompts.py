@@ -88,11 +88,18 @@ class PromptSampler:
         return group
 
     async def sample_many(
-        self, task_name: str, n: int, *, buffer: ReplayBuffer | None = None, exclude: Collection[int] = ()
+        self, task_name: str, n: int, *, buffer: ReplayBuffer | None = None, exclude: Collection[int] = (), tail: bool = False
     ) -> list[RolloutGroup]:
-        """The next `n` groups; see `sample`. `exclude` names groups not to be offered again.
+        """The next `n` groups; see `sample`.
 
         All of them or none: when it raises or is cancelled, what it had claimed already is given back.
+
+        Args:
+            task_name: whose prompts.
+            n: how many groups.
+            buffer: where the draw is recorded.
+            exclude: groups not to be offered again.
+            tail: they are for a tail batch: of what was interrupted, that which was stopped most often comes first.
         """
         async with self._lock:
             return await self._fill([], task_name, n, buffer)
@@ -253,10 +260,12 @@ class ReplayPromptSampler(PromptSampler):
         self.buffer, self._replay = buffer, tuple(replay)
 
     async def sample_many(
-        self, task_name: str, n: int, *, buffer: ReplayBuffer | None = None, exclude: Collection[int] = ()
+        self, task_name: str, n: int, *, buffer: ReplayBuffer | None = None, exclude: Collection[int] = (), tail: bool = False
     ) -> list[RolloutGroup]:
         if buffer is not None and buffer is not self.buffer:
             raise ValueError("the strategy and its ReplayPromptSampler have different buffers; give both the same one")
         async with self._lock:
-            left = await self.buffer.claim(task_name, n, statuses=self._replay, exclude=exclude)
+            left = await self.buffer.claim(
+                task_name, n, statuses=self._replay, exclude=exclude, order="most_interrupted" if tail else "oldest"
+            )
             return await self._fill(left, task_name, n, self.buffer)

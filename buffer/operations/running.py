@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from buffer import queries as q
 from buffer.processes import is_dead
-from buffer.queries import Transaction
+from buffer.queries import ClaimOrder, Transaction
 from buffer.status import Status
 
 
@@ -71,12 +71,13 @@ def counted(tx: Transaction, requests: Sequence[None]) -> list[dict[tuple[str, S
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A wish for up to `limit` waiting groups of a task, from the first of `statuses` that has any, and so on."""
+    """A wish for up to `limit` waiting groups of a task, from the first of `statuses` that has any, and so on; of each in `order`."""
 
     task_name: str
     statuses: Sequence[Status]
     limit: int
     exclude: frozenset[int]
+    order: ClaimOrder = "oldest"
 
 
 def claim(tx: Transaction, claims: Sequence[Claim]) -> list[list[int]]:
@@ -89,7 +90,7 @@ def _claim_one(tx: Transaction, request: Claim) -> list[int]:
     for status in dict.fromkeys(request.statuses):
         if len(rows) < request.limit:
             wanted = request.limit - len(rows)
-            waiting = q.claimable(tx.conn, request.task_name, status, wanted + len(request.exclude))
+            waiting = q.claimable(tx.conn, request.task_name, status, wanted + len(request.exclude), request.order)
             rows += [row for row in waiting if row.group_id not in request.exclude][:wanted]
     q.move(tx, rows, Status.RUNNING)
     return [row.group_id for row in rows]

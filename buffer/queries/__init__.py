@@ -25,7 +25,6 @@ from buffer.queries.dialects import clock, last_number, listen, notify, reserve,
 from buffer.queries.groups import (
     Overtaken,
     add_prefixes,
-    claimable,
     insert_groups,
     known,
     move,
@@ -65,6 +64,7 @@ from buffer.queries.overview import (
 )
 from buffer.queries.reading import ORDERS, Filters, find, history, hot_columns, ids_after, load_groups
 from buffer.queries.retention import Bounds, drop_groups, drop_payloads, prunable, pruned, rows_pruned_to, seq_before_last, seq_within_bytes
+from buffer.queries.scheduling import ClaimOrder, claimable, oldest_versions, tail_candidates
 from buffer.queries.transaction import Deltas, Transaction
 from buffer.queries.transfer import (
     RecordedStep,
@@ -92,6 +92,7 @@ from buffer.queries.values import (
 __all__ = [
     "ORDERS",
     "Bounds",
+    "ClaimOrder",
     "Deltas",
     "Filters",
     "Overtaken",
@@ -149,6 +150,7 @@ __all__ = [
     "newest_changes",
     "notify",
     "producers",
+    "oldest_versions",
     "other_producers",
     "prolong",
     "prunable",
@@ -178,6 +180,7 @@ __all__ = [
     "stored_counts",
     "stored_order",
     "stored_prefixes",
+    "tail_candidates",
     "task_names",
     "task_rows",
     "timeline",

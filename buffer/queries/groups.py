@@ -254,9 +254,3 @@ def note_moves(tx: Transaction, rows: Sequence[Row[Any]], target: Status, *, rea
     for row in rows:
         check_transition(Status(row.status), target, f"group {row.group_id} of task {row.task_name!r}")
         tx.changed(row.group_id, row.task_name, Status(row.status), target, reason=reason, step=step, version=row.max_version)
-
-
-def claimable(conn: Connection, task_name: str, status: Status, limit: int) -> list[Row[Any]]:
-    """The oldest groups of the task that wait in `status` and that nobody else claims at this moment."""
-    statement = ROWS.where(_g.task_name == task_name, _g.status == status.value).order_by(_g.consumed_seq, _g.ready_seq)
-    return list(conn.execute(statement.limit(limit).with_for_update(skip_locked=True)))

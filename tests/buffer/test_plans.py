@@ -19,6 +19,9 @@ HOT: dict[str, tuple[Callable[[Connection], Any], str]] = {
     "take, stalest first": (lambda c: queries.first_completed(c, "math", 8, StalestFirst()), "groups_stalest"),
     "take, freshest first": (lambda c: queries.first_completed(c, "math", 8, FreshestFirst()), "groups_freshest"),
     "claim": (lambda c: queries.claimable(c, "math", Status.INTERRUPTED, 8), "groups_fifo"),
+    "claim, most interrupted": (lambda c: queries.claimable(c, "math", Status.INTERRUPTED, 8, "most_interrupted"), "groups_fifo"),
+    "tail candidates": (lambda c: queries.tail_candidates(c, "math", 2), "groups_fifo"),
+    "oldest versions": (lambda c: queries.oldest_versions(c, "math"), "INDEX groups_"),
     "count": (lambda c: queries.count(c, "math", Status.COMPLETED), "sqlite_autoindex_counts_1"),
     "what is there": (lambda c: queries.known(c, [1, 2, 3]), "INTEGER PRIMARY KEY"),
     "load": (lambda c: queries.load_groups(c, [1, 2, 3]), "INTEGER PRIMARY KEY"),
@@ -35,8 +38,16 @@ HOT: dict[str, tuple[Callable[[Connection], Any], str]] = {
     "overview, payloads": (lambda c: queries.committed_payloads(c), "groups_prunable"),
     "open": (lambda c: queries.consumed_without_owner(queries.Transaction(c, "me")), "groups_consumed"),
 }
-MAY_SORT = {"commit", "rewind", "release", "what a step trained on", "overview, who runs what"}
-"""They sort what was consumed since the last commit, or at one step, or what runs."""
+MAY_SORT = {
+    "claim, most interrupted",
+    "oldest versions",
+    "commit",
+    "rewind",
+    "release",
+    "what a step trained on",
+    "overview, who runs what",
+}
+"""They sort what waits, what was consumed since the last commit, or at one step, or what runs."""
 
 SMALL = {"SCAN timelines", "SCAN producers", "SCAN json_each VIRTUAL TABLE INDEX 1:"}
 """A row a rewind, a row a process, and the ids that were asked for."""

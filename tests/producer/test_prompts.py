@@ -127,6 +127,17 @@ async def test_excluded_groups_are_passed_over(buffer: ReplayBuffer) -> None:
     assert [group.group_id for group in await sampler.sample_many("default", 2, exclude={5})] == [6, 7]
 
 
+async def test_for_a_tail_batch_the_expired_come_first_then_those_stopped_most_often(buffer: ReplayBuffer) -> None:  # case 22
+    for group_id, times in ((5, 1), (6, 3), (7, 2)):
+        group = left_behind(group_id, Status.INTERRUPTED)
+        group.rollouts[1].interruptions = times
+        await buffer.put(group)
+    await buffer.put(left_behind(8, Status.EXPIRED))
+    sampler = ReplayPromptSampler(rows(8), buffer, group_size=2, shuffle=False)
+    assert [group.group_id for group in await sampler.sample_many("default", 3, tail=True)] == [8, 6, 7]
+    assert [group.group_id for group in await sampler.sample_many("default", 2, tail=True)] == [5, 9]
+
+
 async def test_a_sampler_refuses_a_strategys_other_buffer(buffer: ReplayBuffer) -> None:
     sampler = ReplayPromptSampler(rows(8), buffer, group_size=2)
     with pytest.raises(ValueError, match="different buffers"):

@@ -70,7 +70,8 @@ def _row(w: World, task: str, offset: int) -> DrawnRow:
 def claim(w: World) -> Command:
     statuses = w.draw(st.lists(st.sampled_from(sorted(CLAIMABLE)), min_size=1, max_size=4))
     exclude = w.draw(st.sets(st.sampled_from(sorted(w.model.groups)), max_size=3)) if w.model.groups else set()
-    return Command("claim", (w.draw(TASK), w.draw(st.integers(0, 4))), {"statuses": statuses, "exclude": exclude})
+    order = w.draw(st.sampled_from(["oldest", "most_interrupted"]))
+    return Command("claim", (w.draw(TASK), w.draw(st.integers(0, 4))), {"statuses": statuses, "exclude": exclude, "order": order})
 
 
 def start(w: World) -> Command:
@@ -261,6 +262,14 @@ def count(w: World) -> Command:
     return Command("count", (w.draw(TASK), w.draw(st.sampled_from(sorted(S)))))
 
 
+def tail_candidates(w: World) -> Command:
+    return Command("tail_candidates", (w.draw(TASK), w.draw(st.integers(0, 3))))
+
+
+def oldest_versions(w: World) -> Command:
+    return Command("oldest_versions", (w.draw(TASK),))
+
+
 def wait_for(w: World) -> Command:
     task, status, n = w.draw(TASK), w.draw(st.sampled_from(sorted(S))), w.draw(st.integers(1, 3))
     return Command("wait_for", (task, status, n), {"timeout": 60.0 if w.model.count(task, status) >= n else 0.001})
@@ -297,6 +306,6 @@ RUNNING: Sequence[Maker] = [
     take,
 ]
 
-ASKING: Sequence[Maker] = [check_take, query, get, history, count, wait_for]
+ASKING: Sequence[Maker] = [check_take, query, get, history, count, tail_candidates, oldest_versions, wait_for]
 
 ALL: Sequence[Maker] = [*WRITING, work, prune_rows, query, *ASKING]

@@ -364,14 +364,14 @@ class Reference:
         task.moves, task.cursor = moves + 1, cursor
         return [group.group_id for group in groups]
 
-    def claim(self, task_name: str, n: int, *, statuses: Sequence[Status], exclude: Collection[int] = ()) -> list[RolloutGroup]:
-        waiting = [
-            known
-            for status in dict.fromkeys(statuses)
-            for known in sorted(
-                self.of_task(task_name, status), key=lambda known: (LAST if known.place is None else known.place, known.ready)
-            )
-        ]
+    def claim(
+        self, task_name: str, n: int, *, statuses: Sequence[Status], exclude: Collection[int] = (), order: str = "oldest"
+    ) -> list[RolloutGroup]:
+        def turn(known: Known) -> tuple[int, ...]:
+            most = max(member.interruptions for member in known.members) if order == "most_interrupted" else 0
+            return -most, LAST if known.place is None else known.place, known.ready
+
+        waiting = [known for status in dict.fromkeys(statuses) for known in sorted(self.of_task(task_name, status), key=turn)]
         return self.start([known.group_id for known in waiting if known.group_id not in exclude][:n])
 
     def start(self, group_ids: Sequence[int]) -> list[RolloutGroup]:
@@ -391,6 +391,14 @@ class Reference:
 
     def count(self, task_name: str, status: Status) -> int:
         return len(self.of_task(task_name, status))
+
+    def tail_candidates(self, task_name: str, min_interruptions: int) -> int:
+        interrupted = self.of_task(task_name, S.INTERRUPTED)
+        often = [known for known in interrupted if any(member.interruptions >= min_interruptions for member in known.members)]
+        return self.count(task_name, S.EXPIRED) + len(often)
+
+    def oldest_versions(self, task_name: str) -> dict[Status, dict[int, int]]:
+        return {s: dict(Counter(self.oldest(known) for known in self.of_task(task_name, s))) for s in (S.COMPLETED, S.INTERRUPTED)}
 
     def wait_for(self, task_name: str, status: Status, n: int = 1, *, timeout: float | None = None) -> int:
         """Nobody else changes anything meanwhile."""
