@@ -4,8 +4,8 @@ Engines are imported from their own modules (`agent_loop.engines.vllm`, ...), so
 """
 
 from agent_loop.agent_loop import AgentLoop
-from agent_loop.engines.base import Completion, Engine
+from agent_loop.engines.base import Completion, Engine, EngineLoad
 from agent_loop.sampling import SamplingParams
 from agent_loop.single_turn import SingleTurnAgentLoop
 
-__all__ = ["AgentLoop", "Completion", "Engine", "SamplingParams", "SingleTurnAgentLoop"]
+__all__ = ["AgentLoop", "Completion", "Engine", "EngineLoad", "SamplingParams", "SingleTurnAgentLoop"]

@@ -117,6 +117,12 @@ class Backend:
         if accepted is None:
             raise self._death()
 
+    @property
+    def active(self) -> int:
+        """Requests that the library decodes now."""
+        processor = self._manager.batch_processor
+        return 0 if processor is None else len(processor.scheduler.active_requests)
+
     def cancel(self, key: str) -> None:
         """Free a request at the next step; one that is not there is ignored."""
         self._manager.cancel_request(key)

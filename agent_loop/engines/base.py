@@ -64,6 +64,21 @@ class Completion:
         return cls(ids, np.asarray(logprobs, np.float32), stamped, finish_reason)  # type: ignore[arg-type]  # checked above
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How busy an engine is.
+
+    Attributes:
+        running: requests that it decodes now.
+        waiting: requests that it has and does not decode: they found no slot, or no room in its cache.
+        preemptions: requests whose cache it has given up so far, to be computed again; those that wait for that count as waiting.
+    """
+
+    running: int
+    waiting: int
+    preemptions: int = 0
+
+
 class Engine(ABC):
     """An inference engine; an async context manager: `async with VLLMEngine(model) as engine`.
 
@@ -184,6 +199,10 @@ class Engine(ABC):
     @abstractmethod
     async def health(self) -> None:
         """Return if the engine answers, raise `EngineDeadError` (with the cause) if it does not."""
+
+    def load(self) -> EngineLoad | None:
+        """How busy the engine is, at no cost; None where it cannot say, or is paused."""
+        return None
 
     async def __aenter__(self) -> Self:
         await self.open()

@@ -15,7 +15,7 @@ from transformers.utils import logging as library_logging
 from agent_loop.engines._transformers_backend import Backend, CacheSize, Sampled, death
 from agent_loop.engines._transformers_flight import Flight, StopStrings
 from agent_loop.engines._transformers_weights import plan_copies
-from agent_loop.engines.base import Completion, Engine, FinishReason, OnTokens, PauseMode, WeightSource
+from agent_loop.engines.base import Completion, Engine, EngineLoad, FinishReason, OnTokens, PauseMode, WeightSource
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
 
@@ -171,6 +171,13 @@ class TransformersEngine(Engine):
     async def health(self) -> None:
         """Return if the generation thread lives."""
         self._live_backend()
+
+    def load(self) -> EngineLoad | None:
+        """What runs and waits; None while paused. The library does not tell what it preempts: that waits, and is not counted."""
+        if self._backend is None or self._paused:
+            return None
+        running = self._backend.active
+        return EngineLoad(running, max(0, len(self._running) - running))
 
     def _open_backend(self) -> Backend:
         if self._backend is None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agent_loop.engines.base import Completion, Engine, WeightSource
+from agent_loop.engines.base import Completion, Engine, EngineLoad, WeightSource
 from agent_loop.engines.transformers import TransformersEngine
 from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams
@@ -394,6 +394,27 @@ async def test_a_cancelled_update_is_whole_or_not_at_all(folders: tuple[Path, Pa
         new = await engine.generate(PROMPT, greedy, request_id="new")
         assert update.cancelled()
         assert (engine.version, new.token_ids.tolist()) == (0, old.token_ids.tolist())
+
+
+# --- load
+
+
+async def test_it_says_what_runs_and_what_waits_for_a_slot(folders: tuple[Path, Path]) -> None:
+    endless = SamplingParams(max_tokens=400, ignore_eos=True)
+    engine = TransformersEngine(folders[0], max_requests=2)
+    assert engine.load() is None
+    async with engine, asyncio.TaskGroup() as tasks:
+        assert engine.load() == EngineLoad(0, 0)
+        first, _, third = [InFlight(tasks, engine, PROMPT, endless, f"load-{n}") for n in range(3)]
+        await first.seen(5)
+        assert engine.load() == EngineLoad(2, 1)
+        await engine.pause("keep")
+        assert engine.load() is None, "what waits while it is paused is no sign of a full engine"
+        await engine.resume()
+        await engine.interrupt(["load-0"])
+        await third.seen(2)
+        assert engine.load() == EngineLoad(2, 0)
+        await engine.interrupt()
 
 
 # --- life and death
