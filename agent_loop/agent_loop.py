@@ -69,7 +69,7 @@ class AgentLoop(ABC):
         self._stopping: set[int] = set()
         self._requests: dict[int, set[str]] = {}
         self._threads = asyncio.Semaphore(REWARD_THREADS)
-        self._judging: dict[asyncio.Task[None], int] = {}
+        self._judging: dict[int, set[asyncio.Task[None]]] = {}
         self._called_off: set[asyncio.Task[None]] = set()
         # By identity: rollouts of two buffers may have one id.
         self._watchers: dict[int, Watcher] = {}
@@ -122,10 +122,11 @@ class AgentLoop(ABC):
         # Only those that run: a mark left on a group that just ended would stop its next run.
         self._stopping.update(self._running.intersection(group_ids))
         requests = [request for group_id in group_ids for request in self._requests.get(group_id, ())]
-        for judging in [task for task, group_id in self._judging.items() if group_id in self._stopping]:
-            # A response that waits for a slow judge is stopped too: it is whole, and only the judging is repeated.
-            self._called_off.add(judging)
-            judging.cancel()
+        for group_id in self._stopping.intersection(group_ids):
+            for judging in self._judging.get(group_id, ()):
+                # A response that waits for a slow judge is stopped too: it is whole, and only the judging is repeated.
+                self._called_off.add(judging)
+                judging.cancel()
         if self.engine is not None and requests:
             await self.engine.interrupt(requests)
 
@@ -167,21 +168,31 @@ class AgentLoop(ABC):
         if ended is not None:
             return ended
         left = params.max_tokens - int(state.response_ids.size)
-        params = params.replace(max_tokens=left, seed=_request_seed(params.seed, state))
-        completion = await self._decoded(state, np.concatenate([state.prompt_ids, state.response_ids]), params)
+        params = params.of_request(left, _request_seed(params.seed, state))
+        ids = np.concatenate([state.prompt_ids, state.response_ids]) if state.response_ids.size else state.prompt_ids
+        completion = await self._decoded(state, ids, params)
         state.append(completion.token_ids, logprobs=completion.logprobs, version=completion.versions)
         return completion.finish_reason
 
     async def _decoded(self, state: RolloutState, ids: NDArray[np.int32], params: SamplingParams) -> Completion:
-        """The completion of a request, whose tokens `snapshot` sees as they come."""
+        """The completion of a request, whose tokens `snapshot` sees as they come, and which `interrupt` reaches."""
+        assert self.engine is not None
         decoding = self._decoding[id(state)] = Decoding(state.index, self._generating.get(id(state)))
+        # Numbered: another buffer's rollout may have the same id in the same engine.
+        request_id = f"{state.rollout_id}-{next(_REQUEST_NUMBERS)}"
+        requests = self._requests.setdefault(state.group_id, set())
+        # Known before the first await: an interrupt that comes while the request is on its way must reach it.
+        requests.add(request_id)
         try:
-            completion = await self._request(state, ids, params, decoding)
+            completion = await self.engine.generate(ids, params, request_id=request_id, session_id=state.rollout_id, on_tokens=decoding)
         except BaseException:
             with suppress(ValueError):  # tokens that no rollout takes must not hide what ended the request
                 decoding.append_to(state)
             raise
         finally:
+            requests.discard(request_id)
+            if not requests:
+                self._requests.pop(state.group_id, None)
             if self._decoding.get(id(state)) is decoding:
                 del self._decoding[id(state)]
         decoding.check(completion)
@@ -202,26 +213,6 @@ class AgentLoop(ABC):
         if state.response_ids.size >= params.max_tokens:
             return "length"
         return "abort" if self.interrupted(state) else None
-
-    async def _request(self, state: RolloutState, ids: NDArray[np.int32], params: SamplingParams, decoding: Decoding) -> Completion:
-        assert self.engine is not None
-        # Numbered: another buffer's rollout may have the same id in the same engine.
-        request_id = f"{state.rollout_id}-{next(_REQUEST_NUMBERS)}"
-        requests = self._requests.setdefault(state.group_id, set())
-        # Known before the first await: an interrupt that comes while the request is on its way must reach it.
-        requests.add(request_id)
-        try:
-            return await self.engine.generate(
-                ids,
-                params,
-                request_id=request_id,
-                session_id=state.rollout_id,
-                on_tokens=decoding,
-            )
-        finally:
-            requests.discard(request_id)
-            if not requests:
-                self._requests.pop(state.group_id, None)
 
     async def _run_member(self, group: RolloutGroup, index: int) -> None:
         state, watcher = group.rollouts[index], self._watchers.get(id(group))
@@ -276,7 +267,8 @@ class AgentLoop(ABC):
     async def _judged(self, reward: Reward, state: RolloutState) -> float | None:
         """The score, or None where an interruption called the judging off."""
         task = cast("asyncio.Task[None]", asyncio.current_task())
-        self._judging[task] = state.group_id
+        judging = self._judging.setdefault(state.group_id, set())
+        judging.add(task)
         try:
             return await judge(reward, state, timeout=self._reward_timeout, threads=self._threads)
         except asyncio.CancelledError:
@@ -284,7 +276,9 @@ class AgentLoop(ABC):
                 return None
             raise
         finally:
-            del self._judging[task]
+            judging.discard(task)
+            if not judging:
+                self._judging.pop(state.group_id, None)
             self._called_off.discard(task)
 
     def _failed_for_good(self, state: RolloutState, error: Exception) -> bool:

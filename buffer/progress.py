@@ -1,5 +1,6 @@
 """What the database holds of the groups that this process runs: the base of the deltas that checkpoints write."""
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,11 +21,14 @@ class _Stored(NamedTuple):
 
     @classmethod
     def of(cls, rollout: RolloutState) -> "_Stored":
+        # Of plain values, None for what is empty: thousands of these are kept, and the garbage collector passes over such tuples.
         others = (
             *(rollout.status, rollout.attempts, rollout.interruptions, rollout.error, rollout.finish_reason, rollout.score, rollout.reward),
             # Until then it is decoded anew, and not stored.
             rollout.text if rollout.status is Status.COMPLETED else None,
-            *(list(rollout.turns), dict(rollout.reward_parts), dict(rollout.metrics)),
+            tuple(rollout.turns),
+            dict(rollout.reward_parts) if rollout.reward_parts else None,
+            dict(rollout.metrics) if rollout.metrics else None,
             None if rollout.messages is None else [dict(message) for message in rollout.messages],
             None if rollout.media is None else list(rollout.media),
         )
@@ -35,15 +39,20 @@ class _Stored(NamedTuple):
         now, n = _Stored.of(rollout), self.tokens[0].size
         if rollout.prompt_ids is not self.prompt_ids and not np.array_equal(rollout.prompt_ids, self.prompt_ids):  # type: ignore[arg-type]
             return 0
-        if not all(np.array_equal(stored, array[:n]) for stored, array in zip(self.tokens, now.tokens, strict=True)):
+        if not all(_begins_with(array, stored, n) for stored, array in zip(self.tokens, now.tokens, strict=True)):
             return 0
         return n if rollout.response_ids.size > n or not _equal(now.others, self.others) else None
 
 
-def _tokens(rollout: RolloutState) -> list[NDArray[Any]]:
-    """All of a token: versions too, since those of an engine elsewhere are provisional. Log-probabilities as bits, for NaN."""
-    arrays = [getattr(rollout, name) for name in TOKEN_ARRAYS]
-    return [array.view(np.int32) if array.dtype == np.float32 else array for array in arrays]
+_tokens = operator.attrgetter(*TOKEN_ARRAYS)
+"""All of a token: versions too, since those of an engine elsewhere are provisional."""
+
+
+def _begins_with(array: NDArray[Any], stored: NDArray[Any], n: int) -> bool:
+    """Whether the first `n` values are those that were stored, bit by bit: log-probabilities may be NaN."""
+    if array is stored:  # arrays are replaced, never written to
+        return True
+    return array.size >= n and array.dtype == stored.dtype and array[:n].tobytes() == stored.tobytes()
 
 
 def _equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

@@ -2,7 +2,8 @@
 
     watch -> decoded, ended ... -> due -> checkpoint -> decoded ... -> forget (the group's own put follows)
 
-What is due is a pure decision, `Unsaved.due_at`; one task waits for the next group that is, and writes all that are.
+What is due is a pure decision, `Unsaved.due_at`; one task waits for the next group that is, and writes all that are. Which is the
+next, `Deadlines` knows: thousands of groups may run, and none is looked at before its time.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from agent_loop import AgentLoop
 from agent_loop.sampling import number, whole
 from buffer import ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.errors import BufferClosedError, DatabaseError, LeaseLostError
+from producer.deadlines import Deadlines
 
 _log = logging.getLogger(__name__)
 
@@ -76,9 +78,9 @@ class Unsaved:
 
 
 class _Watched:
-    """One running group: told by its agent loop how it gets on; says by `notify` that it may be due earlier."""
+    """One running group: told by its agent loop how it gets on; says by `notify` that it is due at another time."""
 
-    def __init__(self, group: RolloutGroup, interval: Interval, notify: Callable[[], None]) -> None:
+    def __init__(self, group: RolloutGroup, interval: Interval, notify: Callable[["_Watched"], None]) -> None:
         self.group, self._interval, self._notify = group, interval, notify
         self._loop = asyncio.get_running_loop()
         self._by_member = [0] * len(group.rollouts)
@@ -92,19 +94,24 @@ class _Watched:
         if self._by_member[member] > self.unsaved.tokens:
             before, self.unsaved.tokens = self.unsaved.tokens, self._by_member[member]
             if self._interval.reached(self.unsaved.tokens) and not self._interval.reached(before):
-                self._notify()
+                self._notify(self)
 
     def ended(self, member: int) -> None:
         """See `Watcher`."""
         if self.unsaved.ended is None:
             self.unsaved.ended = self._loop.time()
-            self._notify()
+            self._notify(self)
+
+    def due_at(self) -> float:
+        """See `Unsaved`."""
+        return self.unsaved.due_at(self._interval)
 
     def begin(self, snapshot: RolloutGroup) -> bool:
         """Count anew from `snapshot` on; whether it holds anything that the last one did not."""
         self._by_member = [0] * len(self._by_member)
         self.unsaved = Unsaved(self._loop.time())
         before, self._saved = self._saved, _extent(snapshot)
+        self._notify(self)
         return self._saved != before
 
 
@@ -135,7 +142,9 @@ class Checkpointer:
         self._interval = interval if keep_tokens else Interval(None, None)
         self._is_set = interval.is_set
         self._watched: dict[int, _Watched] = {}
-        self._changed = asyncio.Event()
+        self._deadlines = Deadlines[int]()
+        self._waits_until = math.inf
+        self._earlier = asyncio.Event()
         self._tasks = asyncio.TaskGroup()
         self._task: asyncio.Task[None] | None = None
 
@@ -155,36 +164,42 @@ class Checkpointer:
     def watch(self, group: RolloutGroup) -> None:
         """Checkpoint this group from now on; before `generate_group`."""
         if self._is_set:
-            watched = self._watched[group.group_id] = _Watched(group, self._interval, self._changed.set)
+            watched = self._watched[group.group_id] = _Watched(group, self._interval, self._rescheduled)
             self._agent_loop.watch(group, watched)
-            self._changed.set()
+            self._rescheduled(watched)
 
     def forget(self, group_id: int) -> None:
         """No checkpoint of this group is asked for any more; before its `put`. Again is nothing."""
         if (watched := self._watched.pop(group_id, None)) is not None:
             self._agent_loop.unwatch(watched.group)
+            self._deadlines.drop(group_id)
+
+    def _rescheduled(self, watched: _Watched) -> None:
+        group_id, at = watched.group.group_id, watched.due_at()
+        if self._watched.get(group_id) is watched:
+            self._deadlines.set(group_id, at)
+            if at < self._waits_until:
+                self._earlier.set()
 
     async def _run(self) -> None:
+        clock = asyncio.get_running_loop().time
         while True:
-            due = self._due()
-            if due:
+            if due := [self._watched[group_id] for group_id in self._deadlines.due(clock())]:
                 # Those that become due meanwhile are written together, in the next round.
                 await self._write(due)
             else:
                 await self._until_next()
 
-    def _due(self) -> list[_Watched]:
-        now = asyncio.get_running_loop().time()
-        return [watched for watched in self._watched.values() if watched.unsaved.due_at(self._interval) <= now]
-
     async def _until_next(self) -> None:
-        self._changed.clear()
-        next_at = min((watched.unsaved.due_at(self._interval) for watched in self._watched.values()), default=math.inf)
+        self._earlier.clear()
+        self._waits_until = self._deadlines.next_at()
         try:
-            async with asyncio.timeout_at(None if next_at == math.inf else next_at):
-                await self._changed.wait()
+            async with asyncio.timeout_at(None if self._waits_until == math.inf else self._waits_until):
+                await self._earlier.wait()
         except TimeoutError:
             return
+        finally:
+            self._waits_until = -math.inf
 
     async def _write(self, due: list[_Watched]) -> None:
         async with asyncio.TaskGroup() as writes:
