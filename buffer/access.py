@@ -9,13 +9,14 @@ from typing import Any, Self, TypeVar
 
 from buffer import arguments as args
 from buffer import operations, queries
-from buffer.backends import backend_of
+from buffer.backends import Backend, backend_of
 from buffer.errors import BufferClosedError, ReplayBufferError
 from buffer.operations import Opening, Operation
 from buffer.progress import Progress
+from buffer.requests import Request
 from buffer.rollout import RolloutGroup
 from buffer.status import Status
-from buffer.store import Reader, Request, Writer, in_a_thread, uninterrupted
+from buffer.store import Reader, Reading, Writer, Writing, in_a_thread, uninterrupted
 from buffer.transactor import Producer, Transactor, new_owner
 from buffer.waiting import Waiters
 
@@ -38,14 +39,14 @@ class Access:
         max_crashes: int | None = 20,
         reconnect_timeout: float = 60.0,
     ) -> None:
-        self._backend = backend_of(url, synchronous)
+        self._backend = self._new_backend(url, synchronous)
         self._lease = args.seconds("lease", lease)
         self._max_crashes = args.whole_or_none("max_crashes", max_crashes, at_least=1)
         self._patience = args.seconds("reconnect_timeout", reconnect_timeout)
         self._read_only = read_only
         self._waiters = Waiters(self._backend, read_only=read_only)
-        self._writer: Writer | None = None
-        self._reader: Reader | None = None
+        self._writer: Writing | None = None
+        self._reader: Reading | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = False
         self._handing_out: set[asyncio.Future[None]] = set()
@@ -57,17 +58,24 @@ class Access:
     async def __aenter__(self) -> Self:
         if self._loop is not None:
             raise ReplayBufferError("this buffer is open already; open another ReplayBuffer for another use")
-        self._loop, self._closing, self._counts = asyncio.get_running_loop(), False, None
+        self._loop, self._closing, self._counts = self._usable(asyncio.get_running_loop()), False, None
         try:
             if not self._read_only:
                 await self._open_writer(self._loop)
-            self._reader = Reader(self._backend, _READER_THREADS)
+            self._reader = self._new_reader()
             await self._read(self._backend.check)
             self._reader.patience = self._patience
         except BaseException:
             await self.close()
             raise
         return self
+
+    def _usable(self, loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
+        if not getattr(loop, "waits_for_threads", True):
+            raise ReplayBufferError(
+                f"{type(loop).__name__} does not wait for this buffer's threads; open an InlineReplayBuffer in virtual time"
+            )
+        return loop
 
     async def _open_writer(self, loop: asyncio.AbstractEventLoop) -> None:
         self._backend.lock()
@@ -78,13 +86,28 @@ class Access:
             tick, leave = partial(queries.prolong, lease=self._lease), None
         else:
             tick, leave = partial(operations.release_dead, max_crashes=self._max_crashes), operations.closing
-        self._writer = Writer(transactor, loop, on_commit=self._committed, tick=tick, every=self._lease / 3, leave=leave)
+        self._writer = self._new_writer(transactor, loop, tick, leave)
         await self._writer.start()
         opening = Opening(alone=self._backend.alone, max_crashes=self._max_crashes)
         self._needs_resume, self._released = await self._write(operations.opened, opening)
         if self._backend.alone:
             # Nobody else changes them: what is stored and what this process commits is all there is to know.
             self._counts = Counter(await self._write(operations.counted, None))
+
+    def _new_backend(self, url: str, synchronous: str) -> Backend:
+        return backend_of(url, synchronous)
+
+    def _new_writer(
+        self,
+        transactor: Transactor,
+        loop: asyncio.AbstractEventLoop,
+        tick: Callable[[queries.Transaction], object],
+        leave: Callable[[queries.Transaction], object] | None,
+    ) -> Writing:
+        return Writer(transactor, loop, on_commit=self._committed, tick=tick, every=self._lease / 3, leave=leave)
+
+    def _new_reader(self) -> Reading:
+        return Reader(self._backend, _READER_THREADS)
 
     @property
     def shared(self) -> bool:
@@ -117,7 +140,8 @@ class Access:
         reader, self._reader = self._reader, None
         end_listener = self._waiters.close()
         try:
-            await in_a_thread(end_listener)
+            if end_listener is not None:
+                await in_a_thread(end_listener)
             if reader is not None:
                 await reader.close()
             if writer is not None:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from buffer import arguments as args
 from buffer import operations, queries
@@ -62,7 +62,7 @@ class ReplayBuffer(Asking, Keeping):
         lease: float = 60.0,
         max_crashes: int | None = 20,
         reconnect_timeout: float = 60.0,
-    ) -> "ReplayBuffer":
+    ) -> Self:
         """A buffer over the database at `url`, to be entered with `async with`; the file is made if it is missing.
 
         Args:

@@ -7,47 +7,49 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.exc import DBAPIError
 
 from buffer.backends import Backend
-from buffer.errors import BufferClosedError, DatabaseError, ReplayBufferError
+from buffer.errors import BufferClosedError, DatabaseError
 from buffer.operations import Operation
 from buffer.queries import Deltas, Transaction
-from buffer.status import Status
-from buffer.transactor import ConnectionGivenUpError, Transactor, pauses
+from buffer.requests import Answer, OnCommit, Request, presentable, refuse, resolve, transact
+from buffer.transactor import Transactor, pauses
 
 _GROUP_COMMIT = 64
 """Most requests in one transaction: bounds how long the first of them waits."""
 
 T = TypeVar("T")
 
-Answer = tuple["asyncio.Future[Any]", Any, BaseException | None]
-"""A future of the loop, and what it is to be resolved with: a result, or an error."""
+
+class Writing(Protocol):
+    """What a buffer asks of its writer, on whatever thread that works."""
+
+    def start(self) -> "asyncio.Future[None]":
+        """Connect; the future tells when the database is open, or why it cannot be."""
+
+    def submit(self, operation: Operation, argument: Any) -> Request:
+        """Ask for an operation. It is done even if whoever waits for its answer is cancelled."""
+
+    async def close(self) -> None:
+        """Do what was asked for, then let go of the database."""
 
 
-@dataclass(slots=True, eq=False)
-class Request:
-    """An operation that was asked for.
+class Reading(Protocol):
+    """What a buffer asks of its reader."""
 
-    `outcome` is written by the writer's thread, and read there by an operation that undoes this one: it is known
-    even when the asker was cancelled and no longer waits for `answer`.
-    """
+    patience: float
 
-    operation: Operation
-    argument: Any
-    answer: "asyncio.Future[Any]"
-    outcome: Any = None
+    async def read(self, query: Callable[..., T], *arguments: Any) -> T:
+        """`query(connection, *arguments)` in a transaction that sees one state of the database."""
 
-
-OnCommit = Callable[[Mapping[tuple[str, Status], int]], None]
-"""Called on the event loop with the changes of the counts, before the answers of their transaction are given."""
+    async def close(self) -> None:
+        """Wait for reads under way and let go of the connections."""
 
 
 class Writer:
@@ -114,10 +116,10 @@ class Writer:
         try:
             self._transactor.open()
             self._next_tick = time.monotonic() + self._every if self._tick else math.inf
-            self._post(_resolve, [(self._opened, None, None)])
+            self._post(resolve, [(self._opened, None, None)])
             while (batch := self._next_batch()) is not None:
                 deltas: Deltas = Counter()
-                answers = self._transact(batch, deltas)
+                answers = transact(self._transactor, batch, deltas)
                 self._post(self._tell, deltas, answers)
             self._go()
         except BaseException as failure:  # noqa: BLE001 - the thread's last words go to those who wait
@@ -135,15 +137,12 @@ class Writer:
     def _end(self, error: BaseException | None, under_way: Sequence[Request]) -> None:
         """On the loop: nothing is taken any more; what was under way or waits in the mailbox is not known to be done."""
         self._closed = True
-        _resolve([(self._opened, None, None if error is None else _presentable(error))])
+        resolve([(self._opened, None, None if error is None else presentable(error))])
         left = list(under_way)
         while not self._mailbox.empty():
             if (request := self._mailbox.get()) is not None:
                 left.append(request)
-        for request in left:
-            refused = BufferClosedError(f"the buffer's writer has ended ({error}); open the buffer again and look at what it holds")
-            refused.__cause__ = error
-            _resolve([(request.answer, None, refused)])
+        refuse(left, error)
 
     def _next_batch(self) -> list[Request] | None:
         """Everything that waits, up to the limit, perhaps nothing; None at the end."""
@@ -176,31 +175,10 @@ class Writer:
         self._next_tick = time.monotonic() + self._every
         self._post(self._tell, deltas, [])
 
-    def _transact(self, batch: Sequence[Request], deltas: Deltas) -> list[Answer]:
-        """Do a batch in one transaction, or each request in its own; adds to `deltas` what was committed."""
-        if not batch:
-            return []
-        try:
-            answers, changed = self._transactor.perform(lambda tx: _perform(tx, batch))
-        except ConnectionGivenUpError:
-            raise
-        except BaseException as error:  # noqa: BLE001 - the one place where an operation's failure becomes its caller's
-            failure = error
-        else:
-            deltas.update(changed)
-            return answers
-        for request in batch:
-            request.outcome = None  # after a rollback nothing has come of it
-        if len(batch) == 1 or not self._transactor.begun:
-            # A transaction that does not begin (another program holds the file) would not begin for each alone either.
-            return [(request.answer, None, _presentable(failure)) for request in batch]
-        # One request among many was bad. The transaction is rolled back; alone, each gets its own answer.
-        return [answer for request in batch for answer in self._transact([request], deltas)]
-
     def _tell(self, deltas: Deltas, answers: Sequence[Answer]) -> None:
         if deltas and self._on_commit is not None:
             self._on_commit(deltas)
-        _resolve(answers)
+        resolve(answers)
 
     def _post(self, callback: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -208,34 +186,6 @@ class Writer:
         except RuntimeError:
             # The loop is closed, nobody waits any more; what was asked for is stored all the same.
             return
-
-
-def _perform(tx: Transaction, batch: Sequence[Request]) -> list[Answer]:
-    for operation, requests in groupby(batch, key=lambda request: request.operation):
-        same = list(requests)
-        results = operation(tx, [request.argument for request in same])
-        for request, result in zip(same, results, strict=True):
-            request.outcome = result
-    return [(request.answer, request.outcome, None) for request in batch]
-
-
-def _presentable(error: BaseException) -> Exception:
-    """An error that a future accepts and that does not end its caller's program."""
-    if isinstance(error, Exception) and not isinstance(error, StopIteration):
-        return error
-    wrapped = ReplayBufferError(f"the writer met {error!r}; nothing of this request was stored")
-    wrapped.__cause__ = error
-    return wrapped
-
-
-def _resolve(answers: Sequence[Answer]) -> None:
-    for future, result, error in answers:
-        if future.done():
-            continue
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
 
 
 class Reader:

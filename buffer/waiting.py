@@ -39,12 +39,12 @@ class Waiters:
             if n > 0:
                 self._wake(key)
 
-    def close(self) -> Callable[[], None]:
-        """Wake all who wait; gives what ends the listener, which may wait for its thread."""
+    def close(self) -> Callable[[], None] | None:
+        """Wake all who wait; gives what ends the listener, where there is one: it may wait for its thread."""
         self._closed = True
         self._wake_all()
         listener, self._listener = self._listener, None
-        return listener.close if listener is not None else lambda: None
+        return None if listener is None else listener.close
 
     def _listen(self) -> None:
         if self._backend.alone and self._read_only:

@@ -13,7 +13,8 @@ from buffer.backends import backend_of
 from buffer.codec import snapshot
 from buffer.errors import BufferClosedError, DatabaseError, ReplayBufferError
 from buffer.queries import Transaction
-from buffer.store import Request, Writer
+from buffer.requests import Request
+from buffer.store import Writer
 from buffer.transactor import Producer, Transactor, new_owner
 from tests.buffer.groups import a_group, url
 

@@ -20,7 +20,7 @@ from buffer.errors import DatabaseError, LeaseLostError
 from producer import AsyncProduceStrategy, ProduceStrategy, ReplayPromptSampler, SyncProduceStrategy
 from producer.checkpoints import Checkpointer, Interval, Unsaved
 from producer.errors import FailureBudgetError
-from tests import virtual_time
+from producer.simulate import virtual_time
 
 TASK = "math"
 STRATEGIES: list[Callable[..., ProduceStrategy]] = [SyncProduceStrategy, AsyncProduceStrategy]
