@@ -12,7 +12,7 @@ from buffer.audit import AuditReport
 from buffer.numbers import TOO_LARGE
 from buffer.overview import Overview, overview
 from buffer.queries import Filters, RecordedStep
-from buffer.rollout import RolloutGroup
+from buffer.rollout import Position, RolloutGroup
 from buffer.status import Status, parse_status
 
 _AUDIT_SLICE = 64
@@ -78,6 +78,20 @@ class Asking(Access):
         """
         args.require_task(task_name)
         return await self._read(queries.oldest_versions, task_name)
+
+    async def positions(self, task_name: str, status: Status | str, *, limit: int = 1000) -> dict[int, Position | None]:
+        """The task's groups of this status, the oldest first, each with the place of its prompt in the stream."""
+        args.require_task(task_name)
+        limit = args.whole_number("limit", limit, at_least=0)
+        return await self._read(queries.positions, task_name, parse_status(status), limit)
+
+    async def response_lengths(self, task_name: str, positions: Collection[Position]) -> dict[Position, float]:
+        """How many tokens the responses to the prompts at these positions have, on average; of groups that finished only.
+
+        It costs what is asked for, whatever the size of the buffer. Positions of which nothing is known are left out.
+        """
+        args.require_task(task_name)
+        return await self._read(queries.response_lengths, task_name, [Position(*position) for position in positions])
 
     async def task_names(self) -> list[str]:
         """The tasks of this run."""

@@ -289,6 +289,7 @@ class ReplayBuffer(Asking, Keeping):
         statuses: Sequence[Status],
         exclude: Collection[int] = (),
         order: Literal["oldest", "most_interrupted"] = "oldest",
+        among: Sequence[int] | None = None,
     ) -> list[RolloutGroup]:
         """Up to `n` waiting groups to run, from now on running: first those in `statuses[0]`, then the next.
 
@@ -299,6 +300,7 @@ class ReplayBuffer(Asking, Keeping):
             exclude: groups that are not wanted now.
             order: of those in one status: the "oldest" first, or the "most_interrupted" (by its member stopped most often;
                 the cost is then that of all that wait).
+            among: only these groups, in this order; those that wait no more are passed over. None: whichever wait.
         """
         args.require_task(task_name)
         n = args.whole_number("n", n, at_least=0)
@@ -306,7 +308,7 @@ class ReplayBuffer(Asking, Keeping):
         if refused := [status for status in wanted if status not in CLAIMABLE]:
             raise ValueError(f"groups that are {refused[0]} cannot be run; those that can are {sorted(CLAIMABLE)}")
         args.one_of("order", order, get_args(queries.ClaimOrder))
-        request = Claim(task_name, wanted, n, frozenset(exclude), order)
+        request = Claim(task_name, wanted, n, frozenset(exclude), order, None if among is None else args.plain_ids(among))
         return await self._run(operations.claim, request) if n > 0 else []
 
     async def start(self, group_ids: Sequence[int]) -> list[RolloutGroup]:

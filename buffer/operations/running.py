@@ -71,13 +71,17 @@ def counted(tx: Transaction, requests: Sequence[None]) -> list[dict[tuple[str, S
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A wish for up to `limit` waiting groups of a task, from the first of `statuses` that has any, and so on; of each in `order`."""
+    """A wish for up to `limit` waiting groups of a task, from the first of `statuses` that has any, and so on; of each in `order`.
+
+    `among` names the only groups that are wanted, in the order in which they are.
+    """
 
     task_name: str
     statuses: Sequence[Status]
     limit: int
     exclude: frozenset[int]
     order: ClaimOrder = "oldest"
+    among: Sequence[int] | None = None
 
 
 def claim(tx: Transaction, claims: Sequence[Claim]) -> list[list[int]]:
@@ -90,10 +94,16 @@ def _claim_one(tx: Transaction, request: Claim) -> list[int]:
     for status in dict.fromkeys(request.statuses):
         if len(rows) < request.limit:
             wanted = request.limit - len(rows)
-            waiting = q.claimable(tx.conn, request.task_name, status, wanted + len(request.exclude), request.order)
+            waiting = _waiting(tx, request, status, wanted + len(request.exclude))
             rows += [row for row in waiting if row.group_id not in request.exclude][:wanted]
     q.move(tx, rows, Status.RUNNING)
     return [row.group_id for row in rows]
+
+
+def _waiting(tx: Transaction, request: Claim, status: Status, limit: int) -> list[Any]:
+    if request.among is not None:
+        return q.claimable_among(tx.conn, request.task_name, status, request.among)
+    return q.claimable(tx.conn, request.task_name, status, limit, request.order)
 
 
 def start(tx: Transaction, requests: Sequence[Sequence[int]]) -> list[Sequence[int]]:

@@ -64,7 +64,15 @@ from buffer.queries.overview import (
 )
 from buffer.queries.reading import ORDERS, Filters, find, history, hot_columns, ids_after, load_groups
 from buffer.queries.retention import Bounds, drop_groups, drop_payloads, prunable, pruned, rows_pruned_to, seq_before_last, seq_within_bytes
-from buffer.queries.scheduling import ClaimOrder, claimable, oldest_versions, tail_candidates
+from buffer.queries.scheduling import (
+    ClaimOrder,
+    claimable,
+    claimable_among,
+    oldest_versions,
+    positions,
+    response_lengths,
+    tail_candidates,
+)
 from buffer.queries.transaction import Deltas, Transaction
 from buffer.queries.transfer import (
     RecordedStep,
@@ -106,6 +114,7 @@ __all__ = [
     "begin_timeline",
     "changes_since",
     "claimable",
+    "claimable_among",
     "clock",
     "committed_payloads",
     "consume",
@@ -149,6 +158,7 @@ __all__ = [
     "newer_than",
     "newest_changes",
     "notify",
+    "positions",
     "producers",
     "oldest_versions",
     "other_producers",
@@ -164,6 +174,7 @@ __all__ = [
     "requalify",
     "reserve",
     "reserve_beyond",
+    "response_lengths",
     "rewinds",
     "rows_of",
     "rows_pruned_to",

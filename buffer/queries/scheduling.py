@@ -1,12 +1,15 @@
 """What a producer asks to decide which groups to run next."""
 
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, bindparam, func, select, text
+from sqlalchemy import Connection, Float, Row, bindparam, cast, func, select, text
 
 from buffer import schema as t
-from buffer.queries.groups import ROWS
+from buffer.queries.dialects import ids_of, is_among
+from buffer.queries.groups import ROWS, chunks
 from buffer.queries.values import count
+from buffer.rollout import Position
 from buffer.status import Status
 
 _g, _r = t.groups.c, t.rollouts.c
@@ -29,6 +32,20 @@ def claimable(conn: Connection, task_name: str, status: Status, limit: int, orde
     "most_interrupted" looks at all of them, ties by age.
     """
     return list(conn.execute(_CLAIMABLE[order], {"task": task_name, "status": status.value, "n": limit}))
+
+
+# Of these expressions there is no index: else SQLite reads all that wait, not the few that are named.
+_STILL = (func.coalesce(_g.task_name, "") == bindparam("task"), func.coalesce(_g.status, "") == bindparam("status"))
+_NAMED = ROWS.where(is_among(_g.group_id, "ids"), *_STILL).with_for_update(skip_locked=True)
+
+
+def claimable_among(conn: Connection, task_name: str, status: Status, group_ids: Sequence[int]) -> list[Row[Any]]:
+    """Those of the given groups that wait in `status` and that nobody else claims at this moment, in the order given."""
+    found: dict[int, Row[Any]] = {}
+    for chunk in chunks(group_ids):
+        rows = conn.execute(_NAMED, {"task": task_name, "status": status.value, "ids": ids_of(conn, chunk)})
+        found |= {row.group_id: row for row in rows}
+    return [found[group_id] for group_id in group_ids if group_id in found]
 
 
 _OFTEN = select(_r.group_id).where(_r.group_id == _g.group_id, _r.interruptions >= bindparam("at_least")).correlate(t.groups).exists()
@@ -55,4 +72,34 @@ def oldest_versions(conn: Connection, task_name: str) -> dict[Status, dict[int, 
     found: dict[Status, dict[int, int]] = {Status.COMPLETED: {}, Status.INTERRUPTED: {}}
     for status, version, n in conn.execute(_OLDEST_VERSIONS, {"task": task_name}):
         found[Status(status)][version] = n
+    return found
+
+
+_POSITIONS = (
+    select(_g.group_id, _g.epoch, _g.position)
+    .where(_g.task_name == bindparam("task"), _g.status == bindparam("status"))
+    .order_by(_g.consumed_seq, _g.ready_seq)
+    .limit(bindparam("n"))
+)
+
+
+def positions(conn: Connection, task_name: str, status: Status, limit: int) -> dict[int, Position | None]:
+    """The groups of the task in `status`, the oldest first, and where their prompts stand."""
+    rows = conn.execute(_POSITIONS, {"task": task_name, "status": status.value, "n": limit})
+    return {row.group_id: None if row.epoch is None else Position(row.epoch, row.position) for row in rows}
+
+
+_FINISHED = [status.value for status in (Status.COMPLETED, Status.CONSUMED, Status.ARCHIVED, Status.FILTERED)]
+_LENGTHS = select(_g.position, cast(_g.tokens, Float) / _g.members).where(
+    _g.task_name == bindparam("task"), _g.epoch == bindparam("epoch"), is_among(_g.position, "ids"), _g.status.in_(_FINISHED)
+)
+
+
+def response_lengths(conn: Connection, task_name: str, at: Collection[Position]) -> dict[Position, float]:
+    """The mean length of the responses to the prompts at these positions, of the groups that finished."""
+    found: dict[Position, float] = {}
+    for epoch in sorted({position.epoch for position in at}):
+        for chunk in chunks([position.offset for position in at if position.epoch == epoch]):
+            rows = conn.execute(_LENGTHS, {"task": task_name, "epoch": epoch, "ids": ids_of(conn, chunk)})
+            found |= {Position(epoch, offset): mean for offset, mean in rows}
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, event
 
-from buffer import Fifo, FreshestFirst, ReplayBuffer, StalestFirst, Status, queries
+from buffer import Fifo, FreshestFirst, Position, ReplayBuffer, StalestFirst, Status, queries
 from buffer.backends import backend_of
 from buffer.staleness import Level
 from tests.buffer.groups import a_group, draw, put_all, url
@@ -22,6 +22,9 @@ HOT: dict[str, tuple[Callable[[Connection], Any], str]] = {
     "claim, most interrupted": (lambda c: queries.claimable(c, "math", Status.INTERRUPTED, 8, "most_interrupted"), "groups_fifo"),
     "tail candidates": (lambda c: queries.tail_candidates(c, "math", 2), "groups_fifo"),
     "oldest versions": (lambda c: queries.oldest_versions(c, "math"), "INDEX groups_"),
+    "claim, by name": (lambda c: queries.claimable_among(c, "math", Status.PENDING, [1, 2, 3]), "INTEGER PRIMARY KEY"),
+    "positions": (lambda c: queries.positions(c, "math", Status.PENDING, 8), "groups_fifo"),
+    "lengths": (lambda c: queries.response_lengths(c, "math", [Position(0, 1), Position(1, 2)]), "sqlite_autoindex_groups_1"),
     "count": (lambda c: queries.count(c, "math", Status.COMPLETED), "sqlite_autoindex_counts_1"),
     "what is there": (lambda c: queries.known(c, [1, 2, 3]), "INTEGER PRIMARY KEY"),
     "load": (lambda c: queries.load_groups(c, [1, 2, 3]), "INTEGER PRIMARY KEY"),

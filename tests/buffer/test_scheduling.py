@@ -2,7 +2,7 @@
 
 import pytest
 
-from buffer import ReplayBuffer, RolloutGroup, StalestFirst, Status
+from buffer import Position, ReplayBuffer, RolloutGroup, StalestFirst, Status
 from buffer.staleness import NO_VERSION
 from tests.buffer.groups import a_group, draw, ids, put_all
 
@@ -60,6 +60,35 @@ async def test_what_waits_is_counted_by_its_oldest_version(buffer: ReplayBuffer)
     assert await buffer.oldest_versions("none") == {Status.COMPLETED: {}, Status.INTERRUPTED: {}}
     await buffer.take("math", 2, step=1, policy=StalestFirst())
     assert (await buffer.oldest_versions("math"))[Status.COMPLETED] == {3: 2}
+
+
+async def test_named_groups_are_claimed_in_the_order_given_where_they_still_wait(buffer: ReplayBuffer) -> None:
+    first, second, third, fourth = await draw(buffer, 0, 1, 2, 3)
+    await buffer.start([second])
+    assert ids(await buffer.claim("math", 2, statuses=[Status.PENDING], among=[fourth, second, 999, first, third])) == [fourth, first]
+    assert await buffer.claim("math", 2, statuses=[Status.PENDING], among=[]) == []
+    assert await buffer.positions("math", Status.PENDING) == {third: Position(0, 2)}
+
+
+async def test_lengths_of_responses_are_means_over_what_finished(buffer: ReplayBuffer) -> None:
+    for group_id, status, tokens, position in [
+        (11, Status.COMPLETED, 4, Position(0, 3)),
+        (12, Status.FILTERED, 9, Position(0, 4)),
+        (13, Status.INTERRUPTED, 7, Position(0, 5)),
+        (14, Status.COMPLETED, 5, Position(1, 3)),
+    ]:
+        await buffer.put(a_group(group_id, status, tokens=tokens, position=position))
+    uneven = a_group(15, tokens=2, position=Position(0, 6))
+    uneven.rollouts[1].append([1], logprobs=[0.0])
+    await buffer.put(uneven)
+    asked = [Position(0, offset) for offset in range(3000)] + [Position(1, 3), Position(1, 4)]
+    lengths = {Position(0, 3): 4.0, Position(0, 4): 9.0, Position(0, 6): 2.5, Position(1, 3): 5.0}
+    assert await buffer.response_lengths("math", asked) == lengths
+    await buffer.take("math", 3, step=1)
+    await buffer.commit(1)
+    await buffer.prune(keep_steps=0)
+    assert await buffer.response_lengths("math", asked) == lengths, "also when the tokens are given up"
+    assert await buffer.response_lengths("math", []) == await buffer.response_lengths("code", asked) == {}
 
 
 async def test_an_order_or_a_number_that_is_none_is_refused(buffer: ReplayBuffer) -> None:

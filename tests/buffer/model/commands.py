@@ -71,7 +71,10 @@ def claim(w: World) -> Command:
     statuses = w.draw(st.lists(st.sampled_from(sorted(CLAIMABLE)), min_size=1, max_size=4))
     exclude = w.draw(st.sets(st.sampled_from(sorted(w.model.groups)), max_size=3)) if w.model.groups else set()
     order = w.draw(st.sampled_from(["oldest", "most_interrupted"]))
-    return Command("claim", (w.draw(TASK), w.draw(st.integers(0, 4))), {"statuses": statuses, "exclude": exclude, "order": order})
+    options = {"statuses": statuses, "exclude": exclude, "order": order}
+    if w.model.groups and w.draw(st.integers(0, 3)) == 3:
+        options["among"] = w.draw(st.lists(st.sampled_from(sorted(w.model.groups)), max_size=4, unique=True))
+    return Command("claim", (w.draw(TASK), w.draw(st.integers(0, 4))), options)
 
 
 def start(w: World) -> Command:
@@ -270,6 +273,16 @@ def oldest_versions(w: World) -> Command:
     return Command("oldest_versions", (w.draw(TASK),))
 
 
+def positions(w: World) -> Command:
+    return Command("positions", (w.draw(TASK), w.draw(st.sampled_from(sorted(S)))), {"limit": w.draw(st.integers(0, 5))})
+
+
+def response_lengths(w: World) -> Command:
+    known = sorted({known.position for known in w.model.groups.values() if known.position is not None})
+    some = w.draw(st.lists(st.sampled_from([*known, Position(7, 7)]), max_size=6))
+    return Command("response_lengths", (w.draw(TASK), some))
+
+
 def wait_for(w: World) -> Command:
     task, status, n = w.draw(TASK), w.draw(st.sampled_from(sorted(S))), w.draw(st.integers(1, 3))
     return Command("wait_for", (task, status, n), {"timeout": 60.0 if w.model.count(task, status) >= n else 0.001})
@@ -306,6 +319,6 @@ RUNNING: Sequence[Maker] = [
     take,
 ]
 
-ASKING: Sequence[Maker] = [check_take, query, get, history, count, tail_candidates, oldest_versions, wait_for]
+ASKING: Sequence[Maker] = [check_take, query, get, history, count, tail_candidates, oldest_versions, positions, response_lengths, wait_for]
 
 ALL: Sequence[Maker] = [*WRITING, work, prune_rows, query, *ASKING]

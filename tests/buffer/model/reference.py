@@ -365,13 +365,23 @@ class Reference:
         return [group.group_id for group in groups]
 
     def claim(
-        self, task_name: str, n: int, *, statuses: Sequence[Status], exclude: Collection[int] = (), order: str = "oldest"
+        self,
+        task_name: str,
+        n: int,
+        *,
+        statuses: Sequence[Status],
+        exclude: Collection[int] = (),
+        order: str = "oldest",
+        among: Sequence[int] | None = None,
     ) -> list[RolloutGroup]:
         def turn(known: Known) -> tuple[int, ...]:
+            if among is not None:
+                return (list(among).index(known.group_id) if known.group_id in among else LAST,)
             most = max(member.interruptions for member in known.members) if order == "most_interrupted" else 0
             return -most, LAST if known.place is None else known.place, known.ready
 
         waiting = [known for status in dict.fromkeys(statuses) for known in sorted(self.of_task(task_name, status), key=turn)]
+        waiting = [known for known in waiting if among is None or known.group_id in among]
         return self.start([known.group_id for known in waiting if known.group_id not in exclude][:n])
 
     def start(self, group_ids: Sequence[int]) -> list[RolloutGroup]:
@@ -399,6 +409,15 @@ class Reference:
 
     def oldest_versions(self, task_name: str) -> dict[Status, dict[int, int]]:
         return {s: dict(Counter(self.oldest(known) for known in self.of_task(task_name, s))) for s in (S.COMPLETED, S.INTERRUPTED)}
+
+    def positions(self, task_name: str, status: Status, *, limit: int) -> dict[int, Position | None]:
+        found = sorted(self.of_task(task_name, status), key=lambda known: (LAST if known.place is None else known.place, known.ready))
+        return {known.group_id: known.position for known in found[:limit]}
+
+    def response_lengths(self, task_name: str, positions: Collection[Position]) -> dict[Position, float]:
+        finished = self.of_task(task_name, S.COMPLETED, S.CONSUMED, S.ARCHIVED, S.FILTERED)
+        lengths = {k.position: sum(member.response_ids.size for member in k.members) / len(k.members) for k in finished if k.position}
+        return {position: length for position, length in lengths.items() if position in positions}
 
     def wait_for(self, task_name: str, status: Status, n: int = 1, *, timeout: float | None = None) -> int:
         """Nobody else changes anything meanwhile."""
