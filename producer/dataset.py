@@ -45,6 +45,10 @@ class RowSource(ABC):
     def read(self) -> SourceRow:
         """The next row; `DatasetError` if there is none, or it cannot be read: it is then tried again, never passed over."""
 
+    def earlier(self, position: Position, epochs: int) -> list[Position]:
+        """Where the row of this position stood in up to so many epochs before, the newest first; none where that is unknown."""
+        return []
+
 
 def row_source(dataset: Any, *, shuffle: bool, seed: int) -> RowSource:
     """The source that fits `dataset`; nothing is read from it here."""
@@ -60,6 +64,9 @@ def row_source(dataset: Any, *, shuffle: bool, seed: int) -> RowSource:
     )
 
 
+_EPOCHS_REMEMBERED = 6
+
+
 class MapSource(RowSource):
     """A list or map-style dataset; resumes by (epoch, offset), each epoch with a shuffle of its own."""
 
@@ -70,9 +77,13 @@ class MapSource(RowSource):
         self._at = Position(0, 0)
         self._size = 0
         self._order: NDArray[np.int64] = np.arange(0)
+        self._orders: dict[int, NDArray[np.int64]] = {}
+        self._places: dict[int, NDArray[np.int64]] = {}
 
     def open(self, cursor: Cursor | None) -> None:
         self._size = len(self._dataset)
+        self._orders.clear()
+        self._places.clear()
         if self._size == 0:
             raise DatasetError("the dataset is empty; give one with at least one row")
         if cursor is not None:
@@ -88,10 +99,36 @@ class MapSource(RowSource):
         self._at = at._replace(offset=at.offset + 1)  # only now: a row that could not be read is read again
         return SourceRow(row, at, name, {"epoch": at.epoch, "offset": at.offset + 1, **self._identity()})
 
+    def earlier(self, position: Position, epochs: int) -> list[Position]:
+        if position.offset >= self._size:
+            return []
+        index = self._order_of(position.epoch)[position.offset]
+        before = range(position.epoch - 1, max(-1, position.epoch - 1 - epochs), -1)
+        return [Position(epoch, int(self._place_in(epoch)[index])) for epoch in before]
+
     def _go_to(self, position: Position) -> None:
-        self._at = position
-        generator = default_rng([self._seed, position.epoch])
-        self._order = generator.permutation(self._size) if self._shuffle else np.arange(self._size)
+        self._at, self._order = position, self._order_of(position.epoch)
+
+    def _order_of(self, epoch: int) -> NDArray[np.int64]:
+        """Which row stands at each offset."""
+        return self._remembered(self._orders, epoch, self._shuffled)
+
+    def _place_in(self, epoch: int) -> NDArray[np.int64]:
+        """At which offset each row stands."""
+        return self._remembered(self._places, epoch, lambda of: np.argsort(self._order_of(of)))
+
+    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        generator = default_rng([self._seed, epoch])
+        order: NDArray[np.int64] = generator.permutation(self._size) if self._shuffle else np.arange(self._size)
+        return order
+
+    def _remembered(self, known: dict[int, NDArray[np.int64]], epoch: int, make: Callable[[int], NDArray[np.int64]]) -> NDArray[np.int64]:
+        """Made once for the few epochs that are looked at together: they may be long."""
+        if epoch not in known:
+            known[epoch] = make(epoch)
+            if len(known) > _EPOCHS_REMEMBERED:
+                del known[next(iter(known))]
+        return known[epoch]
 
     def _identity(self) -> dict[str, Any]:
         return {"size": self._size, "seed": self._seed, "shuffle": self._shuffle}

@@ -3,9 +3,10 @@
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,10 @@ from buffer.errors import CursorConflictError
 from buffer.rollout import prompt_fields
 from producer.dataset import Cursor, SourceRow, row_source
 from producer.errors import DatasetError
+from producer.lookahead import Lookahead
+from producer.predict import PromptOrder
+
+T = TypeVar("T")
 
 LEFT_BEHIND = (Status.EXPIRED, Status.INTERRUPTED, Status.PENDING)
 """What a buffer may hold for a task beside fresh prompts, in the order in which it is offered."""
@@ -117,19 +122,31 @@ class PromptSampler:
         return groups
 
     async def _draw(self, task_name: str, n: int, buffer: ReplayBuffer | None) -> list[RolloutGroup]:
-        """At least one group and at most `n`."""
+        """At least one group and at most `n`; with a buffer they run."""
+        if buffer is None:
+            return await self._good(task_name, n, None, partial(self._local_groups, task_name))
+        return await buffer.start(await self._draw_pending(task_name, n, buffer))
+
+    async def _draw_pending(self, task_name: str, n: int, buffer: ReplayBuffer) -> list[int]:
+        """Record at least one good row and at most `n` as pending groups; their ids."""
+        return await self._good(task_name, n, buffer, partial(self._record, task_name, buffer))
+
+    async def _good(
+        self, task_name: str, n: int, buffer: ReplayBuffer | None, record: Callable[[Sequence[_CheckedRow]], Awaitable[list[T]]]
+    ) -> list[T]:
+        """What `record` makes of the next rows: of at least one that is good, and at most `n`."""
         first: Position | None = None
         bad = 0
         while True:
             rows = await self._read(task_name, n, buffer)
             try:
-                groups = await self._record(task_name, rows, buffer)
+                made = await record(rows)
             except CursorConflictError:
                 if buffer is None or not buffer.shared:
                     raise
                 continue  # Another process drew these prompts meanwhile: the dataset is opened again where that left it.
-            if groups:
-                return groups
+            if made:
+                return made
             last = rows[-1].source
             first, bad = first or rows[0].source.position, bad + len(rows)
             if bad > _MOST_BAD_ROWS or last.position >= (first.epoch + 1, first.offset):
@@ -157,31 +174,32 @@ class PromptSampler:
         self._waiting.clear()
         self._stream = (buffer, task_name)
 
-    async def _on_reading_thread(self, function: Callable[..., None], *arguments: Any) -> None:
+    async def _on_reading_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         # A dataset may read from disk, a dataloader waits for its workers. One thread: calls keep their order.
-        await asyncio.get_running_loop().run_in_executor(self._reading, function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._reading, function, *arguments)
 
     def _read_one(self) -> None:
         row = self._source.read()
         # Kept here, on the thread: were the caller cancelled, a returned row would be lost.
         self._waiting.append(_CheckedRow(row, self._why_bad(row.row)))
 
-    async def _record(self, task_name: str, rows: Sequence[_CheckedRow], buffer: ReplayBuffer | None) -> list[RolloutGroup]:
-        if buffer is None:
-            groups = [self._local_group(task_name, row.source) for row in rows if row.error is None]
-            self._forget(len(rows))
-            return groups
+    async def _record(self, task_name: str, buffer: ReplayBuffer, rows: Sequence[_CheckedRow]) -> list[int]:
         drawn = [DrawnRow(_recordable(row), row.source.position, row.error) for row in rows]
         # If this is cut short it is not known where the dataset stands: then the database is asked again.
         self._stream = None
         ids = await buffer.draw(task_name, drawn, group_size=self.group_size, moves=self._moves, cursor=rows[-1].source.cursor)
         self._stream, self._moves = (buffer, task_name), self._moves + 1
         self._forget(len(rows))
-        return await buffer.start([group_id for group_id, row in zip(ids, rows, strict=True) if row.error is None])
+        return [group_id for group_id, row in zip(ids, rows, strict=True) if row.error is None]
 
     def _forget(self, n: int) -> None:
         for _ in range(n):
             self._waiting.popleft()
+
+    async def _local_groups(self, task_name: str, rows: Sequence[_CheckedRow]) -> list[RolloutGroup]:
+        groups = [self._local_group(task_name, row.source) for row in rows if row.error is None]
+        self._forget(len(rows))
+        return groups
 
     def _local_group(self, task_name: str, source: SourceRow) -> RolloutGroup:
         return RolloutGroup.from_row(
@@ -242,6 +260,13 @@ def _recordable(checked: _CheckedRow) -> Any:
     return row
 
 
+_EPOCHS_LOOKED_AT = 3
+"""A prompt that failed in the last epoch may have finished in one before."""
+
+_MOST_WAITING = 100_000
+"""Drawn prompts that are looked at to choose among; more were left by other runs with larger windows, and wait their turn."""
+
+
 class ReplayPromptSampler(PromptSampler):
     """Offers first what the buffer holds for the task, then fresh prompts.
 
@@ -249,23 +274,76 @@ class ReplayPromptSampler(PromptSampler):
         dataset: as of `PromptSampler`, like the other arguments.
         buffer: whose expired, interrupted and pending groups (in this order) are offered before fresh prompts.
         replay: which of these are offered.
+        order: in which drawn prompts are started: `LongestPredictedFirst(...)` or `SimilarPredictedTogether(...)`. Prompts are
+            then drawn ahead, as pending groups, to choose among. Lengths are those of earlier epochs of a list or map-style
+            dataset; of a dataloader's rows none are known. None: as they are drawn.
     """
 
     def __init__(
-        self, dataset: Any, buffer: ReplayBuffer, group_size: int = 8, *, replay: Sequence[Status] = LEFT_BEHIND, **options: Any
+        self,
+        dataset: Any,
+        buffer: ReplayBuffer,
+        group_size: int = 8,
+        *,
+        replay: Sequence[Status] = LEFT_BEHIND,
+        order: PromptOrder | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(dataset, group_size, **options)
         if unknown := [status for status in replay if status not in LEFT_BEHIND]:
             raise ValueError(f"replay={unknown[0]!r} cannot be offered again; choose among {[str(s) for s in LEFT_BEHIND]}")
-        self.buffer, self._replay = buffer, tuple(replay)
+        if order is not None and not isinstance(order, PromptOrder):
+            raise TypeError(f"order={order!r:.80} is none; give LongestPredictedFirst(), SimilarPredictedTogether() or None")
+        if order is not None and Status.PENDING not in replay:
+            raise ValueError(
+                f"order={order!r} chooses among pending groups, and replay={[str(s) for s in replay]} leaves them out; add them"
+            )
+        self.buffer, self._replay, self._order = buffer, tuple(replay), order
+        self._lookaheads: dict[str, Lookahead] = {}
 
     async def sample_many(
         self, task_name: str, n: int, *, buffer: ReplayBuffer | None = None, exclude: Collection[int] = (), tail: bool = False
     ) -> list[RolloutGroup]:
         if buffer is not None and buffer is not self.buffer:
             raise ValueError("the strategy and its ReplayPromptSampler have different buffers; give both the same one")
+        statuses = [status for status in self._replay if self._order is None or status is not Status.PENDING]
         async with self._lock:
-            left = await self.buffer.claim(
-                task_name, n, statuses=self._replay, exclude=exclude, order="most_interrupted" if tail else "oldest"
-            )
+            order: Literal["oldest", "most_interrupted"] = "most_interrupted" if tail else "oldest"
+            left = await self.buffer.claim(task_name, n, statuses=statuses, exclude=exclude, order=order)
+            if (lookahead := self._lookaheads.get(task_name)) is not None and not tail:
+                left = lookahead.longest_remaining_first(left)
             return await self._fill(left, task_name, n, self.buffer)
+
+    async def _draw(self, task_name: str, n: int, buffer: ReplayBuffer | None) -> list[RolloutGroup]:
+        if self._order is None or buffer is None:
+            return await super()._draw(task_name, n, buffer)
+        lookahead = self._lookaheads.setdefault(task_name, Lookahead(self._order))
+        while True:
+            if lookahead.is_low(n):
+                await self._look_ahead(task_name, n, buffer, lookahead)
+            chosen = lookahead.choose(n)
+            started = await buffer.claim(task_name, n, statuses=[Status.PENDING], among=chosen)
+            lookahead.gone(chosen, [group.group_id for group in started])
+            if started:
+                return started
+            # Else they are another process's by now.
+
+    async def _look_ahead(self, task_name: str, n: int, buffer: ReplayBuffer, lookahead: Lookahead) -> None:
+        """Draw prompts until enough wait to be chosen among, and look up what is known of their lengths."""
+        lookahead.update(await buffer.positions(task_name, Status.PENDING, limit=_MOST_WAITING))
+        while len(lookahead) < max(n, lookahead.size):
+            await self._draw_pending(task_name, max(n, lookahead.size) - len(lookahead), buffer)
+            lookahead.update(await buffer.positions(task_name, Status.PENDING, limit=_MOST_WAITING))
+        lookahead.predict(await self._predicted(task_name, lookahead.unpredicted(), buffer))
+
+    async def _predicted(self, task_name: str, positions: Mapping[int, Position], buffer: ReplayBuffer) -> dict[int, float]:
+        """By group, how long the responses to its prompt were last time; only of those of which it is known."""
+        if self._stream is None:
+            await self._open(task_name, buffer)
+        before = await self._on_reading_thread(self._earlier, positions)
+        lengths = await buffer.response_lengths(task_name, {place for places in before.values() for place in places})
+        newest = {group_id: next((place for place in places if place in lengths), None) for group_id, places in before.items()}
+        return {group_id: lengths[place] for group_id, place in newest.items() if place is not None}
+
+    def _earlier(self, positions: Mapping[int, Position]) -> dict[int, list[Position]]:
+        return {group_id: self._source.earlier(position, _EPOCHS_LOOKED_AT) for group_id, position in positions.items()}
