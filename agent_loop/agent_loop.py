@@ -7,21 +7,26 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
-from typing import cast, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_loop.calling_off import CalledOffError, CallOffs
 from agent_loop.decoding import Decoding, Watcher, standing
 from agent_loop.engines.base import Completion, Engine, FinishReason
 from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError, RewardError
-from agent_loop.rewards import REWARD_THREADS, Reward, judge
+from agent_loop.outcomes import fail_unjudged, interrupt, leave_out_failed, record_failure, waits_for_judgement, without_left_out
+from agent_loop.rewards import REWARD_THREADS, GroupReward, Reward, judge, judge_group
 from agent_loop.sampling import SamplingParams, number, whole
 from buffer.rollout import RolloutGroup, RolloutState
 from buffer.status import Status
 
 _BACK_OFF = 0.1
 """Seconds before the second attempt; doubled for each further one."""
+
+_LONGEST_BACK_OFF = 30.0
+"""Seconds to which it is doubled at most."""
 
 _REQUEST_NUMBERS = itertools.count()
 
@@ -39,10 +44,13 @@ class AgentLoop(ABC):
     Args:
         engine: which samples; None for a loop that calls something else.
         reward: gives the score of a finished rollout; None leaves it unscored.
+        group_reward: in its place, gives the scores of a group's finished rollouts, in order; asked when all are finished.
+        min_group_size: a rollout that failed for good fails its group, since that needs all its members; with this it is
+            left out (`RolloutState.left_out`), and the group kept, while so many others can still be finished.
         sampling: parameters for all prompts; a row's `sampling` overrides them.
         reward_timeout: seconds for one judgement.
         max_attempts: after so many failures a rollout is failed for good.
-        back_off: seconds before the second attempt, doubled for each further one.
+        back_off: seconds before the second attempt, doubled for each further one, up to 30.
     """
 
     def __init__(
@@ -50,27 +58,31 @@ class AgentLoop(ABC):
         engine: Engine | None = None,
         reward: Reward | None = None,
         *,
+        group_reward: GroupReward | None = None,
+        min_group_size: int | None = None,
         sampling: SamplingParams | None = None,
         reward_timeout: float = 60.0,
         max_attempts: int = 3,
         back_off: float = _BACK_OFF,
     ) -> None:
-        _check_parts(engine, reward, sampling)
+        _check_parts(engine, reward, group_reward, sampling)
+        if min_group_size is not None and whole("min_group_size", min_group_size) < 1:
+            raise ValueError(f"min_group_size={min_group_size} would keep groups of nothing; it must be 1 or more")
         if whole("max_attempts", max_attempts) < 1:
             raise ValueError(f"max_attempts={max_attempts} allows no attempt; it must be 1 or more")
         if number("reward_timeout", reward_timeout) <= 0:
             raise ValueError(f"reward_timeout={reward_timeout} s leaves no time; it must be above 0")
         if number("back_off", back_off) < 0:
             raise ValueError(f"back_off={back_off} s is negative; it must be 0 or more")
-        self.engine, self.reward = engine, reward
+        self.engine, self.reward, self.group_reward = engine, reward, group_reward
+        self._min_group_size = min_group_size
         self.sampling = sampling or SamplingParams()
         self._reward_timeout, self._max_attempts, self._back_off = reward_timeout, max_attempts, back_off
         self._running: set[int] = set()
         self._stopping: set[int] = set()
         self._requests: dict[int, set[str]] = {}
         self._threads = asyncio.Semaphore(REWARD_THREADS)
-        self._judging: dict[int, set[asyncio.Task[None]]] = {}
-        self._called_off: set[asyncio.Task[None]] = set()
+        self._call_offs = CallOffs()
         # By identity: rollouts of two buffers may have one id.
         self._watchers: dict[int, Watcher] = {}
         self._generating: dict[int, Watcher | None] = {}
@@ -106,6 +118,11 @@ class AgentLoop(ABC):
                     if state.status is not Status.COMPLETED:
                         state.status = Status.RUNNING
                         members.create_task(self._run_member(group, index))
+            if self._min_group_size is not None:
+                leave_out_failed(group, self._min_group_size)
+            if self.group_reward is not None and waits_for_judgement(group):
+                async with asyncio.TaskGroup() as judging:
+                    judging.create_task(self._judge_members(group, self.group_reward))
         except BaseExceptionGroup as errors:
             error = first_error(errors)
             raise error from error.__cause__
@@ -113,8 +130,10 @@ class AgentLoop(ABC):
             self._running.discard(group.group_id)
             self._stopping.discard(group.group_id)
             for state in group.rollouts:
-                if state.status is Status.RUNNING:  # cancelled before its task began
-                    _interrupt(state)
+                if state.status is Status.RUNNING:  # cancelled before its task began, or whole in a group that was not judged
+                    interrupt(state)
+            if self._min_group_size is not None:
+                leave_out_failed(group, self._min_group_size)
         return group
 
     async def interrupt(self, group_ids: Collection[int]) -> None:
@@ -122,11 +141,8 @@ class AgentLoop(ABC):
         # Only those that run: a mark left on a group that just ended would stop its next run.
         self._stopping.update(self._running.intersection(group_ids))
         requests = [request for group_id in group_ids for request in self._requests.get(group_id, ())]
-        for group_id in self._stopping.intersection(group_ids):
-            for judging in self._judging.get(group_id, ()):
-                # A response that waits for a slow judge is stopped too: it is whole, and only the judging is repeated.
-                self._called_off.add(judging)
-                judging.cancel()
+        # A response that waits for a slow judge is stopped too: it is whole, and only the judging is repeated.
+        self._call_offs.call_off(self._stopping.intersection(group_ids))
         if self.engine is not None and requests:
             await self.engine.interrupt(requests)
 
@@ -215,20 +231,25 @@ class AgentLoop(ABC):
         return "abort" if self.interrupted(state) else None
 
     async def _run_member(self, group: RolloutGroup, index: int) -> None:
-        state, watcher = group.rollouts[index], self._watchers.get(id(group))
+        state, watcher, failed = group.rollouts[index], self._watchers.get(id(group)), False
         while True:
             try:
+                if failed:
+                    await self._back_off_after(state)
                 if not state.finished:
                     state = group.rollouts[index] = await self._generated(state, watcher)
                 state.status = await self._settled(state)
                 break
+            except CalledOffError:
+                interrupt(state)
+                break
             except (EngineDeadError, EngineClosedError, asyncio.CancelledError):
-                _interrupt(state)
+                interrupt(state)
                 raise
             except Exception as error:  # noqa: BLE001 - the one place where an exception becomes a failed rollout
                 if self._failed_for_good(state, error):
                     break
-            await asyncio.sleep(self._back_off * 2 ** (state.attempts - 1))
+                failed = True
         if watcher is not None and state.status is not Status.INTERRUPTED:
             watcher.ended(index)
 
@@ -253,61 +274,71 @@ class AgentLoop(ABC):
     async def _settled(self, state: RolloutState) -> Status:
         """The status of a member whose `generate` returned; a whole response is judged first."""
         if not state.finished:
-            _interrupt(state)
+            interrupt(state)
             return state.status
+        if self.group_reward is not None:
+            return Status.RUNNING  # until its siblings are whole: they are judged together
         if self.reward is not None:
-            score = await self._judged(self.reward, state)
-            if score is None:
-                _interrupt(state)
-                return state.status
-            state.score = state.reward = score
+            judgement = judge(self.reward, state, timeout=self._reward_timeout, threads=self._threads)
+            state.score = state.reward = await self._call_offs.unless_called_off(state.group_id, judgement)
         state.error = None
         return Status.COMPLETED
 
-    async def _judged(self, reward: Reward, state: RolloutState) -> float | None:
-        """The score, or None where an interruption called the judging off."""
-        task = cast("asyncio.Task[None]", asyncio.current_task())
-        judging = self._judging.setdefault(state.group_id, set())
-        judging.add(task)
-        try:
-            return await judge(reward, state, timeout=self._reward_timeout, threads=self._threads)
-        except asyncio.CancelledError:
-            if task in self._called_off and task.uncancel() == 0:
-                return None
-            raise
-        finally:
-            judging.discard(task)
-            if not judging:
-                self._judging.pop(state.group_id, None)
-            self._called_off.discard(task)
+    async def _judge_members(self, group: RolloutGroup, reward: GroupReward) -> None:
+        """Complete the members with their scores, or fail them with the reason; called off, they are left as they are."""
+        seen = without_left_out(group)
+        waiting = [state for state in seen.rollouts if state.status is Status.RUNNING]
+        first = min(waiting, key=lambda state: state.attempts)  # the judgement's attempts are those that all have in common
+        while not self.interrupted(first):
+            try:
+                judgement = judge_group(reward, seen, timeout=self._reward_timeout, threads=self._threads)
+                scores = await self._call_offs.unless_called_off(group.group_id, judgement)
+            except CalledOffError:
+                return
+            except RewardError as error:
+                for state in waiting:
+                    record_failure(state, error)
+                if first.attempts >= self._max_attempts:
+                    fail_unjudged(group)
+                    return
+            else:
+                for state, score in zip(seen.rollouts, scores, strict=True):
+                    state.score = state.reward = score
+                    state.status, state.error = Status.COMPLETED, None
+                return
+            with suppress(CalledOffError):
+                await self._back_off_after(first)
+
+    async def _back_off_after(self, state: RolloutState) -> None:
+        """Wait before the next attempt."""
+        seconds = self._back_off * 2.0 ** min(state.attempts - 1, 60)
+        longest = max(self._back_off, _LONGEST_BACK_OFF)
+        await self._call_offs.unless_called_off(state.group_id, asyncio.sleep(min(seconds, longest)))
 
     def _failed_for_good(self, state: RolloutState, error: Exception) -> bool:
         """Write the failure down; whether the rollout is failed for good, or interrupted meanwhile."""
-        state.attempts += 1
-        said = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
-        state.error = said.encode(errors="backslashreplace").decode()  # a message may hold what no database stores
+        record_failure(state, error)
         if isinstance(error, RequestRefusedError) or state.attempts >= self._max_attempts:
             state.status = Status.FAILED
             return True
         if self.interrupted(state):
-            _interrupt(state)
+            interrupt(state)
             return True
         return False
 
 
-def _check_parts(engine: object, reward: object, sampling: object) -> None:
+def _check_parts(engine: object, reward: object, group_reward: object, sampling: object) -> None:
     """Refuse what would only fail once per prompt, an attempt after the other."""
     if engine is not None and (isinstance(engine, type) or not hasattr(engine, "generate")):
         raise TypeError(f"engine={engine!r:.80} is no engine; pass an open one, as `async with VLLMEngine(model) as engine` gives it")
     if reward is not None and not callable(reward):
         raise TypeError(f"reward={reward!r:.80} is no function of a rollout")
+    if group_reward is not None and not callable(group_reward):
+        raise TypeError(f"group_reward={group_reward!r:.80} is no function of a group")
+    if reward is not None and group_reward is not None:
+        raise ValueError("reward and group_reward would both give the score; pass one: a group reward may ask any other for each rollout")
     if sampling is not None and not isinstance(sampling, SamplingParams):
         raise TypeError(f"sampling={sampling!r:.80} is no SamplingParams; pass SamplingParams(max_tokens=...)")
-
-
-def _interrupt(state: RolloutState) -> None:
-    state.status = Status.INTERRUPTED
-    state.interruptions += 1
 
 
 def _request_seed(seed: int | None, state: RolloutState) -> int | None:

@@ -23,7 +23,7 @@ class Watcher(Protocol):
         """So many tokens more were decoded of this member."""
 
     def ended(self, member: int) -> None:
-        """This member is whole and judged, or failed for good."""
+        """This member is whole, and judged unless its group is to be judged; or it failed for good."""
 
 
 class Decoding:

@@ -127,6 +127,14 @@ class RolloutState:
         return self.finish_reason in FINISHED
 
     @property
+    def left_out(self) -> bool:
+        """Whether it failed on every attempt in a group that was kept without it; `error` says why.
+
+        Such a member has no score of its own, is not run again, and is not trained on.
+        """
+        return self.error is not None and (self.status is Status.COMPLETED or self.status in GROUP_WIDE)
+
+    @property
     def min_version(self) -> int | None:
         """The oldest version among the trainable tokens; None where there is none."""
         return oldest_version(self.versions, self.loss_mask)

@@ -323,7 +323,13 @@ async def test_metrics_of_a_batch_are_those_it_has(run: tuple[Path, ProducedBatc
 
 async def test_metrics_of_an_experience_are_those_it_has(run: tuple[Path, ProducedBatch]) -> None:
     documented = {name for row in table("reference/metrics.md", "Of an experience") for name in code(row[0])}
-    lacking: list[dict[str, Any]] = [{"reward": None}, {"prompt_ids": None}, {"response_ids": None}, {"loss_mask": [0, 0]}]
+    lacking: list[dict[str, Any]] = [
+        {"reward": None, "error": "it failed"},
+        {"reward": None},
+        {"prompt_ids": None},
+        {"response_ids": None},
+        {"loss_mask": [0, 0]},
+    ]
     rollouts = []
     for index, fields in enumerate([{}, *lacking]):
         whole = {"reward": 1.0, "score": 1.0, "prompt_ids": [1, 2], "response_ids": [3, 4], "loss_mask": [1, 1]} | fields

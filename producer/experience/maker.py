@@ -102,8 +102,9 @@ def make_experience(
         token_budget: the most tokens of a row, prompts included: sequences are packed. None: one sequence a row, padded on the right.
         pad_id: fills `input_ids` where there is no token.
 
-    A rollout that cannot be trained on is left out, and counted in `metrics` as "left_out/<reason>": "no_reward", "no_prompt_ids",
-    "no_response", "no_trained_token". Its reward, if it has one, still counts in its group's baseline: it was sampled all the same.
+    A rollout that cannot be trained on is left out, and counted in `metrics` as "left_out/<reason>": "failed" (see
+    `RolloutState.left_out`), "no_reward", "no_prompt_ids", "no_response", "no_trained_token". Its reward, if it has one, still
+    counts in its group's baseline: it was sampled all the same.
 
     Raises:
         ValueError: nothing is left to train on, or a sequence is longer than the budget.
@@ -176,6 +177,8 @@ def _prompt(rollout: RolloutState) -> NDArray[np.int32]:
 
 
 def _why_left_out(rollout: RolloutState) -> str | None:
+    if rollout.left_out:
+        return "failed"
     if np.isnan(_reward(rollout)):
         return "no_reward"
     if _prompt(rollout).size == 0:
