@@ -86,7 +86,7 @@ async def _on_thread(reward: Callable[[Any], Any], subject: Any) -> Any:
     """What `reward` returns on a daemon thread. A pool would do less well: a few rewards that hang would fill it."""
     loop, context = asyncio.get_running_loop(), contextvars.copy_context()
     if not getattr(loop, "waits_for_threads", True):  # virtual time stands still while it works here, and would overtake a thread
-        value = reward(state)
+        value = reward(subject)
         return await value if inspect.isawaitable(value) else value
     done = asyncio.Event()
     outcome: list[tuple[Any, BaseException | None]] = []
