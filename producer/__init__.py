@@ -2,7 +2,7 @@
 
 from producer.asynchronous import AsyncProduceStrategy
 from producer.experience import make_experience
-from producer.filters import GroupFilter, zero_variance
+from producer.filters import GroupFilter, all_of, pass_rate, zero_variance
 from producer.predict import LongestPredictedFirst, SimilarPredictedTogether
 from producer.prompts import PromptSampler, ReplayPromptSampler
 from producer.replay import ReplaySource
@@ -20,6 +20,8 @@ __all__ = [
     "ReplaySource",
     "SimilarPredictedTogether",
     "SyncProduceStrategy",
+    "all_of",
     "make_experience",
+    "pass_rate",
     "zero_variance",
 ]
