@@ -87,6 +87,9 @@ class Flight:
                 await self.stop()
         finally:
             await self._release()
+            with suppress(BufferClosedError):
+                # The writer answers in order: what tasks that were cancelled asked for, and no longer waited for, is stored then.
+                await self._buffer.cursor(self._task_name)
 
     def __len__(self) -> int:
         """Groups that were started and whose outcome was not told yet."""
