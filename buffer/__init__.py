@@ -1,5 +1,6 @@
 """What a rollout is, and the durable store that keeps them."""
 
+from buffer.accounts import Account
 from buffer.asking import Transition
 from buffer.audit import AuditReport
 from buffer.forking import ForkReport
@@ -13,6 +14,7 @@ from buffer.rollout import Position, RolloutGroup, RolloutState, Turn
 from buffer.status import Status
 
 __all__ = [
+    "Account",
     "AuditReport",
     "DatasetCursor",
     "DrawnRow",

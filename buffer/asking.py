@@ -8,6 +8,7 @@ from typing import Any, Literal
 from buffer import arguments as args
 from buffer import audit, operations, queries
 from buffer.access import Access
+from buffer.accounts import WINDOW, Account, account
 from buffer.audit import AuditReport
 from buffer.numbers import TOO_LARGE
 from buffer.overview import Overview, overview
@@ -172,6 +173,15 @@ class Asking(Access):
             )
             for row in rows
         ]
+
+    async def account(self, task_name: str, *, window: int = WINDOW) -> Account:
+        """What the task sampled over the whole run, what was wasted, and the biases of what is trained on.
+
+        Its cost grows with what runs and with what was drawn in the last `window` steps, and not with the buffer.
+        """
+        args.require_task(task_name)
+        window = args.whole_number("window", window, at_least=0)
+        return await self._read(account, task_name, window)
 
     async def overview(self, *, window: float = 300.0) -> Overview:
         """How the run stands: counts, steps, versions, staleness, rates, leases and sizes, in one state of the database.

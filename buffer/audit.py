@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from buffer import queries
+from buffer.amounts import NOTHING
 from buffer.codec import encode_group
 from buffer.errors import CorruptPayloadError
 from buffer.status import Status
@@ -52,6 +53,11 @@ def _problems(conn: Connection, drawn: Mapping[str, Any]) -> Iterator[str]:
         counted, there = stored.get((task, status), 0), rows.get((task, status), 0)
         if counted != there:
             yield f"task {task!r}: {counted} counted as {status}, {there} rows are"
+    sums, kept = queries.counted_amounts(conn), queries.stored_amounts(conn)
+    for task, status in sorted(set(sums) | set(kept)):
+        kept_of, in_rows = (found.get((task, status), NOTHING) for found in (kept, sums))
+        if kept_of != in_rows:
+            yield f"task {task!r}: of {status} groups {kept_of} are counted, {in_rows} are in rows"
     for task in sorted(set(drawn) | {task for task, _ in rows}):
         present = sum(n for (name, _), n in rows.items() if name == task)
         n_drawn, n_pruned = drawn.get(task, (0, 0))
@@ -81,6 +87,6 @@ def _payload_problems(conn: Connection, group_id: int) -> Iterator[str]:
         return
     # Of groups that are final a rewind leaves the staleness as it was.
     staleness = ("oldest_version", "freshest_version") if group.status in queries.STALENESS_KEPT else ()
-    for name in ("tokens", "min_version", "max_version", *staleness):
+    for name in ("tokens", "finished", "finished_tokens", "min_version", "max_version", *staleness):
         if said.pruned_at is None and not said.checkpointed and getattr(said, name) != found[name]:
             yield f"group {group_id}: {name} is {getattr(said, name)}, its payload says {found[name]}"

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from buffer.amounts import Amount
 from buffer.errors import CorruptPayloadError
 from buffer.numbers import plain_number
 from buffer.payload import NOTHING, Response, Runs, Span, pack, unpack
@@ -34,6 +35,17 @@ class GroupSnapshot(NamedTuple):
     def status(self) -> Status:
         """Derived from the members; see `buffer.status.group_status`."""
         return group_status([rollout.status for rollout in self.rollouts])
+
+    @property
+    def dropped(self) -> Amount:
+        """What its members were reset from."""
+        return Amount.total(rollout.dropped for rollout in self.rollouts)
+
+    @property
+    def left_out(self) -> Amount:
+        """The whole responses that are not to be trained on: they count as drawn. Their tokens are the group's."""
+        lengths = [rollout.response_ids.size for rollout in self.rollouts if rollout.left_out and rollout.finished]
+        return Amount(0, len(lengths), sum(lengths))
 
 
 def snapshot(group: RolloutGroup) -> GroupSnapshot:
@@ -89,7 +101,7 @@ def encode(snapshot: GroupSnapshot, timeline: Timeline | None = None) -> Encoded
         "position": None if snapshot.position is None else snapshot.position.offset,
         **_versions_of([span for span in spans if span]),
         "members": len(rollouts),
-        "tokens": sum(response.response_ids.size for response in responses),
+        **_amounts_of(rollouts),
         "payload_bytes": len(arrays) + len(extras),
         "filter_reason": None if snapshot.filter_reason is None else _storable_text(snapshot.filter_reason),
     }
@@ -100,6 +112,12 @@ def encode(snapshot: GroupSnapshot, timeline: Timeline | None = None) -> Encoded
 def _now(snapshot: GroupSnapshot) -> Timeline:
     """The newest timeline that a member knows."""
     return max((rollout.timeline for rollout in snapshot.rollouts), key=lambda timeline: timeline.number)
+
+
+def _amounts_of(rollouts: Sequence[RolloutState]) -> dict[str, int]:
+    """How much was sampled of a group."""
+    total = Amount.total(rollout.amount for rollout in rollouts)
+    return {"tokens": total.tokens, "finished": total.finished, "finished_tokens": total.finished_tokens}
 
 
 def _versions_of(spans: Sequence[Span]) -> dict[str, int | None]:
@@ -141,7 +159,7 @@ def encode_prefix(snapshot: GroupSnapshot, starts: Mapping[int, int], timeline: 
     ]
     lengths, arrays = pack(deltas, Runs.of(deltas)) if deltas else ([], b"")
     places = [{"member": rollout.index, "start": starts[rollout.index], **own} for rollout, own in zip(chosen, lengths, strict=True)]
-    hot = _versions_of([span for span in spans if span]) | {"tokens": sum(response.response_ids.size for response in whole)}
+    hot = _versions_of([span for span in spans if span]) | _amounts_of(snapshot.rollouts)
     members = [_hot_member(rollout, spans[rollout.index]) for rollout in chosen]
     return EncodedPrefix(snapshot.group_id, snapshot.task_name, hot, members, _extras_to_json(snapshot, chosen, places), arrays)
 
@@ -346,6 +364,7 @@ def _decode_member(
     state.loss_mask, state.versions, state.timelines = response.loss_mask, response.versions, response.timelines
     state.text, state.turns = response.text, [Turn(*turn) for turn in extra.get("turns", ())]
     state.reward_parts, state.metrics = extra.get("reward_parts", {}), extra.get("metrics", {})
+    state.dropped = Amount()
     return state
 
 

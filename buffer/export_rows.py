@@ -80,7 +80,8 @@ _OF_GROUP = ("group_id", "task_name", "consumed_step", "filter_reason")
 _OF_MEMBER = tuple(
     name
     for name in RolloutState.__dataclass_fields__
-    if name not in (*_OF_GROUP, "timeline")  # the group's id and task are the member's; `timeline` is the reading run's
+    # The group's id and task are the member's; `timeline` is the reading run's, and `dropped` of the process that wrote it.
+    if name not in (*_OF_GROUP, "timeline", "dropped")
 )
 
 

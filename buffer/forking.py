@@ -27,6 +27,7 @@ _COPIED = (
     schema.prefixes,
     schema.transitions,
     schema.counts,
+    schema.given_up,
 )
 """Not the producers, which do not run here, nor the sequences, which are set behind the numbers that were given."""
 

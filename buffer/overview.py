@@ -1,4 +1,4 @@
-"""How a run stands, in one state of its database: counts, steps, versions, staleness, rates, leases and sizes."""
+"""How a run stands, in one state of its database: counts, steps, versions, staleness, rates, waste, biases, leases and sizes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from buffer import queries
+from buffer.accounts import WINDOW, Account, account
 from buffer.errors import CorruptPayloadError
 from buffer.operations.consuming import committed_step
 from buffer.status import Status
@@ -38,6 +39,8 @@ class TaskOverview:
         last_step: the last step at which anything of it was consumed; 0 before the first.
         counts: groups by status, every status present.
         staleness: of what waits; None where nothing waits.
+        by_staleness: of what waits, how many groups lie so many versions behind the policy, the freshest first.
+        account: what was sampled over the whole run, what was wasted, and the biases of what is trained on.
         completed_per_minute: groups completed lately; what a rewind gave back does not count.
         consumed_per_minute: groups handed out lately.
     """
@@ -47,6 +50,8 @@ class TaskOverview:
     last_step: int
     counts: Mapping[Status, int]
     staleness: Staleness | None
+    by_staleness: Mapping[int, int]
+    account: Account
     completed_per_minute: float
     consumed_per_minute: float
 
@@ -190,6 +195,8 @@ def _task(
         last_step=queries.last_step(conn, name),
         counts=queries.counts(conn, name),
         staleness=_staleness(waiting, version),
+        by_staleness={} if version is None else {version - _whole(row.oldest_version): row.n for row in reversed(waiting)},
+        account=account(conn, name, WINDOW),
         completed_per_minute=completed,
         consumed_per_minute=consumed,
     )

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, get_args
 
 from buffer import arguments as args
 from buffer import operations, queries
+from buffer.amounts import NOTHING
 from buffer.asking import Asking
 from buffer.codec import snapshot, to_json
 from buffer.errors import IllegalTransitionError, ReplayBufferError, ResumeRequiredError
@@ -99,7 +100,15 @@ class ReplayBuffer(Asking, Keeping):
         if not isinstance(group, RolloutGroup):
             raise TypeError(f"put() stores a RolloutGroup, not {type(group).__name__}")
         self._progress.forget(group.group_id)
-        await self._write(operations.put, snapshot(group))
+        now = snapshot(group)
+        for rollout in group.rollouts:
+            rollout.dropped = NOTHING  # accounted for with this snapshot
+        try:
+            await self._write(operations.put, now)
+        except Exception:
+            for rollout, stored in zip(group.rollouts, now.rollouts, strict=False):  # not stored after all
+                rollout.dropped += stored.dropped
+            raise
 
     async def checkpoint(self, group: RolloutGroup) -> None:
         """Store what a running group's members hold now; durable on return. The group goes on running.
@@ -290,7 +299,6 @@ class ReplayBuffer(Asking, Keeping):
         exclude: Collection[int] = (),
         order: Literal["oldest", "most_interrupted"] = "oldest",
         among: Sequence[int] | None = None,
-        interrupted_below: int | None = None,
     ) -> list[RolloutGroup]:
         """Up to `n` waiting groups to run, from now on running: first those in `statuses[0]`, then the next.
 
@@ -302,7 +310,6 @@ class ReplayBuffer(Asking, Keeping):
             order: of those in one status: the "oldest" first, or the "most_interrupted" (by its member stopped most often;
                 the cost is then that of all that wait).
             among: only these groups, in this order; those that wait no more are passed over. None: whichever wait.
-            interrupted_below: of those that wait, none of which a member was interrupted so often; None sets no bound.
         """
         args.require_task(task_name)
         n = args.whole_number("n", n, at_least=0)
@@ -310,9 +317,7 @@ class ReplayBuffer(Asking, Keeping):
         if refused := [status for status in wanted if status not in CLAIMABLE]:
             raise ValueError(f"groups that are {refused[0]} cannot be run; those that can are {sorted(CLAIMABLE)}")
         args.one_of("order", order, get_args(queries.ClaimOrder))
-        below = args.whole_or_none("interrupted_below", interrupted_below)
-        named = None if among is None else args.plain_ids(among)
-        request = Claim(task_name, wanted, n, frozenset(exclude), order, named, below)
+        request = Claim(task_name, wanted, n, frozenset(exclude), order, None if among is None else args.plain_ids(among))
         return await self._run(operations.claim, request) if n > 0 else []
 
     async def start(self, group_ids: Sequence[int]) -> list[RolloutGroup]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from buffer.amounts import NOTHING, Amount
 from buffer.numbers import plain_number, refuse_text
 from buffer.staleness import FIRST_TIMELINE, Level, Timeline, fresh_mask, oldest_version, staleness, too_stale
 from buffer.status import GROUP_WIDE, Status, group_status, parse_status
@@ -16,6 +17,10 @@ TOKEN_ARRAYS = ("response_ids", "logprobs", "loss_mask", "versions", "timelines"
 
 FINISHED = frozenset({"stop", "length"})
 """Finish reasons after which a response needs no more tokens."""
+
+
+_WHOLE = frozenset({Status.COMPLETED, *GROUP_WIDE})
+"""A response in one of these is whole, also where its agent loop gave no finish reason."""
 
 
 class Position(NamedTuple):
@@ -57,6 +62,8 @@ class RolloutState:
 
     A loop may add to `messages` and `media`: they are stored with the response, and `reset` makes them the row's again.
     `row`, `prompt` and `sampling` are for reading: they are stored once, when the prompt is drawn.
+
+    `dropped` is what `reset` made it forget since it was stored last: storing it adds that to the task's account.
     """
 
     group_id: int
@@ -88,6 +95,8 @@ class RolloutState:
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+
+    dropped: Amount = NOTHING
 
     def __post_init__(self) -> None:
         self.status = parse_status(self.status)
@@ -135,6 +144,12 @@ class RolloutState:
         return self.error is not None and (self.status is Status.COMPLETED or self.status in GROUP_WIDE)
 
     @property
+    def amount(self) -> Amount:
+        """What was sampled of it: its tokens, and whether they are a whole response, of a member that is not left out."""
+        n, whole = self.response_ids.size, (self.finished or self.status in _WHOLE) and not self.left_out
+        return Amount(n, int(whole), n if whole else 0)
+
+    @property
     def min_version(self) -> int | None:
         """The oldest version among the trainable tokens; None where there is none."""
         return oldest_version(self.versions, self.loss_mask)
@@ -178,7 +193,7 @@ class RolloutState:
         copy.versions, copy.timelines = self.versions, self.timelines
         copy.finish_reason, copy.text, copy.turns = self.finish_reason, self.text, list(self.turns)
         copy.score, copy.reward = self.score, self.reward
-        copy.reward_parts, copy.metrics = dict(self.reward_parts), dict(self.metrics)
+        copy.reward_parts, copy.metrics, copy.dropped = dict(self.reward_parts), dict(self.metrics), self.dropped
         return copy
 
     def append(
@@ -229,6 +244,7 @@ class RolloutState:
 
     def reset(self) -> None:
         """Forget the response and everything judged from it. The row stays, messages and media are as it gave them."""
+        self.dropped += self.amount
         for name, drawn in drawn_fields(self.row).items():
             setattr(self, name, drawn)
         self.response_ids = _array(None, np.int32)

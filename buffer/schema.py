@@ -21,7 +21,7 @@ from sqlalchemy import (
 
 from buffer.staleness import NO_VERSION
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
@@ -116,6 +116,8 @@ groups = Table(
     Column("freshest_version", _Id, nullable=False, server_default=str(NO_VERSION)),
     Column("members", Integer, nullable=False),
     Column("tokens", _Id, nullable=False),
+    Column("finished", Integer, nullable=False, server_default="0"),  # members whose response is whole
+    Column("finished_tokens", _Id, nullable=False, server_default="0"),  # theirs
     Column("payload_bytes", _Id, nullable=False, server_default="0"),
     Column("pruned_at", Float),  # when its payload was given up
     Column("filter_reason", Text),
@@ -195,4 +197,18 @@ counts = Table(
     Column("task_name", String, primary_key=True),
     Column("status", String, primary_key=True),
     Column("n", _Id, nullable=False),
+    # Sums over these groups, but for running ones: those are stored as they decode, too often to write it down here as well.
+    Column("tokens", _Id, nullable=False, server_default="0"),
+    Column("finished", _Id, nullable=False, server_default="0"),
+    Column("finished_tokens", _Id, nullable=False, server_default="0"),
+)
+
+given_up = Table(
+    "given_up",  # what no group holds any more, by why
+    metadata,
+    Column("task_name", String, primary_key=True),
+    Column("reason", String, primary_key=True),  # see `buffer.accounts`
+    Column("tokens", _Id, nullable=False),
+    Column("finished", _Id, nullable=False),
+    Column("finished_tokens", _Id, nullable=False),
 )

@@ -56,7 +56,7 @@ def _expire_groups(tx: Transaction, groups: Sequence[RolloutGroup], request: Exp
     expired = [group for group in groups if _reset_stale(group, request)]
     if expired:
         reason = f"too stale at version {request.version} with max_staleness={request.max_staleness}, by {request.level}"
-        q.store_expired(tx, [encode_group(group) for group in expired], [stored[group.group_id] for group in expired], reason)
+        q.store_expired(tx, [encode_group(group) for group in expired], [stored[group.group_id] for group in expired], reason, q.STALE)
     return len(expired)
 
 

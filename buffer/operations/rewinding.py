@@ -127,7 +127,7 @@ def _requalify(tx: Transaction, group_ids: Sequence[int], request: Rewind, fork:
     undone = [group for group in may_expire if _reset_newer(group, fork)]
     if undone:
         reason = f"sampled by weights that the rewind to step {request.step} undid"
-        q.store_expired(tx, [encode_group(group) for group in undone], [stored[group.group_id] for group in undone], reason)
+        q.store_expired(tx, [encode_group(group) for group in undone], [stored[group.group_id] for group in undone], reason, q.UNDONE)
     kept = [encode_group(group) for group in groups if group not in undone]
     q.requalify(tx.conn, [{"id": e.group_id, **{name: e.group[name] for name in ("oldest_version", "freshest_version")}} for e in kept])
     return sum(stored[group.group_id] is not Status.EXPIRED for group in undone)

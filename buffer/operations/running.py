@@ -82,7 +82,6 @@ class Claim:
     exclude: frozenset[int]
     order: ClaimOrder = "oldest"
     among: Sequence[int] | None = None
-    interrupted_below: int | None = None
 
 
 def claim(tx: Transaction, claims: Sequence[Claim]) -> list[list[int]]:
@@ -104,7 +103,7 @@ def _claim_one(tx: Transaction, request: Claim) -> list[int]:
 def _waiting(tx: Transaction, request: Claim, status: Status, limit: int) -> list[Any]:
     if request.among is not None:
         return q.claimable_among(tx.conn, request.task_name, status, request.among)
-    return q.claimable(tx.conn, request.task_name, status, limit, request.order, request.interrupted_below)
+    return q.claimable(tx.conn, request.task_name, status, limit, request.order)
 
 
 def start(tx: Transaction, requests: Sequence[Sequence[int]]) -> list[Sequence[int]]:

@@ -3,7 +3,8 @@
 Functions that write take the `Transaction` under way, those that only read its connection.
 """
 
-from buffer.queries.audit import counted_rows, drawn_by_task, faults, stored_counts
+from buffer.queries.accounts import GIVEN_UP, drawn_after, drawn_by, given_up, held, pruned_groups
+from buffer.queries.audit import counted_amounts, counted_rows, drawn_by_task, faults, stored_amounts, stored_counts
 from buffer.queries.consumption import (
     STALENESS_KEPT,
     anything_sampled,
@@ -73,7 +74,7 @@ from buffer.queries.scheduling import (
     response_lengths,
     tail_candidates,
 )
-from buffer.queries.transaction import Deltas, Transaction
+from buffer.queries.transaction import LEFT_OUT, PRUNED, STALE, UNDONE, Deltas, Transaction
 from buffer.queries.transfer import (
     RecordedStep,
     at_positions,
@@ -103,10 +104,15 @@ __all__ = [
     "ClaimOrder",
     "Deltas",
     "Filters",
+    "GIVEN_UP",
+    "LEFT_OUT",
     "Overtaken",
+    "PRUNED",
     "RecordedStep",
+    "STALE",
     "STALENESS_KEPT",
     "Transaction",
+    "UNDONE",
     "add_drawn",
     "add_prefixes",
     "anything_sampled",
@@ -124,10 +130,13 @@ __all__ = [
     "count",
     "count_crash",
     "count_interruption",
+    "counted_amounts",
     "counted_rows",
     "counts",
     "cursor",
     "database_size",
+    "drawn_after",
+    "drawn_by",
     "drawn_by_task",
     "drop_groups",
     "drop_payloads",
@@ -142,6 +151,8 @@ __all__ = [
     "forget_producer",
     "forget_producers",
     "history",
+    "given_up",
+    "held",
     "hot_columns",
     "ids_after",
     "insert_groups",
@@ -165,6 +176,7 @@ __all__ = [
     "prolong",
     "prunable",
     "pruned",
+    "pruned_groups",
     "ran_and_lost",
     "recorded_steps",
     "recorded_versions",
@@ -188,6 +200,7 @@ __all__ = [
     "step_version",
     "store_expired",
     "store_results",
+    "stored_amounts",
     "stored_counts",
     "stored_order",
     "stored_prefixes",

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Connection, Select, func, select
 
 from buffer import schema as t
+from buffer.amounts import Amount
 from buffer.status import Status
 
 
@@ -32,6 +33,26 @@ def stored_counts(conn: Connection) -> dict[tuple[str, Status], int]:
     """The counter table, zeros left out."""
     rows = conn.execute(select(t.counts.c.task_name, t.counts.c.status, t.counts.c.n).where(t.counts.c.n != 0))
     return {(task, Status(status)): n for task, status, n in rows}
+
+
+_SUMS = ("tokens", "finished", "finished_tokens")
+
+
+def counted_amounts(conn: Connection) -> dict[tuple[str, Status], Amount]:
+    """What was sampled by task and status, summed up one by one: what `counts` must say of all but running groups."""
+    sums = [func.sum(t.groups.c[name]) for name in _SUMS]
+    kept = select(t.groups.c.task_name, t.groups.c.status, *sums).where(t.groups.c.status != Status.RUNNING.value)
+    return _amounts(conn, kept.group_by(t.groups.c.task_name, t.groups.c.status))
+
+
+def stored_amounts(conn: Connection) -> dict[tuple[str, Status], Amount]:
+    """The sums of the counter table, zeros left out."""
+    return _amounts(conn, select(t.counts.c.task_name, t.counts.c.status, *(t.counts.c[name] for name in _SUMS)))
+
+
+def _amounts(conn: Connection, statement: Select[Any]) -> dict[tuple[str, Status], Amount]:
+    found = {(task, Status(status)): Amount(*map(int, amount)) for task, status, *amount in conn.execute(statement)}
+    return {key: amount for key, amount in found.items() if amount}
 
 
 _EXAMPLES = 5

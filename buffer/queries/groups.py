@@ -7,10 +7,11 @@ from sqlalchemy import Connection, Row, bindparam, delete, func, insert, or_, se
 from sqlalchemy.exc import IntegrityError
 
 from buffer import schema as t
+from buffer.amounts import NOTHING, Amount
 from buffer.codec import EncodedGroup, EncodedPrefix
 from buffer.errors import DuplicateGroupError, IllegalTransitionError, UnknownGroupError
 from buffer.queries.dialects import Many, Upsert, ids_of, is_among, reserve
-from buffer.queries.transaction import Transaction
+from buffer.queries.transaction import INTERRUPTED, LEFT_OUT, RESTARTED, Transaction
 from buffer.status import Status, check_transition
 
 _CHUNK = 500
@@ -60,7 +61,24 @@ def insert_groups(tx: Transaction, encoded: Sequence[EncodedGroup]) -> None:
     if has_payload := [e for e in encoded if e.arrays or e.status is not Status.PENDING]:
         _WRITE_PAYLOAD.execute_many(tx.conn, [_payload(e) for e in has_payload])
     for e in encoded:
-        tx.changed(e.group_id, e.task_name, None, e.status, version=e.group["max_version"], reason=_reason(e))
+        tx.changed(e.group_id, e.task_name, None, e.status, (NOTHING, amount_of(e)), version=e.group["max_version"], reason=_reason(e))
+        _note_lost(tx, e)
+
+
+def amount_of(e: EncodedGroup) -> Amount:
+    """How much was sampled of an encoded group."""
+    return Amount(e.group["tokens"], e.group["finished"], e.group["finished_tokens"])
+
+
+def amount_in(row: Any) -> Amount:
+    """Likewise, of a row of `ROWS`."""
+    return Amount(row.tokens, row.finished, row.finished_tokens)
+
+
+def _note_lost(tx: Transaction, e: EncodedGroup) -> None:
+    """Note what its producer dropped of a group: without partial rollouts what is interrupted, else what a loop began anew."""
+    tx.gave_up(e.task_name, INTERRUPTED if e.status is Status.INTERRUPTED else RESTARTED, e.snapshot.dropped)
+    tx.gave_up(e.task_name, LEFT_OUT, e.snapshot.left_out)
 
 
 def _code(error: IntegrityError) -> str | None:
@@ -75,7 +93,8 @@ def _named(encoded: Sequence[EncodedGroup]) -> str:
 
 # -- storing ----------------------------------------------------------------------------------------------------
 
-_RESULT = ("min_version", "max_version", "oldest_version", "freshest_version", "tokens", "payload_bytes", "filter_reason")
+_AMOUNT = ("tokens", "finished", "finished_tokens")
+_RESULT = ("min_version", "max_version", "oldest_version", "freshest_version", *_AMOUNT, "payload_bytes", "filter_reason")
 _STORE_RESULT = Many(
     update(t.groups)
     .where(
@@ -112,8 +131,10 @@ def store_results(tx: Transaction, encoded: Sequence[EncodedGroup], stored: Mapp
     _store_members(tx.conn, encoded)
     _write_payloads(tx.conn, encoded)
     for e in encoded:
-        source = Status(stored[e.group_id].status)
-        tx.changed(e.group_id, e.task_name, source, e.status, version=e.group["max_version"], reason=_reason(e))
+        row = stored[e.group_id]
+        amounts = (amount_in(row), amount_of(e))
+        tx.changed(e.group_id, e.task_name, Status(row.status), e.status, amounts, version=e.group["max_version"], reason=_reason(e))
+        _note_lost(tx, e)
 
 
 def _reason(e: EncodedGroup) -> str | None:
@@ -157,10 +178,11 @@ _STORE_EXPIRED = Many(
 )
 
 
-def store_expired(tx: Transaction, encoded: Sequence[EncodedGroup], stored: Sequence[Status], reason: str) -> None:
+def store_expired(tx: Transaction, encoded: Sequence[EncodedGroup], stored: Sequence[Status], reason: str, why: str) -> None:
     """Write groups some of whose members were reset, and that stood in the database as `stored`.
 
-    They keep their place in the queue (`ready_seq`): those that waited longest run again first.
+    `why` is what their tokens are given up for, in a word. They keep their place in the queue (`ready_seq`): those that
+    waited longest run again first.
     """
     rows = [
         {"id": e.group_id, "expected": was.value, "status": e.status.value, "now": tx.now} | {name: e.group[name] for name in _RESULT}
@@ -170,13 +192,18 @@ def store_expired(tx: Transaction, encoded: Sequence[EncodedGroup], stored: Sequ
     _store_members(tx.conn, encoded)
     _write_payloads(tx.conn, encoded)
     for e, was in zip(encoded, stored, strict=True):
-        if was is not e.status:  # else more of its members expired
-            tx.changed(e.group_id, e.task_name, was, e.status, version=e.group["max_version"], reason=reason)
+        dropped = e.snapshot.dropped
+        amounts = (amount_of(e) + dropped, amount_of(e))
+        tx.gave_up(e.task_name, why, dropped)
+        if was is e.status:  # more of its members expired
+            tx.moved(e.task_name, was, e.status, amounts)
+        else:
+            tx.changed(e.group_id, e.task_name, was, e.status, amounts, version=e.group["max_version"], reason=reason)
 
 
 # -- prefixes ---------------------------------------------------------------------------------------------------
 
-_PROGRESS = ("min_version", "max_version", "oldest_version", "freshest_version", "tokens")
+_PROGRESS = ("min_version", "max_version", "oldest_version", "freshest_version", *_AMOUNT)
 _TOUCH_RUNNING = Many(
     update(t.groups)
     .where(t.groups.c.group_id == bindparam("id"), t.groups.c.status == Status.RUNNING.value, t.groups.c.owner == bindparam("me"))
@@ -203,7 +230,10 @@ def add_prefixes(tx: Transaction, encoded: Sequence[EncodedPrefix]) -> bool:
 # -- moving -----------------------------------------------------------------------------------------------------
 
 _g = t.groups.c
-ROWS = select(_g.group_id, _g.task_name, _g.status, _g.members, _g.consumed_seq, _g.take, _g.owner, _g.crashes, _g.max_version)
+ROWS = select(
+    *(_g.group_id, _g.task_name, _g.status, _g.members, _g.consumed_seq, _g.take, _g.owner, _g.crashes, _g.max_version),
+    *(_g.tokens, _g.finished, _g.finished_tokens),
+)
 """What a move needs to know of a group."""
 
 _KNOWN = ROWS.add_columns(select(func.coalesce(func.max(t.timelines.c.timeline) + 1, 0)).scalar_subquery().label("timeline")).where(
@@ -253,4 +283,5 @@ def note_moves(tx: Transaction, rows: Sequence[Row[Any]], target: Status, *, rea
     """Check that the groups may go to `target`, and note that they do."""
     for row in rows:
         check_transition(Status(row.status), target, f"group {row.group_id} of task {row.task_name!r}")
-        tx.changed(row.group_id, row.task_name, Status(row.status), target, reason=reason, step=step, version=row.max_version)
+        amounts = (amount_in(row), amount_in(row))
+        tx.changed(row.group_id, row.task_name, Status(row.status), target, amounts, reason=reason, step=step, version=row.max_version)

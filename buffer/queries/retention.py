@@ -7,6 +7,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, delete, 
 
 from buffer import schema as t
 from buffer.queries.consumption import last_step_of
+from buffer.queries.groups import amount_in
 from buffer.queries.transaction import Transaction
 from buffer.queries.values import meta_value, set_meta_value, task_names
 from buffer.status import Status
@@ -66,7 +67,7 @@ def pruned(conn: Connection, limit: int) -> list[Row[Any]]:
     before_last = [
         and_(_g.task_name == task_name, _g.consumed_step < last_step_of(conn, _ARCHIVED, task_name)) for task_name in task_names(conn)
     ]
-    found = select(_g.group_id, _g.task_name, _g.consumed_step).where(
+    found = select(_g.group_id, _g.task_name, _g.consumed_step, _g.tokens, _g.finished, _g.finished_tokens).where(
         _g.status == _ARCHIVED.value, _g.pruned_at.is_not(None), or_(false(), *before_last)
     )
     return list(conn.execute(found.order_by(_g.consumed_step).limit(limit)))
@@ -81,7 +82,8 @@ def drop_groups(tx: Transaction, rows: Sequence[Row[Any]]) -> None:
     if rows:
         tx.conn.execute(_DROP_GROUP, [{"id": row.group_id} for row in rows])  # the other tables' rows go with it
         tx.conn.execute(_ADD_PRUNED, [{"task": row.task_name} for row in rows])
-        tx.deltas.subtract((row.task_name, _ARCHIVED) for row in rows)
+        for row in rows:
+            tx.pruned(row.task_name, 1, amount_in(row))
         last = max(row.consumed_step for row in rows)
         if last > rows_pruned_to(tx.conn):
             set_meta_value(tx.conn, "rows_pruned_to", str(last))

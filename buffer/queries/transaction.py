@@ -5,16 +5,28 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, insert
+from sqlalchemy import Connection, Table, insert
 
 from buffer import schema as t
-from buffer.queries.dialects import Many, Upsert
+from buffer.amounts import NOTHING, Amount
+from buffer.queries.dialects import Change, Many, Upsert
 from buffer.status import Status
+
+STALE, UNDONE, INTERRUPTED, RESTARTED, LEFT_OUT, PRUNED = "stale", "undone", "interrupted", "restarted", "left_out", "pruned"
+"""Why no group has any more what was sampled; see `buffer.accounts`."""
 
 Deltas = Counter[tuple[str, Status]]
 """By how much the groups of a task and status become more."""
 
-_ADD_COUNTS = Upsert(t.counts, ["task_name", "status"], lambda new: {"n": t.counts.c.n + new.n})
+_AMOUNTS = ("tokens", "finished", "finished_tokens")
+
+
+def _added(table: Table, *names: str) -> Change:
+    return lambda new: {name: table.c[name] + new[name] for name in names}
+
+
+_ADD_COUNTS = Upsert(t.counts, ["task_name", "status"], _added(t.counts, "n", *_AMOUNTS))
+_ADD_GIVEN_UP = Upsert(t.given_up, ["task_name", "reason"], _added(t.given_up, *_AMOUNTS))
 _INSERT_TRANSITIONS = Many(insert(t.transitions))
 
 
@@ -29,6 +41,8 @@ class Transaction:
     owner: str
     now: float = field(default_factory=time.time)
     deltas: Deltas = field(default_factory=Counter)
+    held: dict[tuple[str, Status], Amount] = field(default_factory=dict)
+    given_up: dict[tuple[str, str], Amount] = field(default_factory=dict)
     transitions: list[dict[str, Any]] = field(default_factory=list)
 
     def changed(
@@ -37,12 +51,14 @@ class Transaction:
         task_name: str,
         source: Status | None,
         target: Status,
+        amounts: tuple[Amount, Amount],
         *,
         reason: str | None = None,
         step: int | None = None,
         version: int | None = None,
     ) -> None:
-        """Note that a group goes from `source` (None: it is new) to `target`."""
+        """Note that a group goes from `source` (None: it is new) to `target`, with these `amounts` before and after."""
+        self.moved(task_name, source, target, amounts)
         if source is not None:
             self.deltas[task_name, source] -= 1
         self.deltas[task_name, target] += 1
@@ -59,10 +75,40 @@ class Transaction:
             }
         )
 
+    def moved(self, task_name: str, source: Status | None, target: Status, amounts: tuple[Amount, Amount]) -> None:
+        """Note of what was sampled how much `source` had of it before, and `target` has after."""
+        before, after = amounts
+        if source is not None:
+            self._hold(task_name, source, NOTHING - before)
+        self._hold(task_name, target, after)
+
+    def _hold(self, task_name: str, status: Status, amount: Amount) -> None:
+        if amount and status is not Status.RUNNING:  # see the table
+            self.held[task_name, status] = self.held.get((task_name, status), NOTHING) + amount
+
+    def pruned(self, task_name: str, n: int, amount: Amount) -> None:
+        """Note that the rows of archived groups are deleted."""
+        self.deltas[task_name, Status.ARCHIVED] -= n
+        self._hold(task_name, Status.ARCHIVED, NOTHING - amount)
+        self.gave_up(task_name, PRUNED, amount)
+
+    def gave_up(self, task_name: str, why: str, amount: Amount) -> None:
+        """Note that no group has this any more."""
+        if amount:
+            self.given_up[task_name, why] = self.given_up.get((task_name, why), NOTHING) + amount
+
     def finish(self) -> None:
         """Store what was collected. Counts last and sorted: their rows are everybody's, and are locked in one order."""
         if self.transitions:
             _INSERT_TRANSITIONS.execute(self.conn, self.transitions)
-        rows = [{"task_name": task, "status": status.value, "n": n} for (task, status), n in sorted(self.deltas.items()) if n]
-        if rows:
+        counted = sorted({key for key, n in self.deltas.items() if n} | {key for key, amount in self.held.items() if amount})
+        if counted:
+            rows = [{"task_name": key[0], "status": key[1].value, "n": self.deltas[key], **_columns(self.held.get(key))} for key in counted]
             _ADD_COUNTS.execute_many(self.conn, rows)
+        if self.given_up:
+            rows = [{"task_name": task, "reason": why, **_columns(amount)} for (task, why), amount in sorted(self.given_up.items())]
+            _ADD_GIVEN_UP.execute_many(self.conn, rows)
+
+
+def _columns(amount: Amount | None) -> dict[str, int]:
+    return {name: getattr(amount or NOTHING, name) for name in _AMOUNTS}

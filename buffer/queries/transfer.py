@@ -10,7 +10,7 @@ from sqlalchemy import Connection, bindparam, func, select, tuple_, update
 from buffer import schema as t
 from buffer.codec import EncodedGroup
 from buffer.queries.dialects import Upsert, reserve
-from buffer.queries.groups import ROWS, insert_groups
+from buffer.queries.groups import ROWS, amount_in, insert_groups
 from buffer.queries.transaction import Transaction
 from buffer.status import Status
 
@@ -112,5 +112,6 @@ def reopen_after(tx: Transaction, step: int) -> None:
     # Not by `move`: in a run that goes on, what is committed stays so.
     for row in tx.conn.execute(ROWS.where(*later).order_by(_g.consumed_seq)):
         reason = f"the run was forked at step {step}"
-        tx.changed(row.group_id, row.task_name, Status.ARCHIVED, Status.CONSUMED, reason=reason, version=row.max_version)
+        amounts = (amount_in(row), amount_in(row))
+        tx.changed(row.group_id, row.task_name, Status.ARCHIVED, Status.CONSUMED, amounts, reason=reason, version=row.max_version)
     tx.conn.execute(update(t.groups).where(*later).values(status=Status.CONSUMED.value))

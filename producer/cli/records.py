@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from buffer import AuditReport, ReplayBuffer, RolloutGroup, RolloutState, Transition
+from buffer import Account, AuditReport, ReplayBuffer, RolloutGroup, RolloutState, Transition
 from buffer.overview import ProducerOverview
 
 Record = dict[str, Any]
@@ -22,9 +22,22 @@ async def status_of(buffer: ReplayBuffer) -> Record:
     return {
         **{name: getattr(found, name) for name in (*_STEPS, *_SIZES)},
         "drawn": sum(task.drawn for task in found.tasks.values()),
-        "tasks": {name: asdict(task) for name, task in found.tasks.items()},
+        "tasks": {name: asdict(task) | {"account": account_of(task.account)} for name, task in found.tasks.items()},
         "rewinds": [asdict(rewind) for rewind in found.rewinds],
         "producers": [{**asdict(one), "alive": _is_alive(one)} for one in found.producers],
+    }
+
+
+def account_of(account: Account) -> Record:
+    """What a task sampled and what became of it."""
+    return {
+        "generated": account.generated,
+        "trained": account.trained.tokens,
+        "waiting": account.waiting.tokens,
+        "wasted": dict(account.wasted),
+        "length_bias": account.length_bias,
+        "coverage_bias": account.coverage_bias,
+        "overdue": account.overdue,
     }
 
 

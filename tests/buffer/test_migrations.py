@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import inspect
 
 from buffer import ReplayBuffer, Status, migrations
+from buffer.amounts import Amount
+from buffer.backends import backend_of
 from buffer.errors import DatabaseError, SchemaVersionError
-from tests.buffer.groups import finished, ids
+from tests import postgres
+from tests.buffer.groups import a_group, finished, ids, put_all
 
 S = Status
 DATA = Path(__file__).parent / "data"
@@ -43,11 +47,65 @@ def structure(path: Path) -> dict[str, Any]:
     return found
 
 
-async def test_migrated_equals_fresh(old: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def of_2(tmp_path: Path) -> Path:
+    """A database of schema 2: groups of two tasks, batches committed and not, and tokens that were stored as they ran."""
+    with sqlite3.connect(tmp_path / "of_2.db") as connection:
+        connection.executescript((DATA / "schema-2.sql").read_text())
+    connection.close()
+    return tmp_path / "of_2.db"
+
+
+@pytest.mark.parametrize("which", ["old", "of_2"])
+async def test_migrated_equals_fresh(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    old: Path = request.getfixturevalue(which)
     for path in (old, tmp_path / "fresh.db"):
         async with ReplayBuffer.open(f"sqlite:///{path}"):
             pass
     assert structure(old) == structure(tmp_path / "fresh.db")
+
+
+async def test_what_was_sampled_is_summed_up_by_schema_3(of_2: Path) -> None:
+    async with ReplayBuffer.open(f"sqlite:///{of_2}") as buffer:
+        assert (await buffer.audit(payloads=True)).problems == []
+        math, code = await buffer.account("math"), await buffer.account("code")
+        assert (math.trained, math.waiting) == (Amount(18, 6, 18), Amount(14, 1, 5))
+        assert {reason: n for reason, n in code.wasted.items() if n} == {"failed": 6, "filtered": 8}
+        (group,) = await buffer.claim("math", 1, statuses=[S.INTERRUPTED])
+        await buffer.put(finished(group))
+        assert (await buffer.audit()).problems == []
+
+
+async def test_a_postgresql_database_of_schema_2_is_brought_forward(tmp_path: Path, server: postgres.Server) -> None:
+    address = postgres.schema_url(server.address, tmp_path, "run.db")
+    async with ReplayBuffer.open(address) as buffer:
+        await put_all(buffer, [a_group(n, ("completed", "filtered")[n % 2]) for n in range(1, 5)])
+        before, fresh = await buffer.account("math"), _columns(address)
+    for statement in (
+        "DROP TABLE given_up",
+        *(f"ALTER TABLE groups DROP COLUMN {name}" for name in ("finished", "finished_tokens")),
+        *(f"ALTER TABLE counts DROP COLUMN {name}" for name in ("tokens", "finished", "finished_tokens")),
+        "UPDATE millrace_meta SET value = '2' WHERE key = 'schema_version'",
+    ):
+        postgres.edit(address, statement)
+    async with ReplayBuffer.open(address) as buffer:
+        assert (await buffer.account("math"), _columns(address)) == (before, fresh)
+        assert (await buffer.audit(payloads=True)).problems == []
+    postgres.drop_schemas(server.address)
+
+
+def _columns(address: str) -> set[Any]:
+    backend = backend_of(address)
+    engine = backend.connect(read_only=True)
+    with engine.connect() as conn:
+        inspector = inspect(conn)
+        found = {
+            (table, column["name"], str(column["type"]), column["nullable"], column["default"])
+            for table in inspector.get_table_names()
+            for column in inspector.get_columns(table)
+        } | {(table, tuple(inspector.get_pk_constraint(table)["constrained_columns"])) for table in inspector.get_table_names()}
+    engine.dispose()
+    return found
 
 
 async def test_the_data_is_there_and_the_run_goes_on(old: Path) -> None:
@@ -76,7 +134,7 @@ async def test_the_data_is_there_and_the_run_goes_on(old: Path) -> None:
 
 async def test_a_reader_refuses_it_and_says_how_it_is_brought_forward(old: Path) -> None:
     before = _bytes(old)
-    with pytest.raises(SchemaVersionError, match="has schema version 1, this Millrace knows 2; open it for writing once"):
+    with pytest.raises(SchemaVersionError, match="has schema version 1, this Millrace knows 3; open it for writing once"):
         async with ReplayBuffer.open(f"sqlite:///{old}", read_only=True):
             pass
     assert _bytes(old) == before

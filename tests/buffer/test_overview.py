@@ -1,6 +1,7 @@
 """Shows that an overview says how the run stands, as the rows say it, and counts rates over the newest changes only."""
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,8 @@ async def test_staleness_is_that_of_what_waits(buffer: ReplayBuffer, versions: l
     await put_all(buffer, waiting)
     found = await buffer.overview()
     assert (found.version, found.tasks["math"].staleness) == (5, expected)
+    assert list(found.tasks["math"].by_staleness.items()) == sorted(Counter(5 - version for version in versions).items())
+    assert found.tasks["math"].account == await buffer.account("math")
     assert sorted(group.staleness(5) for group in waiting)[-1] == expected.most  # type: ignore[type-var]  # none is None
 
 

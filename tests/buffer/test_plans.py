@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import Connection, event
 
 from buffer import Fifo, FreshestFirst, Position, ReplayBuffer, StalestFirst, Status, queries
+from buffer.accounts import account
 from buffer.backends import backend_of
 from buffer.staleness import Level
 from tests.buffer.groups import a_group, draw, put_all, url
@@ -38,10 +39,14 @@ HOT: dict[str, tuple[Callable[[Connection], Any], str]] = {
     "what a step trained on": (lambda c: queries.find(c, queries.Filters(step=3), 8, 0), "groups_consumed"),
     "overview, what waits": (lambda c: queries.waiting_versions(c), "groups_oldest"),
     "overview, who runs what": (lambda c: queries.running_by_owner(c), "INDEX groups_"),
+    "account, coverage": (lambda c: queries.drawn_after(c, "math", 5), "INTEGER PRIMARY KEY"),
+    "account": (lambda c: account(c, "math", 1), "groups_"),
     "overview, payloads": (lambda c: queries.committed_payloads(c), "groups_prunable"),
     "open": (lambda c: queries.consumed_without_owner(queries.Transaction(c, "me")), "groups_consumed"),
 }
 MAY_SORT = {
+    "account",
+    "account, coverage",
     "claim, most interrupted",
     "oldest versions",
     "commit",
@@ -52,8 +57,8 @@ MAY_SORT = {
 }
 """They sort what waits, what was consumed since the last commit, or at one step, or what runs."""
 
-SMALL = {"SCAN timelines", "SCAN producers", "SCAN json_each VIRTUAL TABLE INDEX 1:"}
-"""A row a rewind, a row a process, and the ids that were asked for."""
+SMALL = {"SCAN timelines", "SCAN producers", "SCAN counts", "SCAN given_up", "SCAN json_each VIRTUAL TABLE INDEX 1:"}
+"""A row a rewind, a row a process, a few a task, and the ids that were asked for."""
 
 
 @pytest.fixture(scope="module", params=["as it comes", "analyzed"])

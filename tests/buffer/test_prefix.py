@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from buffer import Position, RolloutGroup, RolloutState, Status
+from buffer.amounts import Amount
 from buffer.codec import EncodedGroup, EncodedPrefix, decode_group, encode_group, encode_prefix, snapshot
 from buffer.errors import CorruptPayloadError
 from buffer.rollout import TOKEN_ARRAYS
@@ -121,6 +122,7 @@ def test_a_running_group_comes_back_as_it_was_at_its_last_checkpoint(
             "status": Status.COMPLETED if completed else Status.RUNNING,
             "text": expected["text"] if completed else None,
             "timeline": timeline,
+            "dropped": Amount(),
         }
 
 

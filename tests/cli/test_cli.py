@@ -141,7 +141,11 @@ def test_audit_is_fine_or_says_what_is_wrong(db: Path, tmp_path: Path) -> None:
     assert (done.returncode, as_json.returncode) == (1, 1)
     assert "wrong: task 'demo': 5 counted as archived, 4 rows are" in done.stdout
     found = json.loads(as_json.stdout)
-    assert (found["ok"], found["problems"]) == (False, ["task 'demo': 5 counted as archived, 4 rows are"])
+    tokens = "of failed groups 4 tokens (4 of them in 1 whole responses) are counted, 7 tokens (4 of them in 1 whole responses) are in rows"
+    assert (found["ok"], found["problems"]) == (
+        False,
+        ["task 'demo': 5 counted as archived, 4 rows are", f"task {HOSTILE_TASK!r}: {tokens}"],
+    )
     deeper = json.loads(in_process("audit", broken, "--payloads", "--json").stdout)["problems"]
     assert any(f"group {HOSTILE_ID}" in problem for problem in deeper)
 

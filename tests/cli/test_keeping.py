@@ -148,19 +148,19 @@ def old(tmp_path: Path) -> Path:
 
 
 def test_an_older_database_is_brought_forward_once(old: Path) -> None:
-    refused(in_process("status", old), "the database has schema version 1, this Millrace knows 2; open it for writing once")
-    assert shown("migrate", old) == "old.db was brought forward from schema version 1 to 2\n"
-    assert said("migrate", old) == "nothing to do: old.db has schema version 2, the newest\n"
-    assert json.loads(said("migrate", old, "--json")) == {"before": 2, "now": 2}
+    refused(in_process("status", old), "the database has schema version 1, this Millrace knows 3; open it for writing once")
+    assert shown("migrate", old) == "old.db was brought forward from schema version 1 to 3\n"
+    assert said("migrate", old) == "nothing to do: old.db has schema version 3, the newest\n"
+    assert json.loads(said("migrate", old, "--json")) == {"before": 3, "now": 3}
     assert "every prompt is accounted for" in said("audit", old, "--payloads")
 
 
 def test_migrating_says_in_json_what_was_done(old: Path) -> None:
-    assert json.loads(said("migrate", old, "--json")) == {"before": 1, "now": 2}
+    assert json.loads(said("migrate", old, "--json")) == {"before": 1, "now": 3}
 
 
 @pytest.mark.parametrize(
-    ("stored", "remedy"), [("3", "install a newer Millrace"), ("0", "restore it from a copy"), ("x\x1b", "restore it")]
+    ("stored", "remedy"), [("4", "install a newer Millrace"), ("0", "restore it from a copy"), ("x\x1b", "restore it")]
 )
 def test_what_no_step_leads_from_is_refused(copy: Path, stored: str, remedy: str) -> None:
     with sqlite3.connect(copy) as connection:

@@ -283,6 +283,10 @@ def response_lengths(w: World) -> Command:
     return Command("response_lengths", (w.draw(TASK), some))
 
 
+def account(w: World) -> Command:
+    return Command("account", (w.draw(TASK),), {"window": w.draw(st.integers(0, 3))})
+
+
 def wait_for(w: World) -> Command:
     task, status, n = w.draw(TASK), w.draw(st.sampled_from(sorted(S))), w.draw(st.integers(1, 3))
     return Command("wait_for", (task, status, n), {"timeout": 60.0 if w.model.count(task, status) >= n else 0.001})
@@ -319,6 +323,18 @@ RUNNING: Sequence[Maker] = [
     take,
 ]
 
-ASKING: Sequence[Maker] = [check_take, query, get, history, count, tail_candidates, oldest_versions, positions, response_lengths, wait_for]
+ASKING: Sequence[Maker] = [
+    check_take,
+    query,
+    get,
+    history,
+    count,
+    account,
+    tail_candidates,
+    oldest_versions,
+    positions,
+    response_lengths,
+    wait_for,
+]
 
 ALL: Sequence[Maker] = [*WRITING, work, prune_rows, query, *ASKING]

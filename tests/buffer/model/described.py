@@ -11,8 +11,8 @@ _FIELDS = tuple(f.name for f in fields(RolloutState))
 
 
 def contents(rollout: RolloutState) -> dict[str, Any]:
-    """All that a rollout holds, but for the timeline on which it was handed out."""
-    return {name: plain(getattr(rollout, name)) for name in _FIELDS if name != "timeline"}
+    """All that a rollout holds, but for the timeline on which it was handed out, and for what it was reset from."""
+    return {name: plain(getattr(rollout, name)) for name in _FIELDS if name not in ("timeline", "dropped")}
 
 
 def described(value: Any) -> Any:

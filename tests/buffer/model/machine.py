@@ -348,6 +348,7 @@ everything_asked = (
     "counts",
     "history",
     "overview",
+    "account",
 )
 
 
@@ -365,6 +366,7 @@ async def everything(buffer: ReplayBuffer) -> Any:
         "rewinds": [rewind.version for rewind in overview.rewinds],
         "committed": overview.committed_step,
         "tasks": tasks,
+        "accounts": {task: await buffer.account(task) for task in tasks},
         "run": (await buffer.pruned_to(), await buffer.last_step()),
         "cursors": [await buffer.cursor(task) for task in TASKS],
         "steps": [(await buffer.last_step(task), await buffer.next_step(task), await buffer.recorded_steps(task)) for task in TASKS],
@@ -384,6 +386,7 @@ def of_all(model: Model) -> Any:
         "rewinds": list(model.forks),
         "committed": model.committed,
         "tasks": tasks,
+        "accounts": {task: model.account(task) for task in tasks},
         "run": (model.pruned_to(), model.last_step()),
         "cursors": [model.cursor(task) for task in TASKS],
         "steps": [(model.last_step(task), model.next_step(task), model.recorded_steps(task)) for task in TASKS],

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from buffer import Fifo, FreshestFirst, ResumeReport, RolloutGroup, RolloutState, StalestFirst, Status
+from buffer.amounts import NOTHING, Amount
 from buffer.errors import (
     CursorConflictError,
     DuplicateGroupError,
@@ -25,7 +26,7 @@ from buffer.policies import TakePolicy
 from buffer.replay_buffer import DatasetCursor
 from buffer.rollout import Position
 from buffer.staleness import Timeline
-from buffer.status import TRANSITIONS, member_status
+from buffer.status import GROUP_WIDE, TRANSITIONS, member_status
 from tests.buffer.model.described import contents
 
 S = Status
@@ -53,17 +54,22 @@ class Known:
     place: int | None = None  # in the order of first consumption
     crashes: int = 0
     pruned: bool = False
+    amount: Amount = NOTHING  # when it was stored last
     history: list[Change] = field(default_factory=list)
 
     def store(self, members: Iterable[RolloutState]) -> None:
         """Prompts are written once; all else is replaced."""
         for index, new in enumerate(members):
             kept, old = new.detached(), self.members[index]
-            kept.row, kept.prompt, kept.sampling = old.row, old.prompt, old.sampling
+            kept.row, kept.prompt, kept.sampling, kept.dropped = old.row, old.prompt, old.sampling, Amount()
             self.members[index] = kept
-        self.count_versions()
+        self.count()
 
-    def count_versions(self) -> None:
+    def count(self) -> None:
+        ended = [m for m in self.members if m.status in (S.COMPLETED, *GROUP_WIDE)]
+        whole = [m for m in self.members if (m in ended or m.finish_reason in ("stop", "length")) and not (m in ended and m.error)]
+        sizes = [m.response_ids.size for m in whole]
+        self.amount = Amount(sum(m.response_ids.size for m in self.members), len(sizes), sum(sizes))
         found = [v for m in self.members for v, mask in zip(m.versions.tolist(), m.loss_mask.tolist(), strict=True) if mask]
         self.versions = (min(found), max(found)) if found else None
 
@@ -95,6 +101,7 @@ class Reference:
         self.committed: int | None = None
         self.told: tuple[int, int] | None = None  # a version, and at which committed step
         self.needs_resume = False
+        self.given_up: dict[tuple[str, str], Amount] = {}
         self.base: dict[int, list[RolloutState]] = {}  # what a running group's producer knows to be stored
 
     # -- helpers ----------------------------------------------------------------------------------------------------
@@ -106,7 +113,7 @@ class Reference:
         for known in other.groups.values():
             known.members, known.history = list(known.members), list(known.history)
         other.tasks = {name: copy.copy(task) for name, task in self.tasks.items()}
-        other.steps, other.base = dict(self.steps), dict(self.base)
+        other.steps, other.base, other.given_up = dict(self.steps), dict(self.base), dict(self.given_up)
         return other
 
     @property
@@ -144,6 +151,17 @@ class Reference:
         for group_id in group_ids:
             self.note(self.groups[group_id], target, reason=reason)
 
+    def give_up(self, task: str, status: Status, members: Sequence[RolloutState]) -> None:
+        """What a producer's members were reset from."""
+        why = "interrupted" if status is S.INTERRUPTED else "restarted"
+        self.add_given_up(task, why, Amount.total(m.dropped for m in members))
+        failed = [m for m in members if m.error is not None and m.status in (S.COMPLETED, *GROUP_WIDE)]
+        lengths = [m.response_ids.size for m in failed if m.finish_reason in ("stop", "length")]
+        self.add_given_up(task, "left_out", Amount(0, len(lengths), sum(lengths)))
+
+    def add_given_up(self, task: str, why: str, amount: Amount) -> None:
+        self.given_up[task, why] = self.given_up.get((task, why), NOTHING) + amount
+
     def next_ready(self) -> int:
         self.ready += 1
         return self.ready
@@ -151,7 +169,11 @@ class Reference:
     def add(self, group: RolloutGroup) -> Known:
         known = Known(group.group_id, group.task_name, group.status, [r.detached() for r in group.rollouts], group.position)
         known.ready, known.filter_reason = self.next_ready(), group.filter_reason
-        known.count_versions()
+        known.count()
+        self.give_up(known.task, group.status, known.members)
+        for index, member in enumerate(known.members):
+            known.members[index] = member.detached()
+            known.members[index].dropped = Amount()
         self.groups[group.group_id] = known
         self.last_id = max(self.last_id, group.group_id)
         self.tasks.setdefault(group.task_name, Task()).drawn += 1
@@ -215,6 +237,7 @@ class Reference:
         if known.status is S.CONSUMED or status in (S.RUNNING, S.CONSUMED, S.ARCHIVED) or status not in TRANSITIONS[known.status]:
             raise IllegalTransitionError
         known.store(group.rollouts)
+        self.give_up(known.task, status, group.rollouts)
         known.filter_reason, known.ready, known.crashes = group.filter_reason, self.next_ready(), 0
         error = next((r.error for r in group.rollouts if r.error), None)
         self.note(known, status, reason=group.filter_reason or error)
@@ -339,7 +362,9 @@ class Reference:
             for member in filter(gone, members):
                 member.reset()
                 member.status = S.EXPIRED
+            before, why = known.amount, "stale" if task_name else "undone"
             known.store(members)
+            self.add_given_up(known.task, why, before - known.amount)
             if known.status is S.EXPIRED:  # more of its members did: no change of the group's status
                 known.changed = self.clock
                 continue

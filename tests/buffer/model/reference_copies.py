@@ -5,6 +5,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from buffer import RolloutGroup, Status
+from buffer.accounts import Account
+from buffer.amounts import Amount
 from buffer.codec import encode_group
 from buffer.errors import DuplicateGroupError, IllegalTransitionError, StepError
 from buffer.forking import ForkReport
@@ -15,6 +17,7 @@ from tests.buffer.model.described import of_file
 from tests.buffer.model.reference import LAST, Known, Reference
 
 S = Status
+GIVEN_UP = ("stale", "undone", "interrupted", "restarted")
 
 
 class Model(Reference):
@@ -35,6 +38,31 @@ class Model(Reference):
             RecordedStep(step, self.steps.get(step), len(batch), sum(known.pruned for known in batch))
             for step, batch in sorted(batches.items())
         ]
+
+    def account(self, task_name: str, *, window: int = 8) -> Account:
+        gone = {why: self.given_up.get((task_name, why), Amount()) for why in (*GIVEN_UP, "left_out", "pruned")}
+        final = [S.CONSUMED, S.ARCHIVED, S.FILTERED, S.FAILED, S.DISCARDED]
+        amounts = {status: Amount.total(known.amount for known in self.of_task(task_name, status)) for status in S}
+        trained = [
+            known for known in self.of_task(task_name, S.CONSUMED, S.ARCHIVED) if (known.step or 0) <= self.last_step(task_name) - window
+        ]
+        by = max([known.group_id for known in trained if known.step == max(k.step or 0 for k in trained)], default=-1)
+        then = Counter(known.status for known in self.of_task(task_name) if known.group_id <= by)
+        waiting = sum(n for status, n in then.items() if status not in final)
+        untrained = waiting + then[S.FAILED]
+        pruned = self.pruned(task_name) if by >= 0 and task_name in self.tasks else 0
+        handed_out = Amount.total([amounts[S.CONSUMED], amounts[S.ARCHIVED], gone["pruned"]])
+        useless = {"left_out": handed_out.tokens - handed_out.finished_tokens}
+        return Account(
+            trained=Amount(handed_out.finished_tokens, handed_out.finished, handed_out.finished_tokens),
+            waiting=Amount.total(amount for status, amount in amounts.items() if status not in final),
+            wasted={why: gone[why].tokens for why in GIVEN_UP} | useless | {s.value: amounts[s].tokens for s in final[2:]},
+            finished=Amount.total([*amounts.values(), *gone.values()]),
+            overdue=waiting,
+            cohort=untrained + then[S.CONSUMED] + then[S.ARCHIVED] + pruned,
+            untrained=untrained,
+            window=window,
+        )
 
     def drawn(self, task_name: str) -> int:
         return self.tasks[task_name].drawn
@@ -84,6 +112,7 @@ class Model(Reference):
         for known in gone:
             del self.groups[known.group_id]
             self.tasks[known.task].pruned += 1
+            self.add_given_up(known.task, "pruned", known.amount)
             self.rows_pruned_to = max(self.rows_pruned_to, known.step or 0)
         return len(gone)
 
