@@ -299,6 +299,7 @@ class ReplayBuffer(Asking, Keeping):
         exclude: Collection[int] = (),
         order: Literal["oldest", "most_interrupted"] = "oldest",
         among: Sequence[int] | None = None,
+        interrupted_below: int | None = None,
     ) -> list[RolloutGroup]:
         """Up to `n` waiting groups to run, from now on running: first those in `statuses[0]`, then the next.
 
@@ -310,6 +311,7 @@ class ReplayBuffer(Asking, Keeping):
             order: of those in one status: the "oldest" first, or the "most_interrupted" (by its member stopped most often;
                 the cost is then that of all that wait).
             among: only these groups, in this order; those that wait no more are passed over. None: whichever wait.
+            interrupted_below: of those that wait, none of which a member was interrupted so often; None sets no bound.
         """
         args.require_task(task_name)
         n = args.whole_number("n", n, at_least=0)
@@ -317,7 +319,9 @@ class ReplayBuffer(Asking, Keeping):
         if refused := [status for status in wanted if status not in CLAIMABLE]:
             raise ValueError(f"groups that are {refused[0]} cannot be run; those that can are {sorted(CLAIMABLE)}")
         args.one_of("order", order, get_args(queries.ClaimOrder))
-        request = Claim(task_name, wanted, n, frozenset(exclude), order, None if among is None else args.plain_ids(among))
+        below = args.whole_or_none("interrupted_below", interrupted_below)
+        named = None if among is None else args.plain_ids(among)
+        request = Claim(task_name, wanted, n, frozenset(exclude), order, named, below)
         return await self._run(operations.claim, request) if n > 0 else []
 
     async def start(self, group_ids: Sequence[int]) -> list[RolloutGroup]:

@@ -1,12 +1,14 @@
 """What to run, when, and what the trainer receives."""
 
 from producer.asynchronous import AsyncProduceStrategy
+from producer.background import Producer
 from producer.experience import make_experience
-from producer.filters import GroupFilter, zero_variance
+from producer.filters import GroupFilter, all_of, pass_rate, zero_variance
 from producer.predict import LongestPredictedFirst, SimilarPredictedTogether
+from producer.production import ProducedBatch
 from producer.prompts import PromptSampler, ReplayPromptSampler
 from producer.replay import ReplaySource
-from producer.strategy import ProducedBatch, ProduceStrategy
+from producer.strategy import ProduceStrategy
 from producer.sync import SyncProduceStrategy
 
 __all__ = [
@@ -15,11 +17,14 @@ __all__ = [
     "LongestPredictedFirst",
     "ProduceStrategy",
     "ProducedBatch",
+    "Producer",
     "PromptSampler",
     "ReplayPromptSampler",
     "ReplaySource",
     "SimilarPredictedTogether",
     "SyncProduceStrategy",
+    "all_of",
     "make_experience",
+    "pass_rate",
     "zero_variance",
 ]

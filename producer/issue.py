@@ -8,11 +8,19 @@ from agent_loop.sampling import whole
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Where a batch stands: groups wanted, completed (those found in the buffer included), and in flight."""
+    """Where a batch stands.
+
+    Attributes:
+        batch_size: groups wanted.
+        completed: those found in the buffer included.
+        in_flight: started, and not ended.
+        ahead: whether what runs when the batch is whole goes on running, for later ones.
+    """
 
     batch_size: int
     completed: int
     in_flight: int
+    ahead: bool = False
 
 
 def exact(load: Load) -> int:
@@ -21,8 +29,8 @@ def exact(load: Load) -> int:
 
 
 def over_issue(load: Load, staleness_threshold: float) -> int:
-    """Up to `ceil((1 + staleness_threshold) * batch_size)` groups completed or in flight; none once the batch is whole."""
-    if load.completed >= load.batch_size:
+    """Up to `ceil((1 + staleness_threshold) * batch_size)` groups completed or in flight; none that a whole batch would stop."""
+    if load.completed >= load.batch_size and not load.ahead:
         return 0
     return max(0, issue_limit(load.batch_size, staleness_threshold) - load.completed - load.in_flight)
 
@@ -30,6 +38,11 @@ def over_issue(load: Load, staleness_threshold: float) -> int:
 def issue_limit(batch_size: int, staleness_threshold: float) -> int:
     """`ceil((1 + staleness_threshold) * batch_size)`, safe against 1.1 * 10 = 11.000000000000002."""
     return math.ceil((1 + staleness_threshold) * batch_size * (1 - 1e-12))
+
+
+def room(max_in_flight: int, in_flight: int, group_size: int) -> int:
+    """Groups that may start while at most `max_in_flight` rollouts are to be in flight, and `in_flight` are."""
+    return max(0, max_in_flight - in_flight) // group_size
 
 
 # -- bounded staleness, without dropping ------------------------------------------------------------------------

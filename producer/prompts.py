@@ -23,6 +23,20 @@ from producer.predict import PromptOrder
 
 T = TypeVar("T")
 
+
+class Tail(NamedTuple):
+    """How a batch stands to what was left behind, where there are tail batches.
+
+    Attributes:
+        now: whether it is one: of what was interrupted, that which was stopped most often comes first. If not, expired groups, and
+            those interrupted often enough, are left for one.
+        candidate_step: interruptions that are often enough.
+    """
+
+    now: bool
+    candidate_step: int
+
+
 LEFT_BEHIND = (Status.EXPIRED, Status.INTERRUPTED, Status.PENDING)
 """What a buffer may hold for a task beside fresh prompts, in the order in which it is offered."""
 
@@ -83,6 +97,11 @@ class PromptSampler:
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="millrace-dataset")
         self._local_ids = itertools.count()
 
+    @property
+    def offers(self) -> Sequence[Status]:
+        """Which of the groups that the buffer holds are offered before fresh prompts."""
+        return ()
+
     async def sample(self, task_name: str = "default", *, buffer: ReplayBuffer | None = None) -> RolloutGroup:
         """The next group to run.
 
@@ -93,7 +112,7 @@ class PromptSampler:
         return group
 
     async def sample_many(
-        self, task_name: str, n: int, *, buffer: ReplayBuffer | None = None, exclude: Collection[int] = (), tail: bool = False
+        self, task_name: str, n: int, *, buffer: ReplayBuffer | None = None, exclude: Collection[int] = (), tail: Tail | None = None
     ) -> list[RolloutGroup]:
         """The next `n` groups; see `sample`.
 
@@ -104,7 +123,7 @@ class PromptSampler:
             n: how many groups.
             buffer: where the draw is recorded.
             exclude: groups not to be offered again.
-            tail: they are for a tail batch: of what was interrupted, that which was stopped most often comes first.
+            tail: see `Tail`; None where there are no tail batches.
         """
         async with self._lock:
             return await self._fill([], task_name, n, buffer)
@@ -301,18 +320,31 @@ class ReplayPromptSampler(PromptSampler):
         self.buffer, self._replay, self._order = buffer, tuple(replay), order
         self._lookaheads: dict[str, Lookahead] = {}
 
+    @property
+    def offers(self) -> Sequence[Status]:
+        return self._replay
+
     async def sample_many(
-        self, task_name: str, n: int, *, buffer: ReplayBuffer | None = None, exclude: Collection[int] = (), tail: bool = False
+        self, task_name: str, n: int, *, buffer: ReplayBuffer | None = None, exclude: Collection[int] = (), tail: Tail | None = None
     ) -> list[RolloutGroup]:
         if buffer is not None and buffer is not self.buffer:
             raise ValueError("the strategy and its ReplayPromptSampler have different buffers; give both the same one")
         statuses = [status for status in self._replay if self._order is None or status is not Status.PENDING]
         async with self._lock:
-            order: Literal["oldest", "most_interrupted"] = "most_interrupted" if tail else "oldest"
-            left = await self.buffer.claim(task_name, n, statuses=statuses, exclude=exclude, order=order)
-            if (lookahead := self._lookaheads.get(task_name)) is not None and not tail:
+            left = await self._claim(task_name, n, statuses, exclude, tail)
+            if (lookahead := self._lookaheads.get(task_name)) is not None and not (tail and tail.now):
                 left = lookahead.longest_remaining_first(left)
             return await self._fill(left, task_name, n, self.buffer)
+
+    async def _claim(
+        self, task_name: str, n: int, statuses: Sequence[Status], exclude: Collection[int], tail: Tail | None
+    ) -> list[RolloutGroup]:
+        if tail is None:
+            return await self.buffer.claim(task_name, n, statuses=statuses, exclude=exclude)
+        if tail.now:
+            return await self.buffer.claim(task_name, n, statuses=statuses, exclude=exclude, order="most_interrupted")
+        now = [status for status in statuses if status is not Status.EXPIRED]
+        return await self.buffer.claim(task_name, n, statuses=now, exclude=exclude, interrupted_below=tail.candidate_step)
 
     async def _draw(self, task_name: str, n: int, buffer: ReplayBuffer | None) -> list[RolloutGroup]:
         if self._order is None or buffer is None:

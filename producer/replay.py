@@ -6,7 +6,7 @@ from agent_loop.sampling import whole
 from buffer import RecordedStep, ReplayBuffer, Status
 from producer.errors import ProducerError
 from producer.metrics import batch_statistics
-from producer.strategy import ProducedBatch
+from producer.production import ProducedBatch
 
 
 class ReplaySource:

@@ -1,70 +1,25 @@
-"""`ProduceStrategy`: the loop that fills a batch, written once; what differs between strategies is a pure decision."""
+"""`ProduceStrategy`: what a strategy is told and decides; the loop that it directs is `producer.production`."""
 
 import asyncio
-import logging
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-
-from tqdm import tqdm
+from types import TracebackType
+from typing import Literal, Self
 
 from agent_loop import AgentLoop
-from agent_loop.agent_loop import first_error
 from agent_loop.sampling import number, whole
-from buffer import Fifo, ReplayBuffer, RolloutGroup, Status, TakePolicy
-from buffer.errors import BufferClosedError, DatabaseError, IllegalTransitionError, LeaseLostError
-from producer.checkpoints import Checkpointer, Interval
-from producer.errors import FailureBudgetError, ProducerError
-from producer.filters import GroupFilter, checked_reason
-from producer.interrupt import settle_unfinished
-from producer.issue import Load
-from producer.metrics import Metrics, batch_metrics
+from buffer import Fifo, ReplayBuffer, StalestFirst, Status, TakePolicy
+from buffer.errors import BufferClosedError
+from producer.checkpoints import Interval
+from producer.errors import ProducerError
+from producer.filters import GroupFilter
+from producer.flight import Rules
+from producer.issue import Load, check_tail_options
+from producer.production import OnStale, Plan, ProducedBatch, Production
 from producer.prompts import PromptSampler
-from producer.task_pool import TaskPool
 
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ProducedBatch:
-    """A batch for training: its groups in the order they were drawn, the step they are consumed at, and metrics."""
-
-    groups: Sequence[RolloutGroup]
-    step: int
-    metrics: Metrics
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome:
-    group_id: int
-    status: Status
-    tokens: int
-    reason: str | None
-
-
-@dataclass(slots=True)
-class _Progress:
-    """Where the batch that is being produced stands."""
-
-    task_name: str
-    batch_size: int
-    completed: int = 0
-    stopping: bool = False
-    started: set[int] = field(default_factory=set)
-    unstored: set[int] = field(default_factory=set)
-    ended: Counter[Status] = field(default_factory=Counter)
-    lost: dict[int, str] = field(default_factory=dict)
-    tokens: int = 0
-    last_reason: dict[Status, str | None] = field(default_factory=dict)
-
-    def record(self, outcome: _Outcome) -> None:
-        self.ended[outcome.status] += 1
-        self.completed += outcome.status is Status.COMPLETED
-        self.tokens += outcome.tokens
-        self.last_reason[outcome.status] = outcome.reason
+InFlight = Literal["interrupt", "keep"]
 
 
 class ProduceStrategy(ABC):
@@ -75,8 +30,18 @@ class ProduceStrategy(ABC):
         group_filter: says why a completed group is of no use (None keeps it); what it rejects is stored with the
             reason and replaced.
         enable_partial_rollout: keep the tokens of interrupted responses, to be continued; without, they begin anew.
+        in_flight: what becomes of groups that run when a batch is whole. "interrupt" stops and stores them. "keep" lets them run,
+            and goes on starting groups for later batches; the strategy is then an async context manager, which owns what runs.
         max_staleness: groups whose oldest trainable token is more weight updates behind the policy than this are never
-            handed out: their stale members expire, and run again before fresh prompts. None sets no bound.
+            handed out. None sets no bound.
+        on_stale: how that is kept. "wait": so many groups are started that all can be handed out in time, the stalest first, and a
+            batch waits for what would be too late in the next. "expire": nothing is waited for; what is too stale expires, and its
+            stale members run again before fresh prompts. "mask": tokens that are too stale are not trained on, and a member
+            expires when it has no other. With "wait", what got too stale all the same expires too (after a rewind, say).
+        max_in_flight: the most rollouts in flight; None sets no bound.
+        tail_batch_trigger_size: tail batches run the groups that were left behind first, and issue nothing beside them: -1 never,
+            0 when any was, N when N were.
+        tail_batch_candidate_step: interruptions after which a group counts as left behind; an expired one does at once.
         max_failed: groups of one batch that may fail; one more stops production. Default: the batch size.
         max_filtered: groups of one batch that may be filtered, likewise. Default: 8 times the batch size.
         max_interrupted: groups of one batch that may end early by themselves, likewise. Default: 16 times the batch size.
@@ -84,7 +49,7 @@ class ProduceStrategy(ABC):
         checkpoint_tokens: what running rollouts have decoded is stored as they run, so that a crash of the process costs no
             rollout much more than so many tokens; finished members of running groups are stored with it. None: not by tokens.
         checkpoint_seconds: likewise, of decoding. With None for both, running groups are stored when they end.
-        policy: which completed groups are taken first.
+        policy: which completed groups are taken first; by default the oldest, with a bound that is waited for the stalest.
         progress: show a bar of each batch; None shows it on a terminal only.
     """
 
@@ -94,7 +59,12 @@ class ProduceStrategy(ABC):
         *,
         group_filter: GroupFilter | None = None,
         enable_partial_rollout: bool = True,
+        in_flight: InFlight = "interrupt",
         max_staleness: int | None = None,
+        on_stale: OnStale = "wait",
+        max_in_flight: int | None = None,
+        tail_batch_trigger_size: int = -1,
+        tail_batch_candidate_step: int = 1,
         max_failed: int | None = None,
         max_filtered: int | None = None,
         max_interrupted: int | None = None,
@@ -110,25 +80,61 @@ class ProduceStrategy(ABC):
         for name, bound in {"max_staleness": max_staleness, **budget, "interrupt_timeout": interrupt_timeout}.items():
             if bound is not None and number(name, bound) < 0:
                 raise ValueError(f"{name}={bound} is negative; it must be 0 or more")
-        self.buffer, self.group_filter, self.enable_partial_rollout = buffer, group_filter, enable_partial_rollout
-        self.max_staleness = max_staleness
-        self._max_failed, self._max_filtered, self._max_interrupted = max_failed, max_filtered, max_interrupted
-        self._interrupt_timeout, self._policy = interrupt_timeout, policy or Fifo()
-        self._interval = Interval(checkpoint_tokens, checkpoint_seconds)
-        self._no_bar = None if progress is None else not progress
+        if max_in_flight is not None and whole("max_in_flight", max_in_flight) < 1:
+            raise ValueError(f"max_in_flight={max_in_flight} lets no rollout run; it must be 1 or more")
+        _check_choice("in_flight", in_flight, ("interrupt", "keep"))
+        _check_choice("on_stale", on_stale, ("wait", "expire", "mask"))
+        waits = max_staleness is not None and on_stale == "wait"
+        if waits and policy is not None and not isinstance(policy, StalestFirst):
+            raise ValueError(f"policy={policy!r} could leave the stalest until they are too stale; on_stale='wait' needs StalestFirst()")
+        self.buffer, self.in_flight, self.enable_partial_rollout = buffer, in_flight, enable_partial_rollout
+        self.max_staleness, self.on_stale, self.max_in_flight = max_staleness, on_stale, max_in_flight
+        self.plan = Plan(
+            name=f"{type(self).__name__}.to_issue",
+            to_issue=self.to_issue,
+            rules=Rules(group_filter, enable_partial_rollout, interrupt_timeout, Interval(checkpoint_tokens, checkpoint_seconds)),
+            budget={Status.FAILED: max_failed, Status.FILTERED: max_filtered, Status.INTERRUPTED: max_interrupted},
+            max_staleness=max_staleness,
+            on_stale=on_stale,
+            tail=check_tail_options(tail_batch_trigger_size, tail_batch_candidate_step),
+            max_in_flight=max_in_flight,
+            policy=policy or (StalestFirst() if waits else Fifo()),
+        )
+        self.no_bar = None if progress is None else not progress
         self._producing: set[str] = set()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._kept: dict[str, Production] = {}
 
     @abstractmethod
     def to_issue(self, load: Load) -> int:
         """How many more groups to start now."""
+
+    async def __aenter__(self) -> Self:
+        if self._tasks is not None:
+            raise ProducerError("this strategy is entered already; leave its `async with` first, or make another strategy")
+        self._tasks = await asyncio.TaskGroup().__aenter__()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop what runs: it is interrupted and stored."""
+        tasks, self._tasks = self._tasks, None
+        assert tasks is not None
+        kept, self._kept = list(self._kept.values()), {}
+        try:
+            for production in kept:
+                await production.close()
+        except BaseException as stopped:
+            await tasks.__aexit__(type(stopped), stopped, stopped.__traceback__)
+            raise
+        await tasks.__aexit__(None, None, None)
 
     async def produce_batch(
         self, agent_loop: AgentLoop, sampler: PromptSampler, batch_size: int, task_name: str, *, step: int | None = None
     ) -> ProducedBatch:
         """Exactly `batch_size` completed groups, those that wait in the buffer included, consumed at `step`.
 
-        Nothing that was started is in flight when it returns or raises: everything is completed, interrupted,
-        filtered or failed, and stored. Cancelling it interrupts what runs and stores the tokens so far.
+        Nothing that was started is in flight when it returns (except with `in_flight="keep"`) or raises: everything is completed,
+        interrupted, filtered or failed, and stored. Cancelling it interrupts what runs and stores the tokens so far.
 
         Args:
             agent_loop: runs the groups.
@@ -143,219 +149,84 @@ class ProduceStrategy(ABC):
             DatasetError: a bad row, an empty dataset (see `PromptSampler`).
             ResumeRequiredError: see `ReplayBuffer.take`.
         """
-        if whole("batch_size", batch_size) < 1:
-            raise ValueError(f"batch_size={batch_size} is no batch; it must be 1 or more")
-        agent_loop.check_initialised()
+        self.check_produce(agent_loop, sampler, batch_size)
+        if self.in_flight == "keep" and self._tasks is None:
+            raise ProducerError("in_flight='keep' needs an owner of what runs: use the strategy as `async with strategy:`")
         if task_name in self._producing:
             raise ProducerError(f"a batch of task {task_name!r} is being produced already; await it first")
         self._producing.add(task_name)
         try:
-            return await self._produce(agent_loop, sampler, _Progress(task_name, batch_size), step)
+            return await self._produce(agent_loop, sampler, batch_size, task_name, step)
         except BaseException:
             await self._all_stored(task_name)
             raise
         finally:
             self._producing.discard(task_name)
 
+    def check_produce(self, agent_loop: AgentLoop, sampler: PromptSampler, batch_size: int) -> None:
+        """Raise what producing such batches would raise at once."""
+        if whole("batch_size", batch_size) < 1:
+            raise ValueError(f"batch_size={batch_size} is no batch; it must be 1 or more")
+        agent_loop.check_initialised()
+        if self.max_in_flight is not None and self.max_in_flight < sampler.group_size:
+            raise ValueError(
+                f"max_in_flight={self.max_in_flight} lets no group of {sampler.group_size} rollouts run; raise it, or lower group_size"
+            )
+
     async def _all_stored(self, task_name: str) -> None:
         """Wait until what was asked for before is stored, also by tasks that were cancelled while they waited for it."""
         with suppress(BufferClosedError):  # closing waits for it as well; and the error that brought us here is the one to raise
             await self.buffer.cursor(task_name)  # the writer answers in order
 
-    async def _produce(self, agent_loop: AgentLoop, sampler: PromptSampler, progress: _Progress, step: int | None) -> ProducedBatch:
-        task_name, batch_size, began = progress.task_name, progress.batch_size, time.perf_counter()
+    async def _produce(
+        self, agent_loop: AgentLoop, sampler: PromptSampler, batch_size: int, task_name: str, step: int | None
+    ) -> ProducedBatch:
+        began = time.perf_counter()
         step = await self.buffer.next_step(task_name) if step is None else step
         await self.buffer.check_take(task_name, step)  # refused now, not after all the sampling
-        while (version := await self._completed(agent_loop, progress)) is None:
-            await self._fill(agent_loop, sampler, progress)
-        counts = await self.buffer.counts(task_name)
-        # Nothing is awaited after it: what is taken when the caller is cancelled would be consumed, and reach nobody.
-        taken = await self.buffer.take(task_name, batch_size, step=step, version=version, policy=self._policy)
-        groups = sorted(taken, key=lambda group: group.group_id)
-        counts[Status.COMPLETED] -= len(groups)
-        counts[Status.CONSUMED] += len(groups)
-        metrics = batch_metrics(
-            groups,
-            progress.ended,
-            counts,
-            started=len(progress.started),
-            tokens=progress.tokens,
-            seconds=time.perf_counter() - began,
-            version=version,
-        )
-        return ProducedBatch(groups, step, metrics)
+        fill = self._fill_and_keep if self.in_flight == "keep" else self._fill_and_stop
+        production, version = await fill(agent_loop, sampler, batch_size, task_name)
+        return await production.hand_out(step, version, began)
 
-    async def _completed(self, agent_loop: AgentLoop, progress: _Progress) -> int | None:
-        """Count what waits in the buffer, after expiring what is too stale; the policy's version if that is the whole batch."""
-        version = 0 if agent_loop.engine is None else agent_loop.engine.version
-        if self.max_staleness is not None:
-            # Those in `interrupted` too: a response that is continued is as stale as its oldest token.
-            await self.buffer.expire(progress.task_name, version=version, max_staleness=self.max_staleness)
-        progress.completed = await self.buffer.count(progress.task_name, Status.COMPLETED)
-        return version if progress.completed >= progress.batch_size else None
+    async def _fill_and_stop(
+        self, agent_loop: AgentLoop, sampler: PromptSampler, batch_size: int, task_name: str
+    ) -> tuple[Production, int]:
+        """Run groups until a batch is whole, then stop the rest."""
+        production = Production(self.buffer, self.plan, agent_loop, sampler, task_name, batch_size, ahead=False)
+        while True:
+            async with production.running():
+                version = await production.whole(no_bar=self.no_bar)
+            if production.version == version:
+                return production, version
 
-    async def _fill(self, agent_loop: AgentLoop, sampler: PromptSampler, progress: _Progress) -> None:
-        """Start groups and store what comes of them until the batch is whole; then stop the rest."""
-        bar = tqdm(total=progress.batch_size, desc=progress.task_name, unit="group", leave=False, disable=self._no_bar)
-        bar.update(progress.completed)
-        progress.stopping = False
+    async def _fill_and_keep(
+        self, agent_loop: AgentLoop, sampler: PromptSampler, batch_size: int, task_name: str
+    ) -> tuple[Production, int]:
+        """Wait until a batch is whole; the rest runs on."""
+        production = await self._kept_production(agent_loop, sampler, batch_size, task_name)
         try:
-            async with TaskPool[_Outcome]() as pool, self._checkpointer(agent_loop, progress) as checkpoints:
-                try:
-                    while progress.completed < progress.batch_size:
-                        await self._issue(agent_loop, sampler, pool, checkpoints, progress)
-                        progress.record(await pool.next())
-                        bar.update(min(progress.completed, progress.batch_size) - bar.n)
-                        self._check_budget(progress)
-                finally:
-                    # Whatever ends the batch, a cancellation too: what runs is stopped, and stored by its own task.
-                    await self._stop(agent_loop, pool, progress)
-        except BaseExceptionGroup as errors:
-            error = first_error(errors)
-            raise error from error.__cause__
-        finally:
-            bar.close()
-            # A task that was cancelled before its first step ran no line of its own: its group is still claimed.
-            with suppress(BufferClosedError):  # then opening it again will release them
-                await self.buffer.release(sorted(progress.unstored))
-
-    def _checkpointer(self, agent_loop: AgentLoop, progress: _Progress) -> Checkpointer:
-        keep = self.enable_partial_rollout
-        return Checkpointer(self.buffer, agent_loop, self._interval, keep_tokens=keep, lost=progress.lost.__setitem__)
-
-    async def _issue(
-        self, agent_loop: AgentLoop, sampler: PromptSampler, pool: TaskPool[_Outcome], checkpoints: Checkpointer, progress: _Progress
-    ) -> None:
-        load = Load(progress.batch_size, progress.completed, len(pool))
-        if (wanted := self.to_issue(load)) > 0:
-            # What was interrupted in this batch waits for the next one, or it could come round for ever.
-            for group in await sampler.sample_many(progress.task_name, wanted, buffer=self.buffer, exclude=progress.started):
-                progress.started.add(group.group_id)
-                progress.unstored.add(group.group_id)
-                checkpoints.watch(group)
-                pool.start(group.group_id, self._run_group(agent_loop, group, checkpoints, progress))
-        if len(pool) == 0:
-            raise ProducerError(
-                f"nothing runs and nothing was started for {load}: {type(self).__name__}.to_issue said {wanted}, and a batch that "
-                "is not whole needs 1 or more then"
-            )
-
-    async def _run_group(self, agent_loop: AgentLoop, group: RolloutGroup, checkpoints: Checkpointer, progress: _Progress) -> _Outcome:
-        group_id, tokens_before = group.group_id, _tokens(group)
-        try:
-            try:
-                if not progress.stopping:  # else it was started in the turn of the loop in which the batch was stopped
-                    group = _same_group(group, await agent_loop.generate_group(group))
-            finally:
-                checkpoints.forget(group_id)
-            self._decide(group)
+            return production, await production.whole(no_bar=self.no_bar)
         except BaseException:
-            # Recorded first, raised again after: even a second cancellation cannot undo a write that was asked for.
-            if group.status is Status.COMPLETED and self.group_filter is not None:
-                for state in group.rollouts:  # not completed before it went through the filter: judged again next time
-                    state.status = Status.RUNNING
-            settle_unfinished(group, keep_tokens=self.enable_partial_rollout)
-            await self._store(group_id, group, progress)
+            del self._kept[task_name]
+            await production.close()
             raise
-        sampled = _tokens(group) - tokens_before
-        if group.status in (Status.RUNNING, Status.INTERRUPTED):
-            settle_unfinished(group, keep_tokens=self.enable_partial_rollout)
-        stored = await self._store(group_id, group, progress)
-        if stored is None:
-            return _Outcome(group_id, Status.INTERRUPTED, sampled, f"it was lost: {progress.lost[group_id]}")
-        return _Outcome(group_id, stored.status, sampled, _reason(stored))
 
-    async def _store(self, group_id: int, group: RolloutGroup, progress: _Progress) -> RolloutGroup | None:
-        """What was stored; None where the group is another producer's by now, and `progress.lost` says why."""
-        progress.unstored.discard(group_id)  # a put that is cancelled is done all the same
-        if group_id in progress.lost:
-            return None
-        try:
-            return await self._stored(group_id, group, progress)
-        except IllegalTransitionError as error:  # even as a failed one: whoever has it now released it, or ran it to its end
-            progress.lost[group_id] = str(error)
-            progress.unstored.discard(group_id)
-            return None
-
-    async def _stored(self, group_id: int, group: RolloutGroup, progress: _Progress) -> RolloutGroup:
-        """Store the group, or in its place a failed one where an agent loop left it in a state that cannot be stored."""
-        try:
-            await self.buffer.put(group)
-            return group
-        except (DatabaseError, BufferClosedError, LeaseLostError):
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever the group's content makes encoding raise is a failed rollout
-            progress.unstored.add(group_id)
-            failed = await self._failed(group_id, f"it cannot be stored: {type(error).__name__}: {error}")
-        progress.unstored.discard(group_id)
-        await self.buffer.put(failed)
-        return failed
-
-    async def _failed(self, group_id: int, reason: str) -> RolloutGroup:
-        """The group as the buffer has it, its unfinished members failed."""
-        group = await self.buffer.get(group_id)
-        for state in group.rollouts:
-            if state.status is not Status.COMPLETED:
-                state.status, state.error = Status.FAILED, reason.encode(errors="backslashreplace").decode()
-        return group
-
-    def _decide(self, group: RolloutGroup) -> None:
-        if group.status is not Status.COMPLETED or self.group_filter is None:
-            return
-        reason = checked_reason(self.group_filter, group)
-        if reason is not None:
-            group.mark(Status.FILTERED, reason=reason)
-
-    def _check_budget(self, progress: _Progress) -> None:
-        bounds = {
-            Status.FAILED: ("max_failed", self._max_failed, progress.batch_size),
-            Status.FILTERED: ("max_filtered", self._max_filtered, 8 * progress.batch_size),
-            # An engine that ends every request early would else use up the dataset, for ever.
-            Status.INTERRUPTED: ("max_interrupted", self._max_interrupted, 16 * progress.batch_size),
-        }
-        for status, (name, given, default) in bounds.items():
-            bound = default if given is None else given
-            if progress.ended[status] > bound:
-                raise FailureBudgetError(
-                    f"{progress.ended[status]} groups of this batch of task {progress.task_name!r} were {status} ({name}={bound}), "
-                    f"the last because: {progress.last_reason[status]}; completed ones ({progress.completed}) are in the buffer"
-                )
-
-    async def _stop(self, agent_loop: AgentLoop, pool: TaskPool[_Outcome], progress: _Progress) -> None:
-        """Interrupt what runs; cancel what does not return in time. The tasks store their groups themselves."""
-        progress.stopping = True
-        if pool.running:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self._interrupt_timeout):
-                    await agent_loop.interrupt(pool.running)
-            if not await pool.drained(self._interrupt_timeout):
-                pool.cancel()
-                if not await pool.drained(self._interrupt_timeout):
-                    _log.warning(
-                        "groups %s of task %r were cancelled %g s ago and still run: their agent loop holds CancelledError back; "
-                        "let it through, the batch waits for them",
-                        pool.running,
-                        progress.task_name,
-                        self._interrupt_timeout,
-                    )
-        for outcome in pool.taken():
-            progress.record(outcome)
-        progress.ended[Status.INTERRUPTED] += len(progress.started) - progress.ended.total()  # those that were cancelled
+    async def _kept_production(self, agent_loop: AgentLoop, sampler: PromptSampler, batch_size: int, task_name: str) -> Production:
+        production = self._kept.get(task_name)
+        if production is not None and not production.runs(agent_loop, sampler):
+            del self._kept[task_name]
+            await production.close()
+            production.check()
+            production = None
+        if production is None:
+            assert self._tasks is not None
+            production = Production(self.buffer, self.plan, agent_loop, sampler, task_name, batch_size, ahead=True)
+            self._kept[task_name] = production
+            await production.open(self._tasks)
+        production.batch.size = batch_size
+        return production
 
 
-def _same_group(given: RolloutGroup, returned: object) -> RolloutGroup:
-    if not isinstance(returned, RolloutGroup):
-        raise TypeError(f"generate_group returned {returned!r:.80} for group {given.group_id}; it must return the group")
-    return returned
-
-
-def _tokens(group: RolloutGroup) -> int:
-    return sum(int(state.loss_mask.sum()) for state in group.rollouts)
-
-
-def _reason(group: RolloutGroup) -> str | None:
-    if group.status is Status.FILTERED:
-        return group.filter_reason
-    if group.status is Status.INTERRUPTED:
-        return "its agent loop or its engine ended it early, unasked"
-    return next((state.error for state in group.rollouts if state.error), None)
+def _check_choice(name: str, given: object, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise ValueError(f"{name}={given!r:.40} is unknown; choose among {known}")

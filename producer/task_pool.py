@@ -1,7 +1,7 @@
 """`TaskPool`: the one place where tasks are born; it owns them until its block ends."""
 
 import asyncio
-from collections.abc import Coroutine, Hashable
+from collections.abc import Callable, Coroutine, Hashable
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -13,12 +13,15 @@ class TaskPool(Generic[T]):
 
     No task outlives the `async with` block. A task that raises cancels the others and its error leaves the block;
     results are values, failures that are expected included.
+
+    Args:
+        on_change: called when there is a result more, or a task that was cancelled has ended.
     """
 
-    def __init__(self) -> None:
-        self._group = asyncio.TaskGroup()
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self._group, self._on_change = asyncio.TaskGroup(), on_change
         self._running: dict[Hashable, asyncio.Task[None]] = {}
-        self._results: asyncio.Queue[T] = asyncio.Queue()
+        self._results: list[T] = []
 
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
@@ -34,10 +37,10 @@ class TaskPool(Generic[T]):
 
     def __len__(self) -> int:
         """Tasks whose results were not given out yet."""
-        return len(self._running) + self._results.qsize()
+        return len(self._running) + len(self._results)
 
     def start(self, key: Hashable, coroutine: Coroutine[Any, Any, T]) -> None:
-        """Run the coroutine; its result comes out of `next`."""
+        """Run the coroutine; its result comes out of `taken`."""
         if key in self._running:
             coroutine.close()
             raise ValueError(f"{key!r} is running already")
@@ -48,6 +51,7 @@ class TaskPool(Generic[T]):
             coroutine.close()
             if self._running.get(key) is task:  # by now the key may belong to another
                 del self._running[key]
+                self._on_change()
 
         task.add_done_callback(ended)
 
@@ -55,13 +59,10 @@ class TaskPool(Generic[T]):
         result = await coroutine
         # Together, before anyone else runs: a task that is counted as running beside its own result is waited for in vain.
         self._running.pop(key)
-        self._results.put_nowait(result)
+        self._results.append(result)
+        self._on_change()
 
-    async def next(self) -> T:
-        """The next result; something must run or have a result waiting."""
-        return await self._results.get()
-
-    async def drained(self, within: float) -> bool:
+    async def drained(self, within: float | None) -> bool:
         """Wait until nothing runs; False if that takes longer than `within` seconds. Results stay to be taken."""
         if self._running:
             await asyncio.wait(self._running.values(), timeout=within)
@@ -73,5 +74,6 @@ class TaskPool(Generic[T]):
             task.cancel()
 
     def taken(self) -> list[T]:
-        """The results that wait, without waiting for more."""
-        return [self._results.get_nowait() for _ in range(self._results.qsize())]
+        """The results that came since the last call, in the order in which they came."""
+        results, self._results = self._results, []
+        return results

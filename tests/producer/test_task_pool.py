@@ -9,6 +9,20 @@ import pytest
 from producer.task_pool import TaskPool
 
 
+class Pool(TaskPool[int]):
+    """Waits for what it is told of."""
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()
+        super().__init__(self.changed.set)
+
+    async def some(self) -> list[int]:
+        while not (results := self.taken()):
+            self.changed.clear()
+            await self.changed.wait()
+        return results
+
+
 async def give(value: int) -> int:
     return value
 
@@ -32,20 +46,20 @@ async def test_results_come_as_they_are_ready_and_keys_name_what_runs() -> None:
         await go.wait()
         return value
 
-    async with TaskPool[int]() as pool:
+    async with Pool() as pool:
         pool.start("slow", later(1))
         pool.start("quick", give(2))
         assert pool.running == ["slow", "quick"]
         assert len(pool) == 2
-        assert await pool.next() == 2
+        assert await pool.some() == [2]
         assert pool.running == ["slow"]
         go.set()
-        assert await pool.next() == 1
+        assert await pool.some() == [1]
         assert len(pool) == 0
 
 
 async def test_results_that_wait_count_until_they_are_taken() -> None:
-    async with TaskPool[int]() as pool:
+    async with Pool() as pool:
         for value in range(3):
             pool.start(value, give(value))
         assert await pool.drained(5.0)
@@ -56,11 +70,11 @@ async def test_results_that_wait_count_until_they_are_taken() -> None:
 
 
 async def test_a_key_runs_once_at_a_time_and_again_afterwards() -> None:
-    async with TaskPool[int]() as pool:
+    async with Pool() as pool:
         pool.start("a", give(1))
         with pytest.raises(ValueError, match="'a' is running already"):
             pool.start("a", give(2))
-        assert await pool.next() == 1
+        assert await pool.some() == [1]
         go = asyncio.Event()
 
         async def wait() -> int:
@@ -72,7 +86,7 @@ async def test_a_key_runs_once_at_a_time_and_again_afterwards() -> None:
             await asyncio.sleep(0)  # the first task's callback comes now, and must not take the second for its own
         assert pool.running == ["a"]
         go.set()
-        assert await pool.next() == 3
+        assert await pool.some() == [3]
 
 
 async def test_an_error_cancels_the_others_and_leaves_the_block() -> None:
@@ -90,10 +104,10 @@ async def test_an_error_cancels_the_others_and_leaves_the_block() -> None:
         raise OSError("gone")
 
     async def block() -> None:
-        async with TaskPool[int]() as pool:
+        async with Pool() as pool:
             pool.start(1, sibling())
             pool.start(2, fail())
-            await pool.next()
+            await pool.some()
 
     with pytest.raises(ExceptionGroup) as caught:
         await block()
@@ -104,7 +118,7 @@ async def test_an_error_cancels_the_others_and_leaves_the_block() -> None:
 async def test_a_task_cancelled_before_its_first_step_is_forgotten_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        async with TaskPool[int]() as pool:
+        async with Pool() as pool:
             pool.start(1, never())
             pool.cancel()
             assert await pool.drained(5.0)
@@ -112,7 +126,7 @@ async def test_a_task_cancelled_before_its_first_step_is_forgotten_without_a_war
 
 
 async def test_drained_says_what_does_not_end_in_time() -> None:
-    async with TaskPool[int]() as pool:
+    async with Pool() as pool:
         pool.start(1, never())
         assert not await pool.drained(0.0)
         pool.cancel()
@@ -127,9 +141,9 @@ async def test_cancelling_the_block_cancels_what_runs() -> None:
         return await never()
 
     async def block() -> None:
-        async with TaskPool[int]() as pool:
+        async with Pool() as pool:
             pool.start(1, work())
-            await pool.next()
+            await pool.some()
 
     task = asyncio.create_task(block())
     await began.wait()

@@ -1,0 +1,404 @@
+"""`Production`: one task's production, an actor. The loop that keeps groups running, written once for all strategies.
+
+to_issue -> sample_many -> Flight.start -> (outcomes) -> record -> to_issue ...      the actor's own task
+whole -> hand_out                                                                    whoever wants a batch
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tqdm import tqdm
+
+from agent_loop import AgentLoop
+from agent_loop.agent_loop import first_error
+from buffer import ReplayBuffer, RolloutGroup, Status, TakePolicy
+from buffer.staleness import Level
+from producer.bound import is_ready
+from producer.errors import FailureBudgetError, ProducerError
+from producer.flight import Flight, Rules
+from producer.issue import Load, bounded_issue, exact, room, tail_batch
+from producer.metrics import Metrics, batch_metrics
+from producer.prompts import PromptSampler, Tail
+from producer.running import Outcome
+
+OnStale = Literal["wait", "expire", "mask"]
+
+
+@dataclass(frozen=True, slots=True)
+class ProducedBatch:
+    """A batch for training: its groups in the order they were drawn, the step they are consumed at, and metrics."""
+
+    groups: Sequence[RolloutGroup]
+    step: int
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a strategy decides, as values and pure functions.
+
+    Attributes:
+        name: of the strategy, for messages.
+        to_issue: how many more groups to start now.
+        rules: how they are run.
+        budget: by status how many groups of a batch may end so; None is `default_budget` times the batch size.
+        max_staleness: of what is handed out.
+        on_stale: what becomes of groups that would exceed it.
+        tail: `tail_batch_trigger_size` and `tail_batch_candidate_step`.
+        max_in_flight: the most rollouts in flight.
+        policy: which completed groups are taken first.
+    """
+
+    name: str
+    to_issue: Callable[[Load], int]
+    rules: Rules
+    budget: Mapping[Status, int | None]
+    max_staleness: int | None
+    on_stale: OnStale
+    tail: tuple[int, int]
+    max_in_flight: int | None
+    policy: TakePolicy
+
+    @property
+    def waits(self) -> bool:
+        """Whether a batch waits for what would get too stale without it."""
+        return self.max_staleness is not None and self.on_stale == "wait"
+
+
+_DEFAULT_BUDGET = {Status.FAILED: 1, Status.FILTERED: 8, Status.INTERRUPTED: 16}
+"""Times the batch size. An engine that ends every request early would else use up the dataset, for ever."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What is counted of a batch from the moment the one before it was handed out.
+
+    Attributes:
+        size: groups.
+        wanted: whether somebody waits for it.
+        tail: whether it is for what was left behind; None where it is not known yet, or there are no tail batches.
+        started: groups that were started.
+        ended: how those that ended did.
+        tokens: they sampled.
+        resting: groups that ended early by themselves: they wait for the next batch, or they could come round for ever.
+    """
+
+    size: int
+    wanted: bool = False
+    tail: Tail | None = None
+    started: int = 0
+    ended: Counter[Status] = field(default_factory=Counter)
+    unasked: int = 0
+    tokens: int = 0
+    resting: set[int] = field(default_factory=set)
+    last_reason: dict[Status, str | None] = field(default_factory=dict)
+
+    def record(self, outcome: Outcome) -> None:
+        """Count what came of a group."""
+        self.ended[outcome.status] += 1
+        self.tokens += outcome.tokens
+        self.last_reason[outcome.status] = outcome.reason
+        if outcome.status is Status.INTERRUPTED and not outcome.asked:
+            self.unasked += 1
+            self.resting.add(outcome.group_id)
+
+    def check_budget(self, budget: Mapping[Status, int | None], task_name: str) -> None:
+        """Raise `FailureBudgetError` if too many groups ended in vain."""
+        ended = {**self.ended, Status.INTERRUPTED: self.unasked}
+        for status, given in budget.items():
+            bound = _DEFAULT_BUDGET[status] * self.size if given is None else given
+            if ended.get(status, 0) > bound:
+                raise FailureBudgetError(
+                    f"{ended[status]} groups of this batch of task {task_name!r} were {status} (max_{status}={bound}), the last because: "
+                    f"{self.last_reason[status]}; completed ones are in the buffer"
+                )
+
+
+class Production:
+    """Keeps groups of one task running, from `open` to `close`, and tells when a batch is whole.
+
+    Args:
+        buffer: where everything is kept.
+        plan: of the strategy.
+        agent_loop: runs the groups.
+        sampler: draws them.
+        task_name: whose groups.
+        batch_size: groups in a batch.
+        ahead: whether what runs when a batch is whole goes on running, for later ones.
+    """
+
+    def __init__(
+        self,
+        buffer: ReplayBuffer,
+        plan: Plan,
+        agent_loop: AgentLoop,
+        sampler: PromptSampler,
+        task_name: str,
+        batch_size: int,
+        *,
+        ahead: bool,
+    ) -> None:
+        self._buffer, self._plan, self._agent_loop, self._sampler, self._task_name = buffer, plan, agent_loop, sampler, task_name
+        self._ahead = ahead
+        self.batch = Batch(batch_size)
+        self._changed, self._news, self._opened = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._issuing = asyncio.Lock()
+        self._flight = self._new_flight()
+        self._task: asyncio.Task[None] | None = None
+        self._failure: BaseException | None = None
+        self._ended = self._idle = False
+        self._expired_at: int | None = None
+        self._handed_out_at: int | None = None
+
+    # -- the actor ----------------------------------------------------------------------------------------------
+
+    async def open(self, tasks: asyncio.TaskGroup) -> None:
+        """Start, in a task of `tasks`; it never fails there: whoever wants a batch is told the error."""
+        self._ended, self._failure, self._flight = False, None, self._new_flight()
+        self._opened.clear()
+        self._task = tasks.create_task(self._live())
+        await self._opened.wait()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[None]:
+        """Run while the block does; what ended it is raised, when everything is stored."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                try:
+                    await self.open(tasks)
+                    yield
+                finally:
+                    await self.close()
+        except BaseExceptionGroup as errors:
+            error = first_error(errors)
+            raise error from error.__cause__
+        self.check()
+
+    async def close(self) -> None:
+        """Stop: what runs is interrupted and stored. An error on the way is told by `check`."""
+        if self._task is not None:
+            self._task.cancel()
+            try:
+                await asyncio.wait([self._task])
+            except asyncio.CancelledError:
+                self._task.cancel()  # the second time it waits no longer for those that are slow to return
+                raise
+
+    @asynccontextmanager
+    async def held(self) -> AsyncGenerator[None]:
+        """No group starts in this block; draws under way are waited for before it."""
+        async with self._issuing:
+            yield
+        self._changed.set()
+
+    async def stop(self) -> None:
+        """Interrupt what runs and wait until it is stored; what is waited for goes on afterwards."""
+        await self._flight.stop()
+
+    async def drained(self) -> None:
+        """Wait until nothing runs; call it while production is held."""
+        await self._flight.drained()
+
+    def check(self) -> None:
+        """Raise what ended it."""
+        if self._failure is not None:
+            raise self._failure from self._failure.__cause__
+
+    @property
+    def ended(self) -> bool:
+        """Whether it runs no more."""
+        return self._ended
+
+    def runs(self, agent_loop: AgentLoop, sampler: PromptSampler) -> bool:
+        """Whether it does, with these."""
+        return not self._ended and agent_loop is self._agent_loop and sampler is self._sampler
+
+    def _new_flight(self) -> Flight:
+        return Flight(self._buffer, self._agent_loop, self._task_name, self._plan.rules, self._changed.set)
+
+    async def _live(self) -> None:
+        try:
+            async with self._flight:
+                self._opened.set()
+                while True:
+                    await self._advance()
+        except BaseExceptionGroup as errors:
+            self._failure = first_error(errors)
+        except Exception as error:  # noqa: BLE001 - the actor's last words go to whoever waits for it
+            self._failure = error
+        finally:
+            self._record(self._flight.ended())
+            self._ended = True
+            self._opened.set()
+            self._news.set()
+
+    async def _advance(self) -> None:
+        """Count what ended, start what is wanted, and wait for the next thing that happens."""
+        self._changed.clear()
+        self._record(self._flight.ended())
+        self.batch.check_budget(self._plan.budget, self._task_name)
+        async with self._issuing:  # held while weights are updated; outcomes are counted when that is over
+            started = await self._issue()
+        if not started and not len(self._flight):
+            self._idle = True
+            self._news.set()
+        await self._changed.wait()
+
+    def _record(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            self.batch.record(outcome)
+        if outcomes:
+            self._news.set()
+
+    # -- starting groups ----------------------------------------------------------------------------------------
+
+    async def _issue(self) -> int:
+        """Start as many groups as are wanted now."""
+        await self._prepare()
+        load = Load(self.batch.size, await self._count(Status.COMPLETED), len(self._flight), ahead=self._ahead)
+        wanted = await self._wanted(load)
+        if wanted > 0:
+            exclude = self.batch.resting | self._flight.ending
+            groups = await self._sampler.sample_many(self._task_name, wanted, buffer=self._buffer, exclude=exclude, tail=self.batch.tail)
+            for group in groups:
+                self._flight.start(group, self.version)
+            self.batch.started += len(groups)
+            return len(groups)
+        if not len(self._flight) and self.batch.wanted and load.completed < load.batch_size:
+            raise ProducerError(
+                f"nothing runs and nothing was started for {load}: {self._plan.name} said {wanted}, and a batch that "
+                "is not whole needs 1 or more then"
+            )
+        return 0
+
+    async def _prepare(self) -> None:
+        """Once a version: what is too stale expires, before anything is claimed. Once a batch: is it a tail batch?"""
+        if self._plan.max_staleness is not None and self._expired_at != (version := self.version):
+            if self._plan.on_stale == "expire" and (old := self._flight.older_than(version - self._plan.max_staleness)):
+                await self._flight.interrupt(old)
+            await self._expire(version)
+            self._expired_at = version
+        trigger, step = self._plan.tail
+        if self.batch.tail is None and trigger >= 0 and Status.EXPIRED in self._sampler.offers:
+            self.batch.tail = Tail(tail_batch(trigger, await self._buffer.tail_candidates(self._task_name, step)), step)
+
+    async def _wanted(self, load: Load) -> int:
+        tail = self.batch.tail is not None and self.batch.tail.now
+        wanted = exact(load) if tail else self._plan.to_issue(load)
+        if self._plan.waits:
+            wanted = await self._within_bound(load, wanted)
+        if self._plan.max_in_flight is not None:
+            wanted = min(wanted, room(self._plan.max_in_flight, self._flight.members, self._sampler.group_size))
+        return wanted
+
+    async def _within_bound(self, load: Load, wanted: int) -> int:
+        """As many as can be handed out in time; those left behind that are due in any case, or the batch would wait in vain."""
+        assert self._plan.max_staleness is not None
+        offered = () if self._holds_back else self._sampler.offers
+        left = [await self._count(status) for status in offered if status is not Status.PENDING]
+        bound = bounded_issue(
+            load,
+            float(self._plan.max_staleness),
+            self._plan.max_staleness,
+            left_behind=sum(left),
+            updates_before=int(not self.batch.wanted and self._handed_out_at == self.version),
+        )
+        behind = self._left_behind(await self._buffer.oldest_versions(self._task_name)) if sum(left) else Counter()
+        in_any_case = sum(n for oldest, n in behind.items() if oldest <= self.version - self._plan.max_staleness)
+        return max(min(wanted, bound - len(self.batch.resting)), in_any_case)
+
+    @property
+    def _holds_back(self) -> bool:
+        """Whether what was left behind waits for a tail batch, and this is none."""
+        return self.batch.tail is not None and not self.batch.tail.now
+
+    def _left_behind(self, oldest: Mapping[Status, Mapping[int, int]]) -> Counter[int]:
+        """How many groups that wait to be continued have which oldest version; none where some of them rest until the next batch."""
+        if self.batch.resting or self._holds_back or Status.INTERRUPTED not in self._sampler.offers:
+            return Counter()
+        return _as_of(oldest[Status.INTERRUPTED], self.version)
+
+    # -- handing out --------------------------------------------------------------------------------------------
+
+    async def whole(self, *, no_bar: bool | None = None) -> int:
+        """Wait until there is a batch to hand out; gives the policy's version that it was found whole at."""
+        self.batch.wanted, self._idle = True, False
+        self._changed.set()
+        try:
+            with tqdm(total=self.batch.size, desc=self._task_name, unit="group", leave=False, disable=no_bar) as bar:
+                while (version := await self._handable(bar)) is None:
+                    await self._news.wait()
+        except BaseException:
+            self.batch.wanted = False
+            raise
+        return version
+
+    async def _handable(self, bar: "tqdm[None]") -> int | None:
+        """The version now, if a batch can be handed out; what is too stale has expired by then."""
+        self._news.clear()
+        if self._ended:
+            self.check()
+            raise ProducerError(f"the production of task {self._task_name!r} was closed while somebody waited for a batch")
+        version, completed = self.version, await self._count(Status.COMPLETED)
+        bar.update(min(completed, self.batch.size) - bar.n)
+        if completed < self.batch.size:
+            return None
+        if self._plan.max_staleness is not None:
+            await self._expire(version)
+            if await self._count(Status.COMPLETED) < self.batch.size:
+                self._changed.set()
+                return None
+        return version if not self._plan.waits or await self._in_time(version) else None
+
+    async def _in_time(self, version: int) -> bool:
+        """Whether those that are not in this batch can be in later ones, before they are too stale."""
+        assert self._plan.max_staleness is not None
+        oldest = await self._buffer.oldest_versions(self._task_name)
+        completed, unfinished = _as_of(oldest[Status.COMPLETED], version), self._left_behind(oldest) + self._flight.oldest
+        if completed.total() < self.batch.size or version != self.version:
+            self._news.set()  # look again
+            return False
+        return self._idle or is_ready(self.batch.size, completed, unfinished, version, self._plan.max_staleness)
+
+    async def hand_out(self, step: int, version: int, began: float) -> ProducedBatch:
+        """Take the batch that was found whole at `version`; `began` is when somebody wanted it (`time.perf_counter`)."""
+        counts = await self._buffer.counts(self._task_name)
+        # Nothing is awaited after it: what is taken when the caller is cancelled would be consumed, and reach nobody.
+        taken = await self._buffer.take(self._task_name, self.batch.size, step=step, version=version, policy=self._plan.policy)
+        batch, self.batch = self.batch, Batch(self.batch.size)
+        self._handed_out_at = version
+        self._changed.set()
+        groups = sorted(taken, key=lambda group: group.group_id)
+        if self._plan.on_stale == "mask" and self._plan.max_staleness is not None:
+            groups = [group.masked(version, self._plan.max_staleness) for group in groups]
+        counts[Status.COMPLETED] -= len(groups)
+        counts[Status.CONSUMED] += len(groups)
+        seconds = time.perf_counter() - began
+        metrics = batch_metrics(groups, batch.ended, counts, started=batch.started, tokens=batch.tokens, seconds=seconds, version=version)
+        return ProducedBatch(groups, step, metrics)
+
+    # -- what it looks at ---------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """Of the policy now."""
+        return 0 if self._agent_loop.engine is None else self._agent_loop.engine.version
+
+    async def _count(self, status: Status) -> int:
+        return await self._buffer.count(self._task_name, status)
+
+    async def _expire(self, version: int) -> None:
+        assert self._plan.max_staleness is not None
+        level = Level.TOKEN if self._plan.on_stale == "mask" else Level.SEQUENCE
+        # Interrupted groups too: a response that is continued is as stale as its oldest token.
+        await self._buffer.expire(self._task_name, version=version, max_staleness=self._plan.max_staleness, level=level)
+
+
+def _as_of(counted: Mapping[int, int], version: int) -> Counter[int]:
+    """How many groups have which oldest version; one without a trainable token is as fresh as can be."""
+    return sum((Counter({min(oldest, version): n}) for oldest, n in counted.items()), Counter())
