@@ -10,17 +10,19 @@ _REMEMBERED = 10_000
 
 
 class Lookahead:
-    """Keeps what waits in the order of its draw, with predictions and how often each was overtaken."""
+    """Keeps what waits in the order of its draw, with predictions; from that order follows how often each was overtaken."""
 
     def __init__(self, order: PromptOrder) -> None:
         self._order = order
-        self._waiting: dict[int, Waiting] = {}
+        self._numbers: dict[int, int] = {}  # of those that wait, in the order of their draw
+        self._last_number = 0
         self._positions: dict[int, Position] = {}
-        self._most_wanted = 0
+        self._predicted: dict[int, float] = {}
         self._begun: dict[int, float] = {}
+        self._most_wanted = 0
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._numbers)
 
     @property
     def size(self) -> int:
@@ -34,36 +36,39 @@ class Lookahead:
 
     def update(self, positions: Mapping[int, Position | None]) -> None:
         """These wait now, in this order; of those known already what is known stays."""
-        self._waiting = {group_id: self._waiting.get(group_id, Waiting(group_id, None)) for group_id in positions}
+        known, self._numbers = self._numbers, {}
+        for group_id in positions:
+            if group_id not in known:
+                self._last_number += 1
+            self._numbers[group_id] = known.get(group_id, self._last_number)
         self._positions = {group_id: position for group_id, position in positions.items() if position is not None}
+        self._predicted = {group_id: length for group_id, length in self._predicted.items() if group_id in positions}
 
     def unpredicted(self) -> dict[int, Position]:
         """The groups whose lengths are unknown, and where their prompts stand."""
-        return {group_id: at for group_id, at in self._positions.items() if self._waiting[group_id].predicted is None}
+        return {group_id: at for group_id, at in self._positions.items() if group_id not in self._predicted}
 
     def predict(self, lengths: Mapping[int, float]) -> None:
-        """Note predicted lengths of groups."""
-        for group_id, length in lengths.items():
-            self._waiting[group_id] = self._waiting[group_id]._replace(predicted=length)
+        """Note predicted lengths of groups that wait."""
+        self._predicted.update(lengths)
 
     def choose(self, n: int) -> list[int]:
         """The groups to start, in order."""
-        return self._order.choose(list(self._waiting.values()), n)
+        # Those drawn after it that wait no more went ahead of it.
+        ahead = self._last_number - len(self) + 1
+        predicted = self._predicted.get
+        waiting = [
+            Waiting(group_id, predicted(group_id), ahead + at - number) for at, (group_id, number) in enumerate(self._numbers.items())
+        ]
+        return self._order.choose(waiting, n)
 
-    def gone(self, chosen: Sequence[int], started: Sequence[int]) -> None:
-        """These were chosen, and wait no more; only those `started` went ahead of others."""
-        left, behind = dict[int, Waiting](), len(started)
-        before = set(started)
-        for group_id, waiting in self._waiting.items():
-            if group_id in before:
-                behind -= 1  # those started that were drawn after what comes now
-            left[group_id] = waiting._replace(overtaken=waiting.overtaken + behind)
+    def gone(self, chosen: Sequence[int]) -> None:
+        """These were chosen, and wait no more: they were started, or another process has them."""
         for group_id in chosen:
-            length = left.pop(group_id, Waiting(group_id, None)).predicted
+            self._numbers.pop(group_id, None)
             self._positions.pop(group_id, None)
-            if length is not None:
+            if (length := self._predicted.pop(group_id, None)) is not None:
                 self._begun[group_id] = length
-        self._waiting = left
         while len(self._begun) > _REMEMBERED:
             del self._begun[next(iter(self._begun))]
 

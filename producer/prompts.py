@@ -355,7 +355,7 @@ class ReplayPromptSampler(PromptSampler):
                 await self._look_ahead(task_name, n, buffer, lookahead)
             chosen = lookahead.choose(n)
             started = await buffer.claim(task_name, n, statuses=[Status.PENDING], among=chosen)
-            lookahead.gone(chosen, [group.group_id for group in started])
+            lookahead.gone(chosen)
             if started:
                 return started
             # Else they are another process's by now.

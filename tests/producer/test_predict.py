@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_no_prompt_is_overtaken_much_more_than_allowed(order: PromptOrder, wante
             lookahead.predict({group_id: chance.lognormvariate(3, 2) for group_id in lookahead.unpredicted() if chance.random() < 0.8})
         chosen = lookahead.choose(n)
         assert len(chosen) == n
-        lookahead.gone(chosen, chosen)
+        lookahead.gone(chosen)
         for group_id in chosen:
             del held[group_id]
         started += chosen
@@ -88,6 +89,37 @@ def test_no_prompt_is_overtaken_much_more_than_allowed(order: PromptOrder, wante
         assert overtaken <= (allowed + 2 * most if isinstance(order, LongestPredictedFirst) else drawn)
     for group_id in held:
         assert isinstance(order, SimilarPredictedTogether) or sum(other > group_id for other in started) <= allowed + 2 * most
+
+
+class AnyOrder:
+    """Chooses as chance has it, and checks how often each that waits was overtaken."""
+
+    window = 3
+
+    def __init__(self, chance: random.Random) -> None:
+        self.chance, self.started = chance, list[int]()
+
+    def choose(self, waiting: Sequence[Waiting], n: int) -> list[int]:
+        for group in waiting:
+            assert group.overtaken == sum(other > group.group_id for other in self.started)
+        chosen = self.chance.sample([group.group_id for group in waiting], n)
+        self.started += chosen
+        return chosen
+
+
+@given(st.lists(st.integers(1, 5), max_size=30), st.randoms(use_true_random=False))
+def test_those_that_went_ahead_are_counted(wanted: list[int], chance: random.Random) -> None:
+    order, held, drawn = AnyOrder(chance), dict[int, Position | None](), 0
+    lookahead = Lookahead(order)
+    for n in wanted:
+        if lookahead.is_low(n):
+            new = range(drawn, drawn + max(n, lookahead.size) - len(held))
+            held |= {group_id: Position(0, group_id) for group_id in new}
+            drawn += len(new)
+            lookahead.update(held)
+        chosen = lookahead.choose(n)
+        lookahead.gone(chosen)
+        held = {group_id: at for group_id, at in held.items() if group_id not in chosen}
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=40), st.randoms(use_true_random=False))
