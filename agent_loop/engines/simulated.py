@@ -1,21 +1,27 @@
 """`SimulatedEngine`: an engine without a model, deterministic by seed, for tests and for simulation in virtual time.
 
-    generate -> waiting (first come, first served) -> running, at most `slots` -> decoded token by token -> Completion
+    generate -> waiting (first come, first served) -> running, at most `slots` -> decoded -> Completion
 
-Each `generate` call decodes itself; the engine starts no task of its own. `interrupt`, `pause` and `close` only mark requests,
-synchronously, so that a slot or a request id is free again before any other coroutine runs.
+`Batching` says who runs and how far each has come; the engine wakes up, by one timer, when it says that a request is due. The engine
+starts no task. `interrupt`, `pause` and `close` act synchronously, so that a slot or a request id is free again before any other
+coroutine runs.
 """
 
 import asyncio
+import itertools
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.engines.base import Completion, Engine, FinishReason, OnTokens, PauseMode, WeightSource, piece_tokens
-from agent_loop.engines.simulated_policy import Decoder, Lengths, Policy, Request, Script, Step, TablePolicy, policy_for, weights_seed
+from agent_loop.engines.base import Completion, Engine, FinishReason, OnTokens, PauseMode, WeightSource
+from agent_loop.engines.simulated_batching import Batching
+from agent_loop.engines.simulated_clock import Alarm
+from agent_loop.engines.simulated_costs import CostModel, Statistics
+from agent_loop.engines.simulated_policy import FillerPolicy, Lengths, Policy, Request, Script, ScriptedPolicy
+from agent_loop.engines.simulated_request import InFlight
+from agent_loop.engines.simulated_table import TablePolicy, weights_seed
 from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
 
@@ -30,10 +36,13 @@ class SimulatedEngine(Engine):
         lengths: responses of given lengths; their tokens mean nothing. Neither this nor `script`: a `TablePolicy`, which has
             a real distribution, honours every sampling parameter, and changes with the weights.
         policy: any other policy; it brings its own vocabulary and seed.
-        fail: called with (request_id, attempt from 1) when a request gets its slot; an exception that it returns is raised. An
+        fail: called with (request_id, attempt from 1) when a request first gets a slot; an exception that it returns is raised. An
             `EngineDeadError` kills the engine: everything in flight, and all that comes later, fails too.
-        slots: requests that decode at once; others wait in order of arrival.
-        tokens_per_second: of each request, on the event loop's clock. None: a token costs one turn of the loop.
+        costs: how many requests decode at once, and how long everything takes.
+        slots: short for `costs=CostModel(slots=...)`.
+        tokens_per_second: short for `costs=CostModel(tokens_per_second=...)`.
+        pieces: whether `on_tokens` is called while a request runs, as often as it asks. False: only when the request ends or is ended,
+            with all its tokens: a simulation of many requests has no use for more.
 
     A response is a pure function of the engine's seed, the prompt, the sampling parameters and their seed (else the request id).
     """
@@ -49,23 +58,31 @@ class SimulatedEngine(Engine):
         vocab_size: int = 64,
         eos_token_id: int = 0,
         max_length: int = 4096,
-        slots: int = 64,
+        costs: CostModel | None = None,
+        slots: int | None = None,
         tokens_per_second: float | None = None,
+        pieces: bool = True,
     ) -> None:
         super().__init__()
         if sum(given is not None for given in (script, lengths, policy)) > 1:
             raise ValueError("script, lengths and policy each say what is generated; give at most one")
-        if slots < 1 or max_length < 2 or (tokens_per_second is not None and tokens_per_second <= 0):
-            raise ValueError(f"{slots=} must be 1 or more, {max_length=} 2 or more, {tokens_per_second=} above 0")
-        if policy is None:
-            policy = policy_for(script, lengths, seed, vocab_size, eos_token_id)
-        self.policy = policy
+        if max_length < 2:
+            raise ValueError(f"{max_length=} leaves no room for a prompt and a token; it must be 2 or more")
+        self.costs = _costs(costs, slots, tokens_per_second)
+        self.policy: Policy = policy or _policy(script, lengths, seed, vocab_size, eos_token_id)
         self._fail, self._attempts = fail, dict[str, int]()
-        self._max_length, self._slots, self._rate = max_length, slots, tokens_per_second
+        self._max_length, self._pieces = max_length, pieces
         self._weights = 0
         self._weights_of = {0: 0}
-        self._requests: dict[str, _InFlight] = {}  # in order of arrival
-        self._open = self._paused = False
+        self._requests: dict[str, InFlight] = {}  # by id, those that have not ended
+        self._calls: dict[int, InFlight] = {}  # by number, those whose `generate` has not returned
+        self._held: dict[int, InFlight] = {}  # by number, those that came during a pause
+        self._returning: dict[int, asyncio.Event] = {}
+        self._numbers = itertools.count()
+        self._batch = Batching[InFlight](self.costs)
+        self._alarm = Alarm(self._go_on, turns=self.costs.tokens_per_second is None)
+        self._open = self._paused = self._frozen = self._going_on = False
+        self._updates = 0
         self._dead: EngineDeadError | None = None
 
     @property
@@ -86,24 +103,29 @@ class SimulatedEngine(Engine):
     @property
     def running(self) -> int:
         """Requests that hold a slot."""
-        return sum(request.has_slot for request in self._requests.values())
+        return self._batch.running
 
     @property
     def waiting(self) -> int:
-        """Requests in flight that hold no slot yet."""
-        return len(self._requests) - self.running
+        """Requests in flight that hold no slot."""
+        return self._batch.waiting + len(self._held)
+
+    def statistics(self) -> Statistics:
+        """What it did until now."""
+        self._catch_up()
+        return self._batch.statistics(len(self._held))
 
     async def open(self) -> None:
         """See `Engine`."""
         self._open = True
+        self._alarm.open()
 
     async def close(self) -> None:
         """See `Engine`."""
         self._open = self._paused = False
-        ending = list(self._requests.values())
         await self.interrupt()
-        for request in ending:
-            await request.returned.wait()
+        self._thaw()
+        await self._returned(list(self._calls.values()))
 
     async def health(self) -> None:
         """See `Engine`."""
@@ -111,9 +133,16 @@ class SimulatedEngine(Engine):
 
     def _check_alive(self) -> None:
         if self._dead is not None:
-            raise EngineDeadError(f"the engine is gone: {self._dead}") from self._dead
+            raise self._death()
         if not self._open:
             raise EngineClosedError("the engine is not open; use it inside `async with`")
+
+    def _death(self) -> EngineDeadError:
+        error = EngineDeadError(f"the engine is gone: {self._dead}")
+        error.__cause__ = self._dead
+        return error
+
+    # -- a request's life
 
     async def generate(
         self,
@@ -126,85 +155,127 @@ class SimulatedEngine(Engine):
     ) -> Completion:
         """See `Engine`."""
         self._check_alive()
-        ids = tuple(self.check_request(prompt_ids, params).tolist())
+        what = Request(self.check_request(prompt_ids, params), request_id, params.seed, session_id)
         if params.stop:
             raise RequestRefusedError(f"stop={params.stop} needs decoded text, and a simulated engine has none; use stop_token_ids")
         if request_id in self._requests:
             raise RequestRefusedError(f"request {request_id!r} is in flight already; ids must be unique among those")
-        request = self._requests[request_id] = _InFlight(Request(ids, request_id, params.seed, session_id), params, held=self._paused)
+        request = InFlight(next(self._numbers), what, params, on_tokens, asyncio.get_running_loop().create_future())
+        self._requests[request_id] = self._calls[request.number] = request
         try:
-            self._admit()
-            await request.may_decode.wait()
-            await self._decode(request, None if on_tokens is None else _Shown(request, on_tokens))
-            return request.completion()
+            self._arrive(request)
+            await request.ended
+            return request.result()
         finally:
-            self._forget(request)
-            request.returned.set()
+            self._leave(request)
 
-    async def _decode(self, request: "_InFlight", shown: "_Shown | None") -> None:
-        if request.finish_reason is not None:
-            return
-        self._maybe_fail(request.what.request_id)
-        decoder = self.policy.start(request.what, request.params)
-        try:
-            await self._decode_with(decoder, request, shown)
-        finally:
-            if shown is not None:
-                shown.all()
-
-    async def _decode_with(self, decoder: Decoder, request: "_InFlight", shown: "_Shown | None") -> None:
-        while request.finish_reason is None:
-            await request.may_decode.wait()
-            await self._token_time(request)
-            if request.finish_reason is None and request.may_decode.is_set():
-                self._check_alive()
-                request.take(decoder(request.context, self._weights), self._version, self.eos_token_ids)
-                if shown is not None:
-                    shown.another()
-
-    async def _token_time(self, request: "_InFlight") -> None:
-        if self._rate is None:
-            await asyncio.sleep(0)
+    def _arrive(self, request: InFlight) -> None:
+        if self._paused:
+            self._held[request.number] = request
         else:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(1 / self._rate):
-                    await request.ended.wait()
+            self._catch_up()
+            self._batch.add(request)
+            self._settle()
+
+    def _leave(self, request: InFlight) -> None:
+        try:
+            self._end([request], "abort")  # where the call was cancelled, or failed
+            request.show(self._version)
+        finally:
+            del self._calls[request.number]
+            if (returned := self._returning.pop(request.number, None)) is not None:
+                returned.set()
+
+    def _begin(self, request: InFlight) -> None:
+        """It has a slot."""
+        try:
+            if not request.begun:
+                self._maybe_fail(request.what.request_id)
+                request.begin(self.policy.start(request.what, request.params), self.eos_token_ids, pieces=self._pieces)
+            self._batch.expect(request, request.next_due())
+        except Exception as error:  # noqa: BLE001 - it is raised where the request was made
+            self._take_out(request, error)
 
     def _maybe_fail(self, request_id: str) -> None:
-        self._check_alive()
         if self._fail is None:
             return
         self._attempts[request_id] = self._attempts.get(request_id, 0) + 1
         error = self._fail(request_id, self._attempts[request_id])
         if isinstance(error, EngineDeadError):
             self._dead = error
-            for request in self._requests.values():
-                request.may_decode.set()  # also those that wait for a slot or a resume: each finds the engine dead
+            for other in [other for name, other in self._requests.items() if name != request_id]:
+                self._take_out(other, self._death())
         if error is not None:
             raise error
 
-    def _admit(self) -> None:
-        """Give free slots to those that wait, in order of arrival."""
-        free = self._slots - self.running
-        for request in list(self._requests.values()):
-            if free and not request.has_slot and not request.held:
-                request.has_slot = True
-                request.may_decode.set()
-                free -= 1
+    def _reach(self, request: InFlight) -> None:
+        """It is due: its response ends, or more of it is to be shown or decoded."""
+        if request.outcome is not None:  # ended by what another was shown
+            return
+        try:
+            reason = request.reach(self._weights, self.eos_token_ids)
+            if reason is None:
+                request.show_piece(self._version)
+        except Exception as error:  # noqa: BLE001 - it is raised where the request was made
+            self._take_out(request, error)
+        else:
+            if reason is not None:
+                self._take_out(request, reason)
+            elif request.outcome is None:
+                self._batch.expect(request, request.next_due())
 
-    def _forget(self, request: "_InFlight") -> None:
-        # Its id may already belong to a later request: an interrupted one is forgotten before its `generate` returns.
-        if self._requests.get(request.what.request_id) is request:
+    def _end(self, requests: Collection[InFlight], outcome: FinishReason) -> None:
+        """End those of the requests that have not ended; their ids and slots are free at once."""
+        if any(request.outcome is None for request in requests):
+            self._catch_up()
+            for request in requests:
+                self._take_out(request, outcome)
+            self._settle()
+
+    def _take_out(self, request: InFlight, outcome: FinishReason | Exception) -> None:
+        if request.outcome is None:
             del self._requests[request.what.request_id]
+            self._held.pop(request.number, None)
+            self._batch.remove(request)
+            request.end(outcome, self._version)
+            if self.costs.prefix_cache_tokens and request.begun:
+                self._batch.remember(request.context())
+
+    # -- time
+
+    def _go_on(self) -> None:
+        self._catch_up()
+        self._settle()
+
+    def _catch_up(self) -> None:
+        """Let happen what was to happen until now."""
+        if self._going_on:  # a callback of a request asks, in the midst of it
+            return
+        self._going_on, now = True, self._alarm.now()
+        try:
+            while due := self._batch.advance(now):
+                for request in due:
+                    self._reach(request)
+                self._admit()
+        finally:
+            self._going_on = False
+
+    def _settle(self) -> None:
+        """Give free slots away, and wake up when the next request is due."""
+        if not self._going_on:
             self._admit()
+            self._alarm.set(self._batch.next_time())
+
+    def _admit(self) -> None:
+        while (request := self._batch.admit()) is not None:
+            self._begin(request)
+
+    # -- control
 
     async def interrupt(self, request_ids: Collection[str] | None = None) -> None:
         """See `Engine`."""
         chosen = list(self._requests) if request_ids is None else [name for name in request_ids if name in self._requests]
-        ending = [self._requests.pop(name) for name in dict.fromkeys(chosen)]
-        for request in ending:
-            request.end("abort")
-        self._admit()
+        self._end([self._requests[name] for name in dict.fromkeys(chosen)], "abort")
 
     async def pause(self, mode: PauseMode = "abort") -> None:
         """See `Engine`. Returns with "wait" when those in flight, waiting ones included, have finished."""
@@ -215,22 +286,40 @@ class SimulatedEngine(Engine):
         if mode == "abort":
             await self.interrupt()
         elif mode == "keep":
-            for request in self._requests.values():
-                request.held = True
-                request.may_decode.clear()
+            self._frozen = True
+            self._stand()
         else:
-            for request in [request for request in self._requests.values() if not request.held]:
-                await request.returned.wait()
+            await self._returned([request for request in self._calls.values() if request.number not in self._held])
 
     async def resume(self) -> None:
         """See `Engine`."""
         self._check_alive()
         self._paused = False
-        for request in self._requests.values():
-            request.held = False
-            if request.has_slot:
-                request.may_decode.set()
-        self._admit()
+        for request in self._held.values():
+            self._batch.add(request)
+        self._held.clear()
+        self._thaw()
+
+    def _stand(self) -> None:
+        self._catch_up()
+        self._batch.stand()
+        self._settle()
+
+    def _thaw(self) -> None:
+        """End a pause; nothing goes on before the weights are there, where they are being updated."""
+        self._frozen = False
+        self._go_unless_held_up()
+
+    def _go_unless_held_up(self) -> None:
+        self._catch_up()
+        if not self._frozen and not self._updates:
+            self._batch.go()
+        self._settle()
+
+    async def _returned(self, requests: Collection[InFlight]) -> None:
+        for request in requests:
+            if request.number in self._calls:
+                await self._returning.setdefault(request.number, asyncio.Event()).wait()
 
     async def update_weights(self, source: WeightSource, version: int) -> None:
         """See `Engine`. `source` is a mapping with an integer "seed", or any path: its name stands for its content."""
@@ -238,9 +327,27 @@ class SimulatedEngine(Engine):
         await super().update_weights(source, version)
 
     async def _load_weights(self, source: WeightSource, version: int) -> None:
-        # No await in here: tokens must never be sampled from weights that their version does not name.
-        self._weights = weights_seed(source)
-        self._weights_of[version] = self._weights
+        weights = weights_seed(source)
+        if self.costs.update_seconds:
+            await self._stand_still(self.costs.update_seconds)
+            self._check_alive()
+        # No await from here on: tokens must never be sampled from weights that their version does not name.
+        self._catch_up()
+        for request in self._requests.values():
+            self._batch.count(request)
+            request.stamp(self._version)
+        self._batch.forget_prefixes()
+        self._weights = weights
+        self._weights_of[version] = weights
+
+    async def _stand_still(self, seconds: float) -> None:
+        self._updates += 1
+        self._stand()
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self._updates -= 1
+            self._go_unless_held_up()
 
     def reference_logprobs(
         self, prompt_ids: Sequence[int], response_ids: Sequence[int], version: int, params: SamplingParams | None = None
@@ -257,58 +364,17 @@ class SimulatedEngine(Engine):
         return np.array(logprobs, np.float64)
 
 
-class _InFlight:
-    """One request and what became of it so far. `may_decode` is clear while it waits for a slot or is frozen."""
-
-    def __init__(self, what: Request, params: SamplingParams, *, held: bool) -> None:
-        self.what, self.params, self.held = what, params, held
-        self.has_slot = False
-        self.context = list(what.prompt_ids)
-        self.logprobs: list[float] = []
-        self.versions: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self.may_decode, self.ended, self.returned = asyncio.Event(), asyncio.Event(), asyncio.Event()
-
-    def take(self, step: Step, version: int, eos_token_ids: frozenset[int]) -> None:
-        """Add a sampled token, and see whether it is the last."""
-        token, logprob, last = step
-        self.context.append(token)
-        self.logprobs.append(logprob)
-        self.versions.append(version)
-        ends = token in self.params.stop_token_ids or (token in eos_token_ids and not self.params.ignore_eos)
-        if ends or last:
-            self.end("stop")
-        elif len(self.logprobs) == self.params.max_tokens:
-            self.end("length")
-
-    def end(self, reason: FinishReason) -> None:
-        """Set the finish reason and wake whoever decodes it."""
-        self.finish_reason = reason
-        self.ended.set()
-        self.may_decode.set()
-
-    def completion(self, start: int = 0) -> Completion:
-        """The tokens from `start` on; "abort" for an unfinished response."""
-        ids = self.context[len(self.what.prompt_ids) + start :]
-        return Completion.of(ids, self.logprobs[start:], self.versions[start:], self.finish_reason or "abort")
+def _costs(costs: CostModel | None, slots: int | None, tokens_per_second: float | None) -> CostModel:
+    if costs is None:
+        return CostModel(64 if slots is None else slots, tokens_per_second)
+    if slots is not None or tokens_per_second is not None:
+        raise ValueError(f"{slots=} and {tokens_per_second=} belong into costs, where that is given")
+    return costs
 
 
-class _Shown:
-    """Shows the tokens of a request to `on_tokens`, in pieces of the size it asks for; the last may be smaller."""
-
-    __slots__ = ("_next", "_on_tokens", "_piece_tokens", "_request")
-
-    def __init__(self, request: _InFlight, on_tokens: OnTokens) -> None:
-        self._request, self._on_tokens, self._piece_tokens = request, on_tokens, piece_tokens(on_tokens)
-        self._next = 0
-
-    def another(self) -> None:
-        """A token was added."""
-        if len(self._request.logprobs) - self._next >= self._piece_tokens:
-            self.all()
-
-    def all(self) -> None:
-        """Show what was not shown yet."""
-        start, self._next = self._next, len(self._request.logprobs)
-        if start < self._next:
-            self._on_tokens(self._request.completion(start=start))
+def _policy(script: Script | None, lengths: Lengths | None, seed: int, vocab_size: int, eos: int) -> Policy:
+    if script is not None:
+        return ScriptedPolicy(lambda request: script(request.prompt_ids), vocab_size, frozenset({eos}))
+    if lengths is not None:
+        return FillerPolicy(lengths, vocab_size, eos)
+    return TablePolicy(vocab_size, frozenset({eos}), seed)

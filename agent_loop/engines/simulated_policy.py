@@ -5,24 +5,36 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from statistics import NormalDist
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.engines.base import WeightSource
 from agent_loop.sampling import SamplingParams
+
+_STANDARD = NormalDist()
 
 
 class Request(NamedTuple):
-    """What a response may depend on. `prompt_ids` holds kept tokens too where a response is continued."""
+    """What a response may depend on.
 
-    prompt_ids: tuple[int, ...]
+    Attributes:
+        ids: (n,) int32, the prompt; it holds kept tokens too where a response is continued.
+        request_id: of this request.
+        seed: that of its sampling parameters.
+        session_id: the same for all requests of one rollout.
+    """
+
+    ids: NDArray[np.int32]
     request_id: str
-    seed: int | None
+    seed: int | None = None
     session_id: str | None = None
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """`ids` as Python's numbers."""
+        return tuple(self.ids.tolist())
 
     @property
     def session(self) -> str:
@@ -59,7 +71,7 @@ class Policy(Protocol):
         """Tokens that end a response."""
 
     def start(self, request: Request, params: SamplingParams) -> Decoder:
-        """The decoder of one request."""
+        """The decoder of one request; a `Known` response costs the engine nothing a token."""
 
 
 def uniform(*parts: object) -> float:
@@ -68,82 +80,36 @@ def uniform(*parts: object) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-@dataclass(frozen=True)
-class TablePolicy:
-    """A Markov chain: seeded logits for each (weights, last token), sampled as a language model is.
+@dataclass(slots=True, eq=False)
+class Known:
+    """A response that is known when its request starts; also the decoder that gives it token by token.
 
-    The random number of a token depends on the engine's seed, the request's key and the token's place in the context,
-    so a response that was interrupted and continued under one key equals the uninterrupted one.
+    Attributes:
+        start: tokens of the prompt.
+        token_ids: (n,) int32.
+        logprobs: (n,) float32.
+        whole: the response is over after these tokens; else more would come, were they asked for.
     """
 
-    vocab_size: int = 64
-    eos_token_ids: frozenset[int] = frozenset({0})
-    seed: int = 0
-    scale: float = 1.5
+    start: int
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    whole: bool = True
 
-    def start(self, request: Request, params: SamplingParams) -> Decoder:
-        """See `Policy`."""
+    def __call__(self, context: Sequence[int], weights: int) -> Step:
+        """See `Decoder`."""
+        place = len(context) - self.start
+        last = self.whole and place + 1 == self.token_ids.size
+        return Step(int(self.token_ids[place]), float(self.logprobs[place]), last)
 
-        def step(context: Sequence[int], weights: int) -> Step:
-            logprobs = self.log_probs(context, weights, params)
-            if params.temperature == 0:
-                return Step(int(np.argmax(logprobs)), 0.0)
-            cumulated = np.cumsum(np.exp(logprobs))
-            token = int(np.searchsorted(cumulated, uniform(self.seed, request.key, len(context)) * cumulated[-1], side="right"))
-            return Step(token, float(logprobs[token]))
-
-        return step
-
-    def log_probs(self, context: Sequence[int], weights: int, params: SamplingParams) -> NDArray[np.float64]:
-        """(vocab_size,) float64: the distribution that the token after `context` is sampled from; -inf where truncated."""
-        return shape_logits(self.logits(context, weights), context, params)
-
-    def logits(self, context: Sequence[int], weights: int) -> NDArray[np.float64]:
-        """(vocab_size,) float64: the raw logits after `context`."""
-        return _logits(self.vocab_size, self.scale, weights, int(context[-1]))
-
-
-@lru_cache(maxsize=4096)
-def _logits(vocab_size: int, scale: float, weights: int, last: int) -> NDArray[np.float64]:
-    logits = np.random.default_rng([weights, last]).normal(0.0, scale, vocab_size)
-    logits.flags.writeable = False  # one array is shared by all who ask
-    return logits
-
-
-def shape_logits(logits: NDArray[np.float64], context: Sequence[int], params: SamplingParams) -> NDArray[np.float64]:
-    """Log-probabilities after penalty, temperature and truncation, in vLLM's order: penalty, temperature, min_p, top_k, top_p.
-
-    The repetition penalty is that of CTRL (Keskar et al. 2019), over prompt and response. Temperature 0 leaves all mass on the
-    largest logit.
-    """
-    shaped = np.array(logits, dtype=np.float64)
-    if params.repetition_penalty != 1.0:
-        seen = np.unique(np.asarray(context))
-        shaped[seen] = np.where(shaped[seen] > 0, shaped[seen] / params.repetition_penalty, shaped[seen] * params.repetition_penalty)
-    if params.temperature == 0:
-        return np.where(np.arange(shaped.size) == np.argmax(shaped), 0.0, -np.inf)
-    shaped /= params.temperature
-    if params.min_p > 0:
-        shaped[shaped < shaped.max() + math.log(params.min_p)] = -np.inf
-    if 0 < params.top_k < shaped.size:
-        shaped[shaped < np.sort(shaped)[-params.top_k]] = -np.inf
-    if params.top_p < 1:
-        shaped[_beyond_top_p(shaped, params.top_p)] = -np.inf
-    return _log_softmax(shaped)
-
-
-def _beyond_top_p(logits: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
-    """Indices outside the smallest set of likeliest tokens whose mass reaches `top_p`; the likeliest is never among them."""
-    order = np.argsort(-logits, kind="stable")
-    masses = np.exp(_log_softmax(logits)[order])
-    beyond: NDArray[np.intp] = order[np.cumsum(masses) - masses >= top_p]
-    return beyond
-
-
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = logits - logits.max()
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
-    return result
+    def until(self, stops: Iterable[int], most: int) -> "Known":
+        """Its beginning up to the first of the tokens `stops`, and to `most` tokens."""
+        ids, whole = self.token_ids[:most], self.whole and self.token_ids.size <= most
+        for stop in stops:
+            found = ids == stop
+            if (first := int(found.argmax())) or found[0]:
+                ids, whole = ids[: first + 1], True
+        return Known(self.start, ids, self.logprobs[: ids.size], whole)
 
 
 @dataclass(frozen=True)
@@ -160,75 +126,124 @@ class ScriptedPolicy:
     vocab_size: int = 64
     eos_token_ids: frozenset[int] = frozenset({0})
 
-    def start(self, request: Request, params: SamplingParams) -> Decoder:
+    def start(self, request: Request, params: SamplingParams) -> Known:
         """See `Policy`."""
-        rest, start = self._rest(request), len(request.prompt_ids)
-
-        def step(context: Sequence[int], weights: int) -> Step:
-            place = len(context) - start
-            return Step(rest[place], scripted_logprob(rest[place]), last=place + 1 == len(rest))
-
-        return step
+        ids = np.array(self._rest(request), np.int32)
+        return Known(request.ids.size, ids, scripted_logprob(ids))
 
     def _rest(self, request: Request) -> tuple[int, ...]:
         ids = request.prompt_ids
         for size in range(1, len(ids) + 1):
-            response = tuple(self.script(request._replace(prompt_ids=ids[:size])))
+            response = tuple(self.script(request._replace(ids=request.ids[:size])))
             if len(response) > len(ids) - size and response[: len(ids) - size] == ids[size:]:
                 return response[len(ids) - size :]
         raise ValueError(f"the script gave no token for request {request.request_id}; give at least one (an EOS will do)")
 
 
-def scripted_logprob(token: int) -> float:
-    """The made-up log-probability of a scripted token."""
-    return -(1 + token % 10) / 10
+def scripted_logprob(tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """The made-up log-probabilities of scripted tokens."""
+    return (-(1 + tokens % 10) / 10).astype(np.float32)
 
 
 Script = Callable[[Sequence[int]], Sequence[int]]
 """The whole response to a prompt."""
 
 Lengths = int | Callable[[Request], int]
-"""How long responses are, EOS included: one number, or a function of the request."""
+"""How long responses are, EOS included: one number, or a function of the request, whose prompt is then without kept tokens."""
 
 
-def filler(lengths: Lengths, vocab_size: int, eos: int) -> Callable[[Request], Sequence[int]]:
-    """A script of given lengths: the last token of the vocabulary over and over, then EOS. No prompt may end in that token."""
+class FillerPolicy:
+    """Says responses of given lengths: the last token of the vocabulary over and over, then EOS.
 
-    def script(request: Request) -> list[int]:
-        length = lengths if isinstance(lengths, int) else lengths(request)
+    Those tokens at the end of a prompt are taken for what a continued response has already, so no prompt of its own may end in one.
+    All responses are parts of one array, which cannot be written to.
+    """
+
+    def __init__(self, lengths: Lengths, vocab_size: int = 64, eos_token_id: int = 0) -> None:
+        self.vocab_size, self.eos_token_ids = vocab_size, frozenset({eos_token_id})
+        self._lengths, self._eos = lengths, eos_token_id
+        self._token_ids, self._logprobs = np.empty(0, np.int32), np.empty(0, np.float32)
+
+    def start(self, request: Request, params: SamplingParams) -> Known:
+        """See `Policy`."""
+        kept = self._kept(request.ids)
+        length = self._length(request._replace(ids=request.ids[: request.ids.size - kept]) if kept else request)
+        left = max(1, length - kept)
+        size = min(left, params.max_tokens)
+        if size >= self._token_ids.size:
+            self._grow(2 * size)
+        # Up to and with the EOS that ends the array, or of the fillers before it.
+        part = slice(-size, None) if left == size else slice(0, size)
+        return Known(request.ids.size, self._token_ids[part], self._logprobs[part], whole=left == size)
+
+    def _kept(self, ids: NDArray[np.int32]) -> int:
+        if ids[-1] != self.vocab_size - 1:
+            return 0
+        others = np.flatnonzero(ids != self.vocab_size - 1)
+        return int(ids.size - 1 - (others[-1] if others.size else 0))
+
+    def _length(self, request: Request) -> int:
+        length = self._lengths if isinstance(self._lengths, int) else self._lengths(request)
         if length < 1:
             raise ValueError(f"a response of {length} tokens for request {request.request_id}; lengths are 1 or more")
-        return [vocab_size - 1] * (length - 1) + [eos]
+        return length
 
-    return script
+    def _grow(self, size: int) -> None:
+        self._token_ids = np.full(size + 1, self.vocab_size - 1, np.int32)
+        self._token_ids[-1] = self._eos
+        self._logprobs = scripted_logprob(self._token_ids)
+        self._token_ids.flags.writeable = self._logprobs.flags.writeable = False  # shared by all who ask
 
 
-def lognormal_lengths(median: float, sigma: float, *, longest: int, seed: int = 0) -> Callable[[Request], int]:
-    """Long-tailed lengths for `SimulatedEngine(lengths=...)`: log-normal, at most `longest`, drawn for each rollout."""
+def lognormal_lengths(median: float, sigma: float, *, longest: int, seed: int = 0, prompt_share: float = 0.0) -> Callable[[Request], int]:
+    """Long-tailed lengths for `SimulatedEngine(lengths=...)`: log-normal, at most `longest`, drawn for each rollout.
+
+    Args:
+        median: tokens.
+        sigma: standard deviation of the logarithm.
+        longest: the most tokens.
+        seed: of the draws.
+        prompt_share: how much of the logarithm's variance belongs to the prompt, the same for all rollouts of it, in all epochs; the
+            rest belongs to the rollout, which keeps it over interruptions. From 0 to 1.
+    """
+    if not (median > 0 and sigma >= 0 and longest >= 1 and 0 <= prompt_share <= 1):
+        raise ValueError(f"{median=} must be above 0, {sigma=} 0 or more, {longest=} 1 or more, {prompt_share=} from 0 to 1")
+    of_prompt, of_rollout = sigma * math.sqrt(prompt_share), sigma * math.sqrt(1 - prompt_share)
+
+    @lru_cache(maxsize=1 << 16)
+    def shared(prompt: bytes) -> float:
+        return of_prompt * _normal(seed, "prompt", prompt.hex())
 
     def length(request: Request) -> int:
-        # Neither the prompt nor the request's own seed has a part in it: a continuation has others, and must keep its length.
-        place = min(max(uniform(seed, "length", request.session), 1e-12), 1 - 1e-12)
-        return min(longest, max(1, round(median * math.exp(sigma * NormalDist().inv_cdf(place)))))
+        # Neither the request's id nor its own seed has a part in it where there is a session: a continuation has others.
+        logarithm = of_rollout * _normal(seed, "length", request.session)
+        if of_prompt:
+            logarithm += shared(request.ids.tobytes())
+        return min(longest, max(1, round(median * math.exp(logarithm))))
 
     return length
 
 
-def policy_for(script: Script | None, lengths: Lengths | None, seed: int, vocab_size: int, eos: int) -> Policy:
-    """The policy that the arguments of `SimulatedEngine` ask for."""
-    eos_ids = frozenset({eos})
-    if script is not None:
-        return ScriptedPolicy(lambda request: script(request.prompt_ids), vocab_size, eos_ids)
-    if lengths is not None:
-        return ScriptedPolicy(filler(lengths, vocab_size, eos), vocab_size, eos_ids)
-    return TablePolicy(vocab_size, eos_ids, seed)
+def empirical_lengths(recorded: Mapping[tuple[int, ...], Sequence[int]], *, seed: int = 0) -> Callable[[Request], int]:
+    """Recorded lengths for `SimulatedEngine(lengths=...)`, drawn for each rollout, which keeps its own over interruptions.
+
+    Args:
+        recorded: the ids of each prompt and the lengths of its responses. A prompt that is not in it, or that has none, draws from
+            the lengths of all.
+        seed: of the draws.
+    """
+    every = sorted(length for lengths in recorded.values() for length in lengths)
+    if not every or every[0] < 1:
+        raise ValueError(f"recorded lengths must be 1 or more, and at least one; given were {len(every)}, the least is {every[:1]}")
+    known = {prompt: sorted(lengths) for prompt, lengths in recorded.items()}
+
+    def length(request: Request) -> int:
+        choices = known.get(request.prompt_ids) or every
+        return choices[int(uniform(seed, "length", request.session) * len(choices))]
+
+    return length
 
 
-def weights_seed(source: WeightSource) -> int:
-    """The seed that stands for `source`: a mapping's "seed", or the hash of a path's name."""
-    if isinstance(source, str | Path):
-        return int.from_bytes(hashlib.blake2b(str(source).encode(), digest_size=8).digest(), "big")
-    given = dict(source) if isinstance(source, Mapping | Iterable) else {}
-    if not isinstance(given.get("seed"), int):
-        raise ValueError(f"simulated weights are a path or a mapping with an integer 'seed', not {source!r:.100}")
-    return int(given["seed"])
+def _normal(*parts: object) -> float:
+    """A draw from the standard normal distribution that depends on nothing but `parts`."""
+    return _STANDARD.inv_cdf(min(max(uniform(*parts), 1e-12), 1 - 1e-12))

@@ -48,7 +48,7 @@ class Seen(SimulatedEngine):
             nonlocal tokens
             tokens += len(piece.token_ids)
             if cutting and tokens == self._after:
-                self._requests[request_id].end("abort")
+                self._end([self._requests[request_id]], "abort")
 
         return await super().generate(prompt_ids, params, request_id=request_id, session_id=session_id, on_tokens=watch)
 

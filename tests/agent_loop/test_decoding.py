@@ -91,7 +91,7 @@ async def test_without_a_watcher_a_snapshot_lags_no_more_than_a_piece_behind() -
             tasks.create_task(loop.generate_group(group))
             for turn in range(200):
                 await asyncio.sleep(0)
-                decoded = sum(len(request.logprobs) for request in engine._requests.values())
+                decoded = engine.statistics().tokens
                 (state,) = loop.snapshot(group).rollouts
                 assert decoded - 16 < state.response_ids.size <= decoded or decoded == 0, turn
             await loop.interrupt([7])

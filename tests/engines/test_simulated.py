@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from agent_loop.engines.base import Completion, Engine, WeightSource
 from agent_loop.engines.simulated import SimulatedEngine
-from agent_loop.engines.simulated_policy import TablePolicy, lognormal_lengths, scripted_logprob, shape_logits
+from agent_loop.engines.simulated_policy import lognormal_lengths, scripted_logprob
+from agent_loop.engines.simulated_table import TablePolicy, shape_logits
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
 from agent_loop.testing import EngineSuite, InFlight
@@ -112,7 +113,7 @@ async def test_a_script_gives_its_tokens_and_stops() -> None:
     async with SimulatedEngine(script=lambda prompt: [*reversed(prompt), 9]) as engine:
         response = await answer(engine, [1, 2, 3])
         assert (response.token_ids.tolist(), response.finish_reason) == ([3, 2, 1, 9], "stop")
-        assert response.logprobs.tolist() == pytest.approx([scripted_logprob(token) for token in (3, 2, 1, 9)])
+        assert response.logprobs.tolist() == pytest.approx(scripted_logprob(np.array([3, 2, 1, 9])).tolist())
         assert (await answer(engine, [1, 2, 3], max_tokens=2)).finish_reason == "length"
         assert (await answer(engine, [1, 0, 3])).token_ids.tolist() == [3, 0]  # an EOS in a script ends the response
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from agent_loop import SamplingParams, SingleTurnAgentLoop
 from agent_loop.agent_loop import first_error
 from agent_loop.engines.simulated import SimulatedEngine
-from agent_loop.engines.simulated_policy import Decoder, Request, Step, lognormal_lengths, policy_for
+from agent_loop.engines.simulated_policy import Decoder, FillerPolicy, Request, Step, lognormal_lengths
 from buffer import ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.errors import DatabaseError, LeaseLostError
 from producer import AsyncProduceStrategy, ProduceStrategy, ReplayPromptSampler, SyncProduceStrategy
@@ -112,12 +112,12 @@ class Losing:
     """A policy that knows at each token how many a rollout would lose if the process died now."""
 
     def __init__(self, sink: Slow, length: int) -> None:
-        self._inner = policy_for(None, length, 0, 64, 0)
+        self._inner = FillerPolicy(length)
         self.vocab_size, self.eos_token_ids = self._inner.vocab_size, self._inner.eos_token_ids
         self.sink, self.worst = sink, 0
 
     def start(self, request: Request, params: SamplingParams) -> Decoder:
-        decode, begun = self._inner.start(request, params), len(request.prompt_ids)
+        decode, begun = self._inner.start(request, params), request.ids.size
 
         def step(context: Sequence[int], weights: int) -> Step:
             lost = len(context) + 1 - begun - self.sink.tokens(str(request.session_id))

@@ -16,7 +16,7 @@ import pytest
 
 from agent_loop import SamplingParams, SingleTurnAgentLoop
 from agent_loop.engines.simulated import SimulatedEngine
-from agent_loop.engines.simulated_policy import Decoder, Request, Step, policy_for
+from agent_loop.engines.simulated_policy import Decoder, FillerPolicy, Request, Step
 from buffer import ReplayBuffer, RolloutGroup, RolloutState, Status
 from producer import ReplayPromptSampler, SyncProduceStrategy
 from tests.buffer.groups import url
@@ -64,7 +64,7 @@ class Telling:
         def length(request: Request) -> int:
             return SHORT if str(request.session_id).endswith("-0") else LONG
 
-        self._say, self._inner = say, policy_for(None, length, 0, 64, 0)
+        self._say, self._inner = say, FillerPolicy(length)
         self.vocab_size, self.eos_token_ids = self._inner.vocab_size, self._inner.eos_token_ids
 
     def start(self, request: Request, params: SamplingParams) -> Decoder:
