@@ -15,7 +15,7 @@ from agent_loop.engines.simulated import SimulatedEngine
 from agent_loop.engines.simulated_costs import CostModel
 from agent_loop.engines.simulated_policy import lognormal_lengths
 from agent_loop.sampling import SamplingParams
-from tests import virtual_time
+from producer.simulate import virtual_time
 
 WAITING = 10_000
 PARAMS = SamplingParams(max_tokens=8000)

@@ -15,7 +15,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.engines.base import Completion, Engine, FinishReason, OnTokens, PauseMode, WeightSource
+from agent_loop.engines.base import Completion, Engine, EngineLoad, FinishReason, OnTokens, PauseMode, WeightSource
 from agent_loop.engines.simulated_batching import Batching
 from agent_loop.engines.simulated_clock import Alarm
 from agent_loop.engines.simulated_costs import CostModel, Statistics
@@ -109,6 +109,10 @@ class SimulatedEngine(Engine):
     def waiting(self) -> int:
         """Requests in flight that hold no slot."""
         return self._batch.waiting + len(self._held)
+
+    def load(self) -> EngineLoad | None:
+        """See `Engine`."""
+        return None if self._paused else EngineLoad(self.running, self.waiting, self._batch.preemptions)
 
     def statistics(self) -> Statistics:
         """What it did until now."""

@@ -39,7 +39,7 @@ J = TypeVar("J", bound=Job)
 class Batching(Generic[J]):
     """Requests that wait and run; `number` is their order of arrival, and each that runs arrived before all that wait.
 
-    Times are seconds of whatever clock the caller keeps. Every call is about the moment of the last `advance`.
+    Times are seconds of whatever clock the caller keeps. Every call is about the moment of the last `advance`. `preemptions` counts them.
     """
 
     def __init__(self, costs: CostModel) -> None:
@@ -56,7 +56,7 @@ class Batching(Generic[J]):
         self._upcoming: tuple[float, str] | None = None  # the next event, until something changes it
         # The context of all that run is `_context` plus the progress of each that decodes.
         self._progress = self._decoding = self._context = 0
-        self._tokens = self._preemptions = self._prefilled = self._cached = 0
+        self._tokens = self.preemptions = self._prefilled = self._cached = 0
 
     @property
     def running(self) -> int:
@@ -72,7 +72,7 @@ class Batching(Generic[J]):
         """See `Statistics`; `held` more requests wait elsewhere."""
         for job in self._running.values():
             self.count(job)
-        numbers = (self._preemptions, self._tokens, self._prefilled, self._cached)
+        numbers = (self.preemptions, self._tokens, self._prefilled, self._cached)
         return Statistics(self.running, self.waiting + held, *numbers, self._busy)
 
     # -- who is in
@@ -266,7 +266,7 @@ class Batching(Generic[J]):
     def _preempt(self) -> None:
         youngest = self._running[next(reversed(self._running))]
         self._free(youngest)
-        self._preemptions += 1
+        self.preemptions += 1
         youngest.state = "waiting"
         self._waiting[youngest.number] = youngest
         self._waiting.move_to_end(youngest.number, last=False)

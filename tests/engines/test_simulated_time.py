@@ -11,14 +11,14 @@ import pytest_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_loop.engines.base import Completion, Engine
+from agent_loop.engines.base import Completion, Engine, EngineLoad
 from agent_loop.engines.simulated import SimulatedEngine
 from agent_loop.engines.simulated_clock import LATE, Alarm
 from agent_loop.engines.simulated_costs import CostModel
 from agent_loop.engines.simulated_policy import Decoder, FillerPolicy, Request, Step, empirical_lengths, lognormal_lengths
 from agent_loop.errors import EngineError
 from agent_loop.sampling import SamplingParams
-from tests import virtual_time
+from producer.simulate import virtual_time
 from tests.engines.test_simulated import TestSimulatedEngine as Promises
 
 PARAMS = SamplingParams(max_tokens=1000)
@@ -131,6 +131,7 @@ def test_an_update_of_weights_takes_its_time_and_nothing_is_decoded_meanwhile() 
         await asyncio.sleep(3.0)
         assert engine.version == 0
         assert engine.statistics().tokens == 30
+        assert engine.load() == EngineLoad(running=1, waiting=1)
         await update
         return now(), (await calls[0])[1], await calls[1]
 
@@ -164,6 +165,7 @@ def test_a_pause_that_keeps_lasts_until_both_it_and_an_update_are_over() -> None
         await engine.pause("keep")
         calls.append(tasks.create_task(ask(engine, "came in the pause")))
         await asyncio.sleep(1.0)
+        assert engine.load() is None
         async with asyncio.TaskGroup() as both:
             both.create_task(engine.update_weights({"seed": 1}, 1))
             await asyncio.sleep(1.0)
@@ -286,6 +288,7 @@ def test_a_preempted_request_keeps_its_tokens_and_their_versions() -> None:
 
     first, second = in_virtual_time(engine, story)
     assert engine.statistics().preemptions == 1
+    assert engine.load() == EngineLoad(0, 0, 1)
     assert (first[0], first[1].versions.tolist()) == (pytest.approx(2.0), [0] * 5 + [1] * 7 + [2] * 8)
     assert (second[0], second[1].versions.tolist()) == (pytest.approx(3.0), [0] * 5 + [1] * 5 + [2] * 10)
 
@@ -321,14 +324,15 @@ def test_a_request_that_nobody_watches_wakes_the_loop_only_at_its_end() -> None:
 
     async def story(tasks: asyncio.TaskGroup) -> int:
         loop = asyncio.get_running_loop()
-        jumps, select = 0, loop._selector.select  # type: ignore[attr-defined]
+        assert isinstance(loop, virtual_time.VirtualTimeLoop)
+        jumps, select = 0, loop._clock.select
 
         def counted(timeout: float | None = None) -> Any:
             nonlocal jumps
             jumps += 1
             return select(timeout)
 
-        loop._selector.select = counted  # type: ignore[attr-defined]
+        loop._clock.select = counted  # type: ignore[method-assign]
         async with asyncio.TaskGroup() as calls:
             for number in range(8):
                 calls.create_task(ask(engine, str(number)))
@@ -463,7 +467,7 @@ class HeldUp(virtual_time.VirtualTimeLoop):
     """Its clock can be set forward, as that of a program that did something else."""
 
     def skip(self, seconds: float) -> None:
-        self._now += seconds
+        self._clock.now += seconds
 
 
 def test_a_loop_that_was_held_up_slows_the_engine_and_does_not_end_everything_at_once() -> None:
