@@ -248,13 +248,7 @@ class SimulatedEngine(Engine):
     # -- time
 
     def _go_on(self) -> None:
-        self._catch_up()
-        self._settle()
-
-    def _catch_up(self) -> None:
         """Let happen what was to happen until now."""
-        if self._going_on:  # a callback of a request asks, in the midst of it
-            return
         self._going_on, now = True, self._alarm.now()
         try:
             while due := self._batch.advance(now):
@@ -263,6 +257,12 @@ class SimulatedEngine(Engine):
                 self._admit()
         finally:
             self._going_on = False
+            self._settle()
+
+    def _catch_up(self) -> None:
+        """To the present, for a call. What is due then is left to the alarm: where that is late, a call must not pay for it."""
+        if not self._going_on:  # else a callback of a request calls, in the midst of it
+            self._batch.approach(self._alarm.now())
 
     def _settle(self) -> None:
         """Give free slots away, and wake up when the next request is due."""

@@ -190,12 +190,16 @@ class Batching(Generic[J]):
                 return []
             self._move(when)
             if what == "decoded":
-                self._progress = max(self._progress, self._heap[0][0])  # not short of it by rounding
+                self._progress = self._heap[0][0]
                 return self._due_now()
             if what == "prefilled":
                 self._end_prefill()
             else:
                 self._preempt()
+
+    def approach(self, now: float) -> None:
+        """Go on towards `now`, but not to what is due before it or then: what the caller does next comes before that."""
+        self._move(min(now, self.next_time()))
 
     def _next(self) -> tuple[float, str]:
         """The next moment and its event; at one moment a request that ends comes before a preemption, which it may make needless."""
@@ -244,7 +248,9 @@ class Batching(Generic[J]):
         if not self._standing:
             self._busy += passed * len(self._running)
             if self._decoding:
-                self._progress += round(passed * self._rates[self._decoding])
+                progress = self._progress + round(passed * self._rates[self._decoding])
+                target = self._next_target()
+                self._progress = progress if target is None else min(progress, target - 1)  # there only when it is returned as due
             for number in self._prefills:
                 self._prefills[number] -= passed
                 break

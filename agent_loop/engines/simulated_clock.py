@@ -4,7 +4,7 @@ import asyncio
 import math
 from collections.abc import Callable
 
-LATE = 0.005
+LATE = 0.002
 """Seconds by which the alarm may come late and be made up for: more is time that the model never had. Else a program that was held
 up would find everything done at once."""
 

@@ -35,7 +35,7 @@ class TestWithCosts(Promises):
     def make_engine(self) -> Engine:
         costs = CostModel(
             16,
-            40_000.0,
+            8_000.0,
             half_batch=64,
             prefill_tokens_per_second=1e6,
             prefix_cache_tokens=100,
