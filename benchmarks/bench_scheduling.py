@@ -114,6 +114,16 @@ class Instant(Engine):
         """Always well."""
 
 
+class Rows:
+    """A dataset that makes its rows when asked, as those on disk do."""
+
+    def __len__(self) -> int:
+        return 10_000
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"prompt_ids": PROMPT.tolist(), "answer": index}
+
+
 async def reward(state: RolloutState) -> float:
     """A judgement that costs nothing."""
     return float(state.index % 2)
@@ -134,13 +144,13 @@ def resident() -> float:
     return pages * 4096 / 1e6
 
 
-async def produced(url: str, in_flight: int, batches: int, rows: int) -> tuple[list[float], list[float], int]:
+async def produced(url: str, in_flight: int, batches: int) -> tuple[list[float], list[float], int]:
     """Microseconds of the loop for each rollout answered and MB resident after it, by batch, and the most requests in flight."""
     batch_size = in_flight // GROUP_SIZE
     costs, sizes = [], []
     async with ReplayBuffer.open(url) as buffer, Instant() as engine:
         loop = SingleTurnAgentLoop(engine, reward=reward, sampling=PARAMS)
-        sampler = ReplayPromptSampler([{"prompt_ids": PROMPT.tolist(), "answer": n} for n in range(rows)], buffer, group_size=GROUP_SIZE)
+        sampler = ReplayPromptSampler(Rows(), buffer, group_size=GROUP_SIZE)
         strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, progress=False)
         for _ in range(batches):
             began, answered = time.thread_time(), engine.answered
@@ -162,7 +172,7 @@ def main() -> None:
     args = parser.parse_args()
     engine = statistics.median(asyncio.run(bare(args.in_flight)) for _ in range(3))
     with scratch() as folder:
-        costs, sizes, most = asyncio.run(produced(f"sqlite:///{folder}/run.db", args.in_flight, args.batches, 10_000))
+        costs, sizes, most = asyncio.run(produced(f"sqlite:///{folder}/run.db", args.in_flight, args.batches))
     print(f"groups of {GROUP_SIZE}, {args.in_flight} rollouts a batch; at most {most} in flight")
     print(f"the engine by itself takes {engine:.0f} us a rollout")
     rows = [

@@ -1,8 +1,8 @@
 """What the database holds of the groups that this process runs: the base of the deltas that checkpoints write."""
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,41 +11,43 @@ from buffer.codec import GroupSnapshot
 from buffer.rollout import TOKEN_ARRAYS, RolloutGroup, RolloutState
 from buffer.status import Status
 
+_Stored = tuple[Any, ...]
+"""A member as it was when it was stored last: the arrays of its tokens, its prompt, and what else may change.
 
-class _Stored(NamedTuple):
-    """A member as it was when it was stored last: its tokens, and what else may change."""
+One plain tuple of plain values, None for what is empty: there is one of each rollout in flight, and the garbage collector, which
+otherwise goes through all of them again and again, passes over such tuples.
+"""
 
-    tokens: Sequence[NDArray[Any]]
-    prompt_ids: NDArray[np.int32] | None
-    others: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, rollout: RolloutState) -> "_Stored":
-        # Of plain values, None for what is empty: thousands of these are kept, and the garbage collector passes over such tuples.
-        others = (
-            *(rollout.status, rollout.attempts, rollout.interruptions, rollout.error, rollout.finish_reason, rollout.score, rollout.reward),
-            # Until then it is decoded anew, and not stored.
-            rollout.text if rollout.status is Status.COMPLETED else None,
-            tuple(rollout.turns),
-            dict(rollout.reward_parts) if rollout.reward_parts else None,
-            dict(rollout.metrics) if rollout.metrics else None,
-            None if rollout.messages is None else [dict(message) for message in rollout.messages],
-            None if rollout.media is None else list(rollout.media),
-        )
-        return cls(_tokens(rollout), rollout.prompt_ids, others)
-
-    def start_of(self, rollout: RolloutState) -> int | None:
-        """From which token on `rollout` is new: behind those stored, or 0 where it was begun anew. None: nothing is new."""
-        now, n = _Stored.of(rollout), self.tokens[0].size
-        if rollout.prompt_ids is not self.prompt_ids and not np.array_equal(rollout.prompt_ids, self.prompt_ids):  # type: ignore[arg-type]
-            return 0
-        if not all(_begins_with(array, stored, n) for stored, array in zip(self.tokens, now.tokens, strict=True)):
-            return 0
-        return n if rollout.response_ids.size > n or not _equal(now.others, self.others) else None
+_N_ARRAYS = len(TOKEN_ARRAYS)
 
 
-_tokens = operator.attrgetter(*TOKEN_ARRAYS)
-"""All of a token: versions too, since those of an engine elsewhere are provisional."""
+def _stored(rollout: RolloutState) -> _Stored:
+    return (
+        # All of a token: versions too, since those of an engine elsewhere are provisional.
+        *_arrays(rollout),
+        *(rollout.prompt_ids, rollout.status.value, rollout.attempts, rollout.interruptions, rollout.error),
+        *(rollout.finish_reason, rollout.score, rollout.reward),
+        # Until then it is decoded anew, and not stored.
+        rollout.text if rollout.status is Status.COMPLETED else None,
+        tuple(tuple(turn) for turn in rollout.turns) if rollout.turns else None,
+        dict(rollout.reward_parts) if rollout.reward_parts else None,
+        dict(rollout.metrics) if rollout.metrics else None,
+        None if rollout.messages is None else [dict(message) for message in rollout.messages],
+        None if rollout.media is None else list(rollout.media),
+    )
+
+
+_arrays = operator.attrgetter(*TOKEN_ARRAYS)
+
+
+def _start_of(stored: _Stored, rollout: RolloutState) -> int | None:
+    """From which token on `rollout` is new: behind those stored, or 0 where it was begun anew. None: nothing is new."""
+    now, n, prompt_ids = _stored(rollout), stored[0].size, stored[_N_ARRAYS]
+    if rollout.prompt_ids is not prompt_ids and not np.array_equal(rollout.prompt_ids, prompt_ids):  # type: ignore[arg-type]
+        return 0
+    if not all(_begins_with(now[at], stored[at], n) for at in range(_N_ARRAYS)):
+        return 0
+    return n if rollout.response_ids.size > n or not _equal(now[_N_ARRAYS + 1 :], stored[_N_ARRAYS + 1 :]) else None
 
 
 def _begins_with(array: NDArray[Any], stored: NDArray[Any], n: int) -> bool:
@@ -81,7 +83,7 @@ class Progress:
     def handed_out(self, groups: Iterable[RolloutGroup]) -> None:
         """These run from now on, and are stored as they are."""
         for group in groups:
-            self._stored[group.group_id] = [_Stored.of(rollout) for rollout in group.rollouts]
+            self._stored[group.group_id] = [_stored(rollout) for rollout in group.rollouts]
 
     def asked(self, snapshot: GroupSnapshot) -> "_Asked":
         """The group is to be stored as it is now; see `stored`."""
@@ -92,7 +94,7 @@ class Progress:
         """What was asked for is stored: unless anything else was since, this is what there is."""
         group_id = asked.snapshot.group_id
         if self._stored.get(group_id) is asked:
-            self._stored[group_id] = [_Stored.of(rollout) for rollout in asked.snapshot.rollouts]
+            self._stored[group_id] = [_stored(rollout) for rollout in asked.snapshot.rollouts]
 
     def forget(self, group_id: int) -> None:
         """The group does not run any more, or it is not known what is stored of it."""
@@ -103,5 +105,5 @@ class Progress:
         known = self._stored.get(snapshot.group_id)
         if not isinstance(known, list) or len(known) != len(snapshot.rollouts):
             return {rollout.index: 0 for rollout in snapshot.rollouts}
-        starts = {rollout.index: stored.start_of(rollout) for rollout, stored in zip(snapshot.rollouts, known, strict=True)}
+        starts = {rollout.index: _start_of(stored, rollout) for rollout, stored in zip(snapshot.rollouts, known, strict=True)}
         return {index: start for index, start in starts.items() if start is not None}
