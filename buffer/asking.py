@@ -94,6 +94,15 @@ class Asking(Access):
         args.require_task(task_name)
         return await self._read(queries.response_lengths, task_name, [Position(*position) for position in positions])
 
+    async def lengths_by_prompt(self, task_name: str) -> dict[str, list[int]]:
+        """How many tokens the whole responses to each prompt have, in all epochs; what `millrace simulate` begins with.
+
+        Keys stand for the content of prompts and tell nothing else; they come in the order of the first draw. It reads the rows of
+        all groups of the task, and no tokens.
+        """
+        args.require_task(task_name)
+        return await self._read(queries.lengths_by_prompt, task_name)
+
     async def task_names(self) -> list[str]:
         """The tasks of this run."""
         return await self._read(queries.task_names)

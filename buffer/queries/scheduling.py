@@ -1,5 +1,6 @@
 """What a producer asks to decide which groups to run next."""
 
+import hashlib
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
@@ -108,4 +109,23 @@ def response_lengths(conn: Connection, task_name: str, at: Collection[Position])
         for chunk in chunks([position.offset for position in at if position.epoch == epoch]):
             rows = conn.execute(_LENGTHS, {"task": task_name, "epoch": epoch, "ids": ids_of(conn, chunk)})
             found |= {Position(epoch, offset): mean for offset, mean in rows}
+    return found
+
+
+_PROMPTS = select(t.prompts.c.group_id, t.prompts.c.data).join(t.groups).where(_g.task_name == bindparam("task"))
+_RESPONSES = (
+    select(_r.group_id, _r.tokens)
+    .join(t.groups)
+    .where(_g.task_name == bindparam("task"), _r.finish_reason.is_not(None), _r.tokens > 0)
+    .order_by(_r.group_id, _r.member)
+)
+
+
+def lengths_by_prompt(conn: Connection, task_name: str) -> dict[str, list[int]]:
+    """The tokens of all whole responses, by what stands for the prompt's content: the same prompt in two epochs is one."""
+    rows = conn.execute(_PROMPTS, {"task": task_name})
+    key_of = {group_id: hashlib.blake2b(data.encode(), digest_size=16).hexdigest() for group_id, data in rows}
+    found: dict[str, list[int]] = {}
+    for group_id, tokens in conn.execute(_RESPONSES, {"task": task_name}):
+        found.setdefault(key_of[group_id], []).append(tokens)
     return found

@@ -96,3 +96,19 @@ async def test_an_order_or_a_number_that_is_none_is_refused(buffer: ReplayBuffer
         await buffer.claim("math", 1, statuses=[Status.PENDING], order="newest")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="min_interruptions=-1 must be a whole number"):
         await buffer.tail_candidates("math", -1)
+
+
+async def test_lengths_are_told_by_prompt_over_epochs(buffer: ReplayBuffer) -> None:
+    for group_id, (prompt, size, status) in enumerate(
+        [("1", 3, "completed"), ("2", 5, "completed"), ("1", 4, "filtered"), ("3", 2, "interrupted")]
+    ):
+        group = a_group(group_id, status, size=2, tokens=size, position=Position(group_id // 2, group_id % 2))
+        for state in group.rollouts:
+            state.row = {"prompt": prompt}
+            state.prompt = prompt
+            if status == "interrupted":
+                state.finish_reason = None
+        await buffer.put(group)
+    found = await buffer.lengths_by_prompt("math")
+    assert list(found.values()) == [[3, 3, 4, 4], [5, 5]]
+    assert await buffer.lengths_by_prompt("code") == {}

@@ -287,6 +287,10 @@ def account(w: World) -> Command:
     return Command("account", (w.draw(TASK),), {"window": w.draw(st.integers(0, 3))})
 
 
+def lengths_by_prompt(w: World) -> Command:
+    return Command("lengths_by_prompt", (w.draw(TASK),))
+
+
 def wait_for(w: World) -> Command:
     task, status, n = w.draw(TASK), w.draw(st.sampled_from(sorted(S))), w.draw(st.integers(1, 3))
     return Command("wait_for", (task, status, n), {"timeout": 60.0 if w.model.count(task, status) >= n else 0.001})
@@ -334,6 +338,7 @@ ASKING: Sequence[Maker] = [
     oldest_versions,
     positions,
     response_lengths,
+    lengths_by_prompt,
     wait_for,
 ]
 

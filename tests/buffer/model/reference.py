@@ -5,6 +5,7 @@ statuses and their table. An error is one of the same class, raised before anyth
 """
 
 import copy
+import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 
 from buffer import Fifo, FreshestFirst, ResumeReport, RolloutGroup, RolloutState, StalestFirst, Status
 from buffer.amounts import NOTHING, Amount
+from buffer.codec import encode_prompt
 from buffer.errors import (
     CursorConflictError,
     DuplicateGroupError,
@@ -443,6 +445,15 @@ class Reference:
         finished = self.of_task(task_name, S.COMPLETED, S.CONSUMED, S.ARCHIVED, S.FILTERED)
         lengths = {k.position: sum(member.response_ids.size for member in k.members) / len(k.members) for k in finished if k.position}
         return {position: length for position, length in lengths.items() if position in positions}
+
+    def lengths_by_prompt(self, task_name: str) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for _, known in sorted(self.groups.items()):
+            lengths = [member.response_ids.size for member in known.members if member.finish_reason and member.response_ids.size]
+            if known.task == task_name and lengths:
+                key = hashlib.blake2b(encode_prompt(known.members).encode(), digest_size=16).hexdigest()
+                found.setdefault(key, []).extend(lengths)
+        return found
 
     def wait_for(self, task_name: str, status: Status, n: int = 1, *, timeout: float | None = None) -> int:
         """Nobody else changes anything meanwhile."""
