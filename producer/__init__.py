@@ -4,7 +4,7 @@ from producer.asynchronous import AsyncProduceStrategy
 from producer.background import Producer
 from producer.experience import make_experience
 from producer.filters import GroupFilter, all_of, pass_rate, zero_variance
-from producer.predict import LongestPredictedFirst, SimilarPredictedTogether
+from producer.predict import LongestPredictedFirst, SimilarPredictedTogether, SortedWindows
 from producer.production import ProducedBatch
 from producer.prompts import PromptSampler, ReplayPromptSampler
 from producer.replay import ReplaySource
@@ -22,6 +22,7 @@ __all__ = [
     "ReplayPromptSampler",
     "ReplaySource",
     "SimilarPredictedTogether",
+    "SortedWindows",
     "SyncProduceStrategy",
     "all_of",
     "make_experience",

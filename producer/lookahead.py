@@ -24,15 +24,15 @@ class Lookahead:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @property
-    def size(self) -> int:
-        """Prompts that are to wait."""
-        return self._order.window * self._most_wanted
-
-    def is_low(self, n: int) -> bool:
-        """Whether prompts should be drawn before `n` are chosen: not for each, but for as many as are wanted at once."""
+    def missing(self, n: int) -> int:
+        """Prompts to draw before `n` are chosen."""
         self._most_wanted = max(self._most_wanted, n)
-        return len(self) < max(n, self.size - self._most_wanted + 1)
+        asked = (self._started, n, self._most_wanted)
+        return 0 if len(self) >= max(n, self._order.least(*asked)) else max(n, self._order.ahead(*asked)) - len(self)
+
+    @property
+    def _started(self) -> int:
+        return self._last_number - len(self)
 
     def update(self, positions: Mapping[int, Position | None]) -> None:
         """These wait now, in this order; of those known already what is known stays."""
@@ -55,10 +55,11 @@ class Lookahead:
     def choose(self, n: int) -> list[int]:
         """The groups to start, in order."""
         # Those drawn after it that wait no more went ahead of it.
-        ahead = self._last_number - len(self) + 1
+        ahead = self._started + 1
         predicted = self._predicted.get
         waiting = [
-            Waiting(group_id, predicted(group_id), ahead + at - number) for at, (group_id, number) in enumerate(self._numbers.items())
+            Waiting(group_id, predicted(group_id), ahead + at - number, number - 1)
+            for at, (group_id, number) in enumerate(self._numbers.items())
         ]
         return self._order.choose(waiting, n)
 

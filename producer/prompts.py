@@ -293,7 +293,7 @@ class ReplayPromptSampler(PromptSampler):
         dataset: as of `PromptSampler`, like the other arguments.
         buffer: whose expired, interrupted and pending groups (in this order) are offered before fresh prompts.
         replay: which of these are offered.
-        order: in which drawn prompts are started: `LongestPredictedFirst(...)` or `SimilarPredictedTogether(...)`. Prompts are
+        order: in which drawn prompts are started: `SortedWindows(...)` or another of `producer.predict`. Prompts are
             then drawn ahead, as pending groups, to choose among. Lengths are those of earlier epochs of a list or map-style
             dataset; of a dataloader's rows none are known. None: as they are drawn.
     """
@@ -312,7 +312,9 @@ class ReplayPromptSampler(PromptSampler):
         if unknown := [status for status in replay if status not in LEFT_BEHIND]:
             raise ValueError(f"replay={unknown[0]!r} cannot be offered again; choose among {[str(s) for s in LEFT_BEHIND]}")
         if order is not None and not isinstance(order, PromptOrder):
-            raise TypeError(f"order={order!r:.80} is none; give LongestPredictedFirst(), SimilarPredictedTogether() or None")
+            raise TypeError(
+                f"order={order!r:.80} is none; give SortedWindows(), SimilarPredictedTogether(), LongestPredictedFirst() or None"
+            )
         if order is not None and Status.PENDING not in replay:
             raise ValueError(
                 f"order={order!r} chooses among pending groups, and replay={[str(s) for s in replay]} leaves them out; add them"
@@ -351,7 +353,7 @@ class ReplayPromptSampler(PromptSampler):
             return await super()._draw(task_name, n, buffer)
         lookahead = self._lookaheads.setdefault(task_name, Lookahead(self._order))
         while True:
-            if lookahead.is_low(n):
+            if lookahead.missing(n):
                 await self._look_ahead(task_name, n, buffer, lookahead)
             chosen = lookahead.choose(n)
             started = await buffer.claim(task_name, n, statuses=[Status.PENDING], among=chosen)
@@ -363,8 +365,8 @@ class ReplayPromptSampler(PromptSampler):
     async def _look_ahead(self, task_name: str, n: int, buffer: ReplayBuffer, lookahead: Lookahead) -> None:
         """Draw prompts until enough wait to be chosen among, and look up what is known of their lengths."""
         lookahead.update(await buffer.positions(task_name, Status.PENDING, limit=_MOST_WAITING))
-        while len(lookahead) < max(n, lookahead.size):
-            await self._draw_pending(task_name, max(n, lookahead.size) - len(lookahead), buffer)
+        while (missing := lookahead.missing(n)) > 0:
+            await self._draw_pending(task_name, missing, buffer)
             lookahead.update(await buffer.positions(task_name, Status.PENDING, limit=_MOST_WAITING))
         lookahead.predict(await self._predicted(task_name, lookahead.unpredicted(), buffer))
 

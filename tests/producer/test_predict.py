@@ -11,18 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buffer import Position, ReplayBuffer, RolloutGroup, RolloutState, Status
-from producer import LongestPredictedFirst, ReplayPromptSampler, SimilarPredictedTogether
+from producer import LongestPredictedFirst, ReplayPromptSampler, SimilarPredictedTogether, SortedWindows
 from producer.lookahead import Lookahead
 from producer.predict import PromptOrder, Waiting, known_lengths, remaining
 
 lengths = st.lists(st.none() | st.floats(0, 1e4), max_size=30)
-orders = st.builds(LongestPredictedFirst, st.integers(1, 5), st.none() | st.integers(0, 9)) | st.builds(
-    SimilarPredictedTogether, st.integers(1, 5)
+orders = (
+    st.builds(LongestPredictedFirst, st.integers(1, 5), st.none() | st.integers(0, 9))
+    | st.builds(SimilarPredictedTogether, st.integers(1, 5))
+    | st.builds(SortedWindows, st.integers(1, 20))
 )
 
 
 def waiting(*predicted: float | None) -> list[Waiting]:
-    return [Waiting(group_id, length) for group_id, length in enumerate(predicted)]
+    return [Waiting(group_id, length, 0, group_id) for group_id, length in enumerate(predicted)]
 
 
 # -- pure -------------------------------------------------------------------------------------------------------
@@ -70,10 +72,9 @@ def test_no_prompt_is_overtaken_much_more_than_allowed(order: PromptOrder, wante
     lookahead, drawn, started = Lookahead(order), 0, list[int]()
     held: dict[int, Position | None] = {}
     for n in wanted:
-        if lookahead.is_low(n):
-            while len(held) < max(n, lookahead.size):
-                held[drawn] = Position(0, drawn)
-                drawn += 1
+        if missing := lookahead.missing(n):
+            held |= {drawn + at: Position(0, drawn + at) for at in range(missing)}
+            drawn += missing
             lookahead.update(held)
             lookahead.predict({group_id: chance.lognormvariate(3, 2) for group_id in lookahead.unpredicted() if chance.random() < 0.8})
         chosen = lookahead.choose(n)
@@ -82,22 +83,53 @@ def test_no_prompt_is_overtaken_much_more_than_allowed(order: PromptOrder, wante
         for group_id in chosen:
             del held[group_id]
         started += chosen
-    most = max(wanted)
-    allowed = order.window * most if getattr(order, "most_overtaken", None) is None else order.most_overtaken  # type: ignore[attr-defined]
+    allowed = most_overtaken(order, max(wanted))
     for at, group_id in enumerate(started):
-        overtaken = sum(other > group_id for other in started[:at])
-        assert overtaken <= (allowed + 2 * most if isinstance(order, LongestPredictedFirst) else drawn)
+        assert sum(other > group_id for other in started[:at]) <= allowed
     for group_id in held:
-        assert isinstance(order, SimilarPredictedTogether) or sum(other > group_id for other in started) <= allowed + 2 * most
+        assert sum(other > group_id for other in started) <= allowed
+
+
+def most_overtaken(order: PromptOrder, most_wanted: int) -> float:
+    """By how many later ones a prompt may be overtaken; of like lengths together only the oldest is sure of its place."""
+    if isinstance(order, SortedWindows):
+        return order.prompts - 1
+    if isinstance(order, LongestPredictedFirst):
+        return (order.window * most_wanted if order.most_overtaken is None else order.most_overtaken) + 2 * most_wanted
+    return float("inf")
+
+
+def test_windows_are_sorted_every_other_one_the_other_way_round() -> None:
+    assert SortedWindows(3).choose(waiting(5, 9, 7, 4, 8, 6, 1), 7) == [1, 2, 0, 3, 5, 4, 6]
+    assert SortedWindows(3).choose(waiting(5, 9, 7, 4, 8, 6, 1), 4) == [1, 2, 0, 3]
+
+
+@given(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=30), st.randoms(use_true_random=False))
+def test_the_order_of_windows_does_not_depend_on_how_many_are_wanted_at_a_time(
+    prompts: int, wanted: list[int], chance: random.Random
+) -> None:
+    predicted = [chance.random() for _ in range(sum(wanted) + prompts)]
+    order, left, started = SortedWindows(prompts), waiting(*predicted), list[int]()
+    for n in wanted:
+        whole_windows = order.least(len(started), n, n)
+        assert whole_windows >= n
+        assert (len(started) + whole_windows) % prompts == 0
+        started += (chosen := order.choose(left[:whole_windows], n))
+        left = [each for each in left if each.group_id not in chosen]
+    assert started == order.choose(waiting(*predicted), sum(wanted))
 
 
 class AnyOrder:
     """Chooses as chance has it, and checks how often each that waits was overtaken."""
 
-    window = 3
-
     def __init__(self, chance: random.Random) -> None:
         self.chance, self.started = chance, list[int]()
+
+    def least(self, started: int, n: int, most_wanted: int) -> int:
+        return 2 * most_wanted
+
+    def ahead(self, started: int, n: int, most_wanted: int) -> int:
+        return 3 * most_wanted
 
     def choose(self, waiting: Sequence[Waiting], n: int) -> list[int]:
         for group in waiting:
@@ -112,8 +144,8 @@ def test_those_that_went_ahead_are_counted(wanted: list[int], chance: random.Ran
     order, held, drawn = AnyOrder(chance), dict[int, Position | None](), 0
     lookahead = Lookahead(order)
     for n in wanted:
-        if lookahead.is_low(n):
-            new = range(drawn, drawn + max(n, lookahead.size) - len(held))
+        if missing := lookahead.missing(n):
+            new = range(drawn, drawn + missing)
             held |= {group_id: Position(0, group_id) for group_id in new}
             drawn += len(new)
             lookahead.update(held)
@@ -136,6 +168,7 @@ def test_with_like_lengths_together_the_oldest_never_waits(wanted: list[int], ch
     [
         (lambda: LongestPredictedFirst(window=0), "window=0"),
         (lambda: SimilarPredictedTogether(window=0), "window=0"),
+        (lambda: SortedWindows(0), "prompts=0"),
         (lambda: LongestPredictedFirst(most_overtaken=-1), "most_overtaken=-1"),
     ],
 )
@@ -184,6 +217,16 @@ async def test_like_lengths_make_a_batch(buffer: ReplayBuffer) -> None:
     sampler = a_sampler(buffer, SimilarPredictedTogether(window=3))
     batches = [sorted(numbers(await sampler.sample_many("default", 4))) for _ in range(2)]
     assert all(batch[-1] - batch[0] <= 6 for batch in batches), batches
+
+
+async def test_a_window_is_started_longest_first_one_at_a_time(buffer: ReplayBuffer) -> None:
+    await finish(buffer, await a_sampler(buffer, None).sample_many("default", 12))
+    sampler = a_sampler(buffer, SortedWindows(6))
+    started = [numbers([await sampler.sample("default")])[0] for _ in range(12)]
+    assert started[:6] == sorted(started[:6], reverse=True)
+    assert started[6:] == sorted(started[6:])
+    assert sorted(started) == list(range(12))
+    assert (await buffer.counts("default"))[Status.PENDING] == 0, "the next window is drawn when it is wanted"
 
 
 async def test_what_was_drawn_ahead_is_there_after_a_restart(url: str) -> None:
