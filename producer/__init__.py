@@ -1,5 +1,6 @@
 """What to run, when, and what the trainer receives."""
 
+from producer.adaptive import AdaptiveLimit
 from producer.asynchronous import AsyncProduceStrategy
 from producer.background import Producer
 from producer.experience import make_experience
@@ -10,8 +11,10 @@ from producer.prompts import PromptSampler, ReplayPromptSampler
 from producer.replay import ReplaySource
 from producer.strategy import ProduceStrategy
 from producer.sync import SyncProduceStrategy
+from producer.watchdog import Watchdog
 
 __all__ = [
+    "AdaptiveLimit",
     "AsyncProduceStrategy",
     "GroupFilter",
     "LongestPredictedFirst",
@@ -25,6 +28,7 @@ __all__ = [
     "SortedWindows",
     "SyncProduceStrategy",
     "all_of",
+    "Watchdog",
     "make_experience",
     "pass_rate",
     "zero_variance",

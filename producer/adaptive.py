@@ -63,9 +63,9 @@ class AdaptiveLimit:
     def after(self, load: EngineLoad | None, in_flight: int) -> "AdaptiveLimit":
         """The state after a look at the engine, with so many rollouts in flight. Look before more are started: those just wait.
 
-        An engine that says nothing, or runs nothing (it is paused, say), changes nothing.
+        An engine that says nothing, or runs nothing of what waits (it is paused, say), changes nothing.
         """
-        if load is None or load.running == 0:
+        if load is None or (load.running == 0 and load.waiting > 0):
             return self
         preempted = self._preemptions is not None and load.preemptions > self._preemptions
         seen = replace(self, _preemptions=load.preemptions)

@@ -11,3 +11,7 @@ class DatasetError(ProducerError, ValueError):
 
 class FailureBudgetError(ProducerError, RuntimeError):
     """Too many groups of a batch failed or were filtered: production stops rather than going on for ever."""
+
+
+class StalledError(ProducerError, TimeoutError):
+    """No group ended for too long while rollouts run; the message names them. Raised with `on_stall="raise"`."""

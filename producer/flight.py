@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +18,7 @@ from producer.checkpoints import Checkpointer, Interval
 from producer.filters import GroupFilter
 from producer.running import GroupRunner, Outcome
 from producer.task_pool import TaskPool
+from producer.watchdog import RunningRollout
 
 _log = logging.getLogger(__name__)
 
@@ -45,10 +47,14 @@ class Flying:
     Attributes:
         oldest: the oldest version that its tokens may have: that at its start, or of tokens kept from before.
         members: those that have not ended.
+        group: as it was claimed; its rollouts change while they run.
+        since: when it was started.
     """
 
     oldest: int
     members: int
+    group: RolloutGroup
+    since: float
 
 
 class Flight:
@@ -73,6 +79,10 @@ class Flight:
         self._flying: dict[int, Flying] = {}
         self._asked: set[int] = set()
         self._members = 0
+        self._clock = asyncio.get_running_loop().time
+        self.took: deque[float] = deque(maxlen=64)
+        """Seconds that recent groups ran."""
+        self.last_end: float | None = None
         self._some_cancelled = False
         self._stack = AsyncExitStack()
 
@@ -110,6 +120,19 @@ class Flight:
         """How many groups in flight may have tokens of which oldest version."""
         return Counter(flying.oldest for flying in self._flying.values())
 
+    def oldest_running(self) -> list[RunningRollout]:
+        """One that runs for the longest time; none where nothing runs. Its tokens are not looked up."""
+        return [RunningRollout(str(group_id), flying.since, 0) for group_id, flying in islice(self._flying.items(), 1)]
+
+    def running(self) -> list[RunningRollout]:
+        """The rollouts that run, with what they have."""
+        return [
+            RunningRollout(state.rollout_id, flying.since, int(state.response_ids.size), judged=state.finished)
+            for flying in self._flying.values()
+            for state in self._agent_loop.snapshot(flying.group).rollouts
+            if state.status is Status.RUNNING
+        ]
+
     def older_than(self, version: int) -> list[int]:
         """Groups in flight that may have tokens of a version before `version`."""
         return [group_id for group_id, flying in self._flying.items() if flying.oldest < version]
@@ -118,7 +141,7 @@ class Flight:
         """Run a claimed group, with the policy now at `version`."""
         group_id, oldest = group.group_id, group.min_version
         members = sum(state.status is not Status.COMPLETED for state in group.rollouts)
-        self._flying[group_id] = Flying(version if oldest is None else min(version, oldest), members)
+        self._flying[group_id] = Flying(version if oldest is None else min(version, oldest), members, group, self._clock())
         self._members += members
         self._runner.unstored.add(group_id)
         self._asked.discard(group_id)
@@ -136,6 +159,7 @@ class Flight:
         outcomes = self._pool.taken()
         for outcome in outcomes:
             self._forget(outcome.group_id)
+            self.last_end = self._clock()
         if self._some_cancelled:
             # Of these no task told anything; it stored what there was.
             for group_id in self._flying.keys() - set(self._pool.running):
@@ -145,7 +169,9 @@ class Flight:
         return outcomes
 
     def _forget(self, group_id: int) -> None:
-        self._members -= self._flying.pop(group_id).members
+        flying = self._flying.pop(group_id)
+        self._members -= flying.members
+        self.took.append(self._clock() - flying.since)
         self._asked.discard(group_id)
         self._runner.ending.discard(group_id)
 

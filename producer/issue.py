@@ -40,7 +40,7 @@ def issue_limit(batch_size: int, staleness_threshold: float) -> int:
     return math.ceil((1 + staleness_threshold) * batch_size * (1 - 1e-12))
 
 
-def room(max_in_flight: int, in_flight: int, group_size: int) -> int:
+def groups_that_fit(max_in_flight: int, in_flight: int, group_size: int) -> int:
     """Groups that may start while at most `max_in_flight` rollouts are to be in flight, and `in_flight` are."""
     return max(0, max_in_flight - in_flight) // group_size
 

@@ -5,6 +5,8 @@ whole -> hand_out                                                               
 """
 
 import asyncio
+import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -18,15 +20,20 @@ from agent_loop import AgentLoop
 from agent_loop.agent_loop import first_error
 from buffer import ReplayBuffer, RolloutGroup, Status, TakePolicy
 from buffer.staleness import Level
+from producer.adaptive import AdaptiveLimit
 from producer.bound import is_ready
-from producer.errors import FailureBudgetError, ProducerError
+from producer.errors import FailureBudgetError, ProducerError, StalledError
 from producer.flight import Flight, Rules
-from producer.issue import Load, bounded_issue, exact, room, tail_batch
+from producer.issue import Load, bounded_issue, exact, groups_that_fit, tail_batch
 from producer.metrics import Metrics, batch_metrics
 from producer.prompts import PromptSampler, Tail
 from producer.running import Outcome
+from producer.watchdog import Stall, Watchdog
+
+_log = logging.getLogger(__name__)
 
 OnStale = Literal["wait", "expire", "mask"]
+OnStall = Literal["warn", "raise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,9 @@ class Plan:
         max_staleness: of what is handed out.
         on_stale: what becomes of groups that would exceed it.
         tail: `tail_batch_trigger_size` and `tail_batch_candidate_step`.
-        max_in_flight: the most rollouts in flight.
+        max_in_flight: the most rollouts in flight; None sets no bound.
+        watchdog: says when nothing ends any more; None never does.
+        on_stall: what is done then.
         policy: which completed groups are taken first.
     """
 
@@ -61,7 +70,9 @@ class Plan:
     max_staleness: int | None
     on_stale: OnStale
     tail: tuple[int, int]
-    max_in_flight: int | None
+    max_in_flight: int | AdaptiveLimit | None
+    watchdog: Watchdog | None
+    on_stall: OnStall
     policy: TakePolicy
 
     @property
@@ -145,6 +156,7 @@ class Production:
     ) -> None:
         self._buffer, self._plan, self._agent_loop, self._sampler, self._task_name = buffer, plan, agent_loop, sampler, task_name
         self._ahead = ahead
+        self.max_in_flight = plan.max_in_flight
         self.batch = Batch(batch_size)
         self._changed, self._news, self._opened = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._issuing = asyncio.Lock()
@@ -154,6 +166,8 @@ class Production:
         self._ended = self._idle = False
         self._expired_at: int | None = None
         self._handed_out_at: int | None = None
+        self._warned_at: float | None = None
+        self._held_back = False
 
     # -- the actor ----------------------------------------------------------------------------------------------
 
@@ -247,7 +261,32 @@ class Production:
         if not started and not len(self._flight):
             self._idle = True
             self._news.set()
-        await self._changed.wait()
+        await self._next_change()
+
+    async def _next_change(self) -> None:
+        """Wait until a group or a member ends, or somebody wants something; where that takes too long, say so."""
+        watchdog, flight = self._plan.watchdog, self._flight
+        due = None if watchdog is None else watchdog.due(flight.oldest_running(), flight.took, self._last_sign)
+        try:
+            async with asyncio.timeout_at(due):
+                await self._changed.wait()
+        except TimeoutError:
+            now = asyncio.get_running_loop().time()
+            assert watchdog is not None
+            if (stall := watchdog.look(flight.running(), flight.took, self._last_sign, now)) is not None:
+                self._warned_at = now
+                self._stalled(stall)
+
+    @property
+    def _last_sign(self) -> float | None:
+        """When the last group ended, or a stall was told of."""
+        signs = [at for at in (self._flight.last_end, self._warned_at) if at is not None]
+        return max(signs, default=None)
+
+    def _stalled(self, stall: Stall) -> None:
+        if self._plan.on_stall == "raise":
+            raise StalledError(f"production of task {self._task_name!r} has stalled: {stall}")
+        _log.warning("production of task %r has stalled: %s", self._task_name, stall)
 
     def _record(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
@@ -292,9 +331,24 @@ class Production:
         wanted = exact(load) if tail else self._plan.to_issue(load)
         if self._plan.waits:
             wanted = await self._within_bound(load, wanted)
-        if self._plan.max_in_flight is not None:
-            wanted = min(wanted, room(self._plan.max_in_flight, self._flight.members, self._sampler.group_size))
-        return wanted
+        if wanted <= 0:
+            return wanted
+        room = self._room()
+        self._held_back = wanted > room
+        return min(wanted, room)
+
+    def _room(self) -> int:
+        """Groups that may start beside the rollouts in flight; one in any case where none are."""
+        limit = self.max_in_flight
+        if isinstance(limit, AdaptiveLimit):
+            engine = self._agent_loop.engine
+            # Where the limit held back, it was reached until a rollout ended just now.
+            reached = max(self._flight.members, limit.limit) if self._held_back else self._flight.members
+            limit = self.max_in_flight = limit.after(None if engine is None else engine.load(), reached)
+            limit = limit.limit
+        if limit is None:
+            return sys.maxsize
+        return max(int(not len(self._flight)), groups_that_fit(limit, self._flight.members, self._sampler.group_size))
 
     async def _within_bound(self, load: Load, wanted: int) -> int:
         """As many as can be handed out in time; those left behind that are due in any case, or the batch would wait in vain."""

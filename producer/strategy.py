@@ -11,13 +11,15 @@ from agent_loop import AgentLoop
 from agent_loop.sampling import number, whole
 from buffer import Fifo, ReplayBuffer, StalestFirst, Status, TakePolicy
 from buffer.errors import BufferClosedError
+from producer.adaptive import AdaptiveLimit
 from producer.checkpoints import Interval
 from producer.errors import ProducerError
 from producer.filters import GroupFilter
 from producer.flight import Rules
 from producer.issue import Load, check_tail_options
-from producer.production import OnStale, Plan, ProducedBatch, Production
+from producer.production import OnStale, OnStall, Plan, ProducedBatch, Production
 from producer.prompts import PromptSampler
+from producer.watchdog import Watchdog
 
 InFlight = Literal["interrupt", "keep"]
 
@@ -38,13 +40,15 @@ class ProduceStrategy(ABC):
             batch waits for what would be too late in the next. "expire": nothing is waited for; what is too stale expires, and its
             stale members run again before fresh prompts. "mask": tokens that are too stale are not trained on, and a member
             expires when it has no other. With "wait", what got too stale all the same expires too (after a rewind, say).
-        max_in_flight: the most rollouts in flight; None sets no bound.
+        max_in_flight: the most rollouts in flight, or an `AdaptiveLimit` that follows the engine's load; None sets no bound.
         tail_batch_trigger_size: tail batches run the groups that were left behind first, and issue nothing beside them: -1 never,
             0 when any was, N when N were.
         tail_batch_candidate_step: interruptions after which a group counts as left behind; an expired one does at once.
         max_failed: groups of one batch that may fail; one more stops production. Default: the batch size.
         max_filtered: groups of one batch that may be filtered, likewise. Default: 8 times the batch size.
         max_interrupted: groups of one batch that may end early by themselves, likewise. Default: 16 times the batch size.
+        watchdog: says when no group has ended for too long; None never does.
+        on_stall: what is done then: "warn" logs which rollouts run and where they stand, "raise" stops production with it.
         interrupt_timeout: seconds that interrupted rollouts have to return before they are cancelled.
         checkpoint_tokens: what running rollouts have decoded is stored as they run, so that a crash of the process costs no
             rollout much more than so many tokens; finished members of running groups are stored with it. None: not by tokens.
@@ -62,12 +66,14 @@ class ProduceStrategy(ABC):
         in_flight: InFlight = "interrupt",
         max_staleness: int | None = None,
         on_stale: OnStale = "wait",
-        max_in_flight: int | None = None,
+        max_in_flight: int | AdaptiveLimit | None = None,
         tail_batch_trigger_size: int = -1,
         tail_batch_candidate_step: int = 1,
         max_failed: int | None = None,
         max_filtered: int | None = None,
         max_interrupted: int | None = None,
+        watchdog: Watchdog | None = Watchdog(),  # noqa: B008 - a frozen value
+        on_stall: OnStall = "warn",
         interrupt_timeout: float = 10.0,
         checkpoint_tokens: int | None = 512,
         checkpoint_seconds: float | None = 10.0,
@@ -80,8 +86,11 @@ class ProduceStrategy(ABC):
         for name, bound in {"max_staleness": max_staleness, **budget, "interrupt_timeout": interrupt_timeout}.items():
             if bound is not None and number(name, bound) < 0:
                 raise ValueError(f"{name}={bound} is negative; it must be 0 or more")
-        if max_in_flight is not None and whole("max_in_flight", max_in_flight) < 1:
+        if not isinstance(max_in_flight, AdaptiveLimit | None) and whole("max_in_flight", max_in_flight) < 1:
             raise ValueError(f"max_in_flight={max_in_flight} lets no rollout run; it must be 1 or more")
+        if not isinstance(watchdog, Watchdog | None):
+            raise TypeError(f"watchdog={watchdog!r:.80} is none; pass Watchdog(factor=..., least_seconds=...) or None")
+        _check_choice("on_stall", on_stall, ("warn", "raise"))
         _check_choice("in_flight", in_flight, ("interrupt", "keep"))
         _check_choice("on_stale", on_stale, ("wait", "expire", "mask"))
         waits = max_staleness is not None and on_stale == "wait"
@@ -98,6 +107,8 @@ class ProduceStrategy(ABC):
             on_stale=on_stale,
             tail=check_tail_options(tail_batch_trigger_size, tail_batch_candidate_step),
             max_in_flight=max_in_flight,
+            watchdog=watchdog,
+            on_stall=on_stall,
             policy=policy or (StalestFirst() if waits else Fifo()),
         )
         self.no_bar = None if progress is None else not progress
@@ -168,7 +179,7 @@ class ProduceStrategy(ABC):
         if whole("batch_size", batch_size) < 1:
             raise ValueError(f"batch_size={batch_size} is no batch; it must be 1 or more")
         agent_loop.check_initialised()
-        if self.max_in_flight is not None and self.max_in_flight < sampler.group_size:
+        if isinstance(self.max_in_flight, int) and self.max_in_flight < sampler.group_size:
             raise ValueError(
                 f"max_in_flight={self.max_in_flight} lets no group of {sampler.group_size} rollouts run; raise it, or lower group_size"
             )

@@ -17,11 +17,17 @@ class RunningRollout:
         rollout_id: its name.
         since: when it was started, in seconds of the clock that is looked at.
         tokens: that it has so far.
+        judged: whether its response is whole, and waits for its reward.
     """
 
     rollout_id: str
     since: float
     tokens: int
+    judged: bool = False
+
+    def standing(self, now: float) -> str:
+        """Where it stands, in words."""
+        return f"{self.rollout_id} ({self.tokens} tokens{', being judged' if self.judged else ''}, for {now - self.since:.0f} s)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,7 @@ class Stall:
     now: float
 
     def __str__(self) -> str:
-        named = [f"{r.rollout_id} ({r.tokens} tokens, for {self.now - r.since:.0f} s)" for r in self.running[:_MOST_NAMED]]
+        named = [rollout.standing(self.now) for rollout in self.running[:_MOST_NAMED]]
         more = f" and {len(self.running) - _MOST_NAMED} more" if len(self.running) > _MOST_NAMED else ""
         return (
             f"no group ended for {self.quiet:.0f} s, {self.allowed:.0f} s are allowed; {len(self.running)} rollouts run: "

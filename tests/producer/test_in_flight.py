@@ -1,6 +1,7 @@
 """What runs beyond its batch: kept running or stopped, never too stale when handed out, never more than allowed at once."""
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
@@ -10,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent_loop import SamplingParams, SingleTurnAgentLoop
+from agent_loop.engines.base import EngineLoad
 from agent_loop.engines.simulated import SimulatedEngine
 from agent_loop.engines.simulated_policy import lognormal_lengths
 from agent_loop.errors import EngineDeadError
 from buffer import Fifo, ReplayBuffer, RolloutGroup, RolloutState, Status
-from producer import AsyncProduceStrategy, PromptSampler, ReplayPromptSampler, SyncProduceStrategy
-from producer.errors import ProducerError
+from producer import AdaptiveLimit, AsyncProduceStrategy, PromptSampler, ReplayPromptSampler, SyncProduceStrategy, Watchdog
+from producer.errors import ProducerError, StalledError
 
 TASK = "math"
 
@@ -293,3 +295,59 @@ async def test_a_plain_prompt_sampler_has_no_tail(buffer: ReplayBuffer) -> None:
         strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, tail_batch_trigger_size=1)
         batch = await strategy.produce_batch(loop_of(engine), PromptSampler(rows, 2), 2, TASK)
     assert batch.metrics["produce/started"] > 2
+
+
+class Loaded(Gated):
+    """Says how loaded it is, and remembers the most that waited."""
+
+    longest_queue = 0
+
+    def load(self) -> EngineLoad:
+        self.longest_queue = max(self.longest_queue, self.waiting)
+        return EngineLoad(self.running, self.waiting, 0)
+
+
+async def test_an_adaptive_limit_fills_the_engine_and_keeps_its_queue_short(buffer: ReplayBuffer) -> None:
+    limit = AdaptiveLimit(smallest=2, largest=400, increase=2.0)
+    async with Loaded(lengths=lognormal_lengths(10, 1.0, longest=60), slots=16) as engine:
+        await AsyncProduceStrategy(buffer, staleness_threshold=3.0, max_in_flight=limit).produce_batch(
+            loop_of(engine), sampler_of(buffer), 120, TASK
+        )
+    assert 16 <= engine.most <= 60, "without a limit it were 960"
+    assert engine.longest_queue <= 32
+
+
+# -- stalls ----------------------------------------------------------------------------------------------------------
+
+NERVOUS = Watchdog(factor=1.0, least_seconds=0.02, first_seconds=0.02)
+
+
+async def test_a_stall_is_raised_with_the_rollouts_that_run_and_where_they_stand(buffer: ReplayBuffer) -> None:
+    async with Gated(11) as engine:
+        strategy = SyncProduceStrategy(buffer, watchdog=NERVOUS, on_stall="raise", interrupt_timeout=0.05)
+        with pytest.raises(StalledError, match=r"task 'math' has stalled: no group ended for .* 2 rollouts run: math-2-0 \(0 tokens, for"):
+            await strategy.produce_batch(loop_of(engine), sampler_of(buffer), 2, TASK)
+    counts = await buffer.counts(TASK)
+    assert (counts[Status.COMPLETED], counts[Status.INTERRUPTED], counts[Status.RUNNING]) == (1, 1, 0)
+
+
+async def test_a_stall_is_warned_of_and_says_what_is_being_judged(buffer: ReplayBuffer, caplog: pytest.LogCaptureFixture) -> None:
+    go = asyncio.Event()
+
+    async def reward(state: RolloutState) -> float:
+        await go.wait()
+        return 1.0
+
+    class LetGo(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            go.set()
+
+    handler = LetGo()
+    logging.getLogger("producer.production").addHandler(handler)
+    try:
+        async with Gated() as engine:
+            strategy = SyncProduceStrategy(buffer, watchdog=NERVOUS)
+            assert len((await strategy.produce_batch(loop_of(engine, reward=reward), sampler_of(buffer), 2, TASK)).groups) == 2
+    finally:
+        logging.getLogger("producer.production").removeHandler(handler)
+    assert "(4 tokens, being judged, for" in caplog.text
