@@ -5,6 +5,7 @@ from producer.asynchronous import AsyncProduceStrategy
 from producer.background import Producer
 from producer.experience import make_experience
 from producer.filters import GroupFilter, all_of, pass_rate, zero_variance
+from producer.members import RedundantMembers
 from producer.predict import LongestPredictedFirst, SimilarPredictedTogether, SortedWindows
 from producer.production import ProducedBatch
 from producer.prompts import PromptSampler, ReplayPromptSampler
@@ -22,6 +23,7 @@ __all__ = [
     "ProducedBatch",
     "Producer",
     "PromptSampler",
+    "RedundantMembers",
     "ReplayPromptSampler",
     "ReplaySource",
     "SimilarPredictedTogether",

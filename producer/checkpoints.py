@@ -80,7 +80,9 @@ class Unsaved:
 class _Watched:
     """One running group: told by its agent loop how it gets on; says by `notify` that it is due at another time."""
 
-    def __init__(self, group: RolloutGroup, interval: Interval, notify: Callable[["_Watched"], None], on_ended: Callable[[], None]) -> None:
+    def __init__(
+        self, group: RolloutGroup, interval: Interval, notify: Callable[["_Watched"], None], on_ended: Callable[[int], None]
+    ) -> None:
         self.group, self._interval, self._notify, self._on_ended = group, interval, notify, on_ended
         self._loop = asyncio.get_running_loop()
         self._by_member = [0] * len(group.rollouts)
@@ -101,7 +103,7 @@ class _Watched:
         if self.unsaved.ended is None:
             self.unsaved.ended = self._loop.time()
             self._notify(self)
-        self._on_ended()
+        self._on_ended(member)
 
     def due_at(self) -> float:
         """See `Unsaved`."""
@@ -162,7 +164,7 @@ class Checkpointer:
             self._task.cancel()
         await self._tasks.__aexit__(kind, error, trace)
 
-    def watch(self, group: RolloutGroup, on_ended: Callable[[], None] = lambda: None) -> None:
+    def watch(self, group: RolloutGroup, on_ended: Callable[[int], None] = lambda _: None) -> None:
         """Checkpoint this group from now on, and call `on_ended` when a member of it ended; before `generate_group`."""
         watched = self._watched[group.group_id] = _Watched(group, self._interval, self._rescheduled, on_ended)
         self._agent_loop.watch(group, watched)

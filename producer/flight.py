@@ -16,6 +16,7 @@ from buffer import ReplayBuffer, RolloutGroup, Status
 from buffer.errors import BufferClosedError
 from producer.checkpoints import Checkpointer, Interval
 from producer.filters import GroupFilter
+from producer.members import RedundantMembers
 from producer.running import GroupRunner, Outcome
 from producer.task_pool import TaskPool
 from producer.watchdog import RunningRollout
@@ -29,12 +30,14 @@ class Rules:
 
     Attributes:
         group_filter: says why a completed group is of no use.
+        redundant: members that are started and not needed.
         keep_tokens: of what is interrupted.
         interrupt_timeout: seconds that interrupted rollouts have to return before they are cancelled.
         interval: of checkpoints.
     """
 
     group_filter: GroupFilter | None
+    redundant: RedundantMembers | None
     keep_tokens: bool
     interrupt_timeout: float
     interval: Interval
@@ -73,7 +76,7 @@ class Flight:
     def __init__(self, buffer: ReplayBuffer, agent_loop: AgentLoop, task_name: str, rules: Rules, on_change: Callable[[], None]) -> None:
         self._buffer, self._agent_loop, self._task_name = buffer, agent_loop, task_name
         self._timeout, self._on_change = rules.interrupt_timeout, on_change
-        self._runner = GroupRunner(buffer, agent_loop, rules.group_filter, keep_tokens=rules.keep_tokens)
+        self._runner = GroupRunner(buffer, agent_loop, rules.group_filter, redundant=rules.redundant, keep_tokens=rules.keep_tokens)
         self._pool = TaskPool[Outcome](on_change)
         self._checkpoints = Checkpointer(buffer, agent_loop, rules.interval, keep_tokens=rules.keep_tokens, lost=self._runner.lost)
         self._flying: dict[int, Flying] = {}
@@ -145,10 +148,11 @@ class Flight:
         self._members += members
         self._runner.unstored.add(group_id)
         self._asked.discard(group_id)
-        self._checkpoints.watch(group, lambda: self._member_ended(group_id))
+        self._checkpoints.watch(group, lambda member: self._member_ended(group_id, member))
         self._pool.start(group_id, self._runner.run(group, self._checkpoints, self._asked))
 
-    def _member_ended(self, group_id: int) -> None:
+    def _member_ended(self, group_id: int, member: int) -> None:
+        self._runner.member_ended(group_id, member)
         if (flying := self._flying.get(group_id)) is not None and flying.members > 0:
             flying.members -= 1
             self._members -= 1

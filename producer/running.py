@@ -9,6 +9,8 @@ from buffer.errors import BufferClosedError, DatabaseError, IllegalTransitionErr
 from producer.checkpoints import Checkpointer
 from producer.filters import GroupFilter, checked_reason
 from producer.interrupt import settle_unfinished
+from producer.members import RedundantMembers
+from producer.surplus import SurplusStop
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +39,36 @@ class GroupRunner:
         buffer: where to.
         agent_loop: runs them.
         group_filter: says why a completed one is of no use.
+        redundant: members that are started and not needed.
         keep_tokens: of what is unfinished.
     """
 
-    def __init__(self, buffer: ReplayBuffer, agent_loop: AgentLoop, group_filter: GroupFilter | None, *, keep_tokens: bool) -> None:
+    def __init__(
+        self,
+        buffer: ReplayBuffer,
+        agent_loop: AgentLoop,
+        group_filter: GroupFilter | None,
+        *,
+        redundant: RedundantMembers | None,
+        keep_tokens: bool,
+    ) -> None:
         self._buffer, self._agent_loop, self._group_filter, self._keep_tokens = buffer, agent_loop, group_filter, keep_tokens
         self.unstored: set[int] = set()
         """Groups that were claimed for this runner, and for which nothing was asked to be stored yet."""
         self.ending: set[int] = set()
         """Groups for which it was asked; whoever is told of their outcome takes them out."""
         self._lost: dict[int, str] = {}
+        self._redundant = redundant
+        self._surplus: dict[int, SurplusStop] = {}
 
     def lost(self, group_id: int, reason: str) -> None:
         """The group is another producer's by now: nothing is to be stored of it."""
         self._lost[group_id] = reason
+
+    def member_ended(self, group_id: int, member: int) -> None:
+        """A member of a group that runs is whole and judged, or failed for good."""
+        if (surplus := self._surplus.get(group_id)) is not None:
+            surplus.ended(member)
 
     async def run(self, group: RolloutGroup, checkpoints: Checkpointer, asked: Container[int]) -> Outcome:
         """Run a claimed group to its outcome. `asked` holds the groups that are to stop: one of these is not begun."""
@@ -58,7 +76,7 @@ class GroupRunner:
         try:
             try:
                 if group_id not in asked:  # else it was told to stop before its first step
-                    group = _same_group(group, await self._agent_loop.generate_group(group))
+                    group = _same_group(group, await self._generate(group))
             finally:
                 checkpoints.forget(group_id)
             self._decide(group)
@@ -77,6 +95,15 @@ class GroupRunner:
         if stored is None:
             return Outcome(group_id, Status.INTERRUPTED, sampled, f"it was lost: {self._lost.pop(group_id)}", group_id in asked)
         return Outcome(group_id, stored.status, sampled, _reason(stored), group_id in asked)
+
+    async def _generate(self, group: RolloutGroup) -> RolloutGroup:
+        if self._redundant is None:
+            return await self._agent_loop.generate_group(group)
+        surplus = self._surplus[group.group_id] = SurplusStop(self._agent_loop, group, self._redundant)
+        try:
+            return await surplus.generate_group()
+        finally:
+            del self._surplus[group.group_id]
 
     def _decide(self, group: RolloutGroup) -> None:
         if group.status is not Status.COMPLETED or self._group_filter is None:

@@ -17,6 +17,7 @@ from producer.errors import ProducerError
 from producer.filters import GroupFilter
 from producer.flight import Rules
 from producer.issue import Load, check_tail_options
+from producer.members import RedundantMembers
 from producer.production import OnStale, OnStall, Plan, ProducedBatch, Production
 from producer.prompts import PromptSampler
 from producer.watchdog import Watchdog
@@ -31,6 +32,7 @@ class ProduceStrategy(ABC):
         buffer: where everything is kept.
         group_filter: says why a completed group is of no use (None keeps it); what it rejects is stored with the
             reason and replaced.
+        redundant: members of each group that are started and not needed: the first to complete are trained on (see `RedundantMembers`).
         enable_partial_rollout: keep the tokens of interrupted responses, to be continued; without, they begin anew.
         in_flight: what becomes of groups that run when a batch is whole. "interrupt" stops and stores them. "keep" lets them run,
             and goes on starting groups for later batches; the strategy is then an async context manager, which owns what runs.
@@ -62,6 +64,7 @@ class ProduceStrategy(ABC):
         buffer: ReplayBuffer,
         *,
         group_filter: GroupFilter | None = None,
+        redundant: RedundantMembers | None = None,
         enable_partial_rollout: bool = True,
         in_flight: InFlight = "interrupt",
         max_staleness: int | None = None,
@@ -88,6 +91,8 @@ class ProduceStrategy(ABC):
                 raise ValueError(f"{name}={bound} is negative; it must be 0 or more")
         if not isinstance(max_in_flight, AdaptiveLimit | None) and whole("max_in_flight", max_in_flight) < 1:
             raise ValueError(f"max_in_flight={max_in_flight} lets no rollout run; it must be 1 or more")
+        if not isinstance(redundant, RedundantMembers | None):
+            raise TypeError(f"redundant={redundant!r:.80} is none; pass RedundantMembers(extra=..., bias='accept')")
         if not isinstance(watchdog, Watchdog | None):
             raise TypeError(f"watchdog={watchdog!r:.80} is none; pass Watchdog(factor=..., least_seconds=...) or None")
         _check_choice("on_stall", on_stall, ("warn", "raise"))
@@ -97,11 +102,14 @@ class ProduceStrategy(ABC):
         if waits and policy is not None and not isinstance(policy, StalestFirst):
             raise ValueError(f"policy={policy!r} could leave the stalest until they are too stale; on_stale='wait' needs StalestFirst()")
         self.buffer, self.in_flight, self.enable_partial_rollout = buffer, in_flight, enable_partial_rollout
+        self.redundant = redundant
         self.max_staleness, self.on_stale, self.max_in_flight = max_staleness, on_stale, max_in_flight
         self.plan = Plan(
             name=f"{type(self).__name__}.to_issue",
             to_issue=self.to_issue,
-            rules=Rules(group_filter, enable_partial_rollout, interrupt_timeout, Interval(checkpoint_tokens, checkpoint_seconds)),
+            rules=Rules(
+                group_filter, redundant, enable_partial_rollout, interrupt_timeout, Interval(checkpoint_tokens, checkpoint_seconds)
+            ),
             budget={Status.FAILED: max_failed, Status.FILTERED: max_filtered, Status.INTERRUPTED: max_interrupted},
             max_staleness=max_staleness,
             on_stale=on_stale,
@@ -179,6 +187,10 @@ class ProduceStrategy(ABC):
         if whole("batch_size", batch_size) < 1:
             raise ValueError(f"batch_size={batch_size} is no batch; it must be 1 or more")
         agent_loop.check_initialised()
+        if self.redundant is not None:
+            self.redundant.needed(sampler.group_size)
+            if agent_loop.group_reward is not None:
+                raise ValueError("redundant members cannot be dropped from groups that a group_reward judges as a whole; use a reward")
         if isinstance(self.max_in_flight, int) and self.max_in_flight < sampler.group_size:
             raise ValueError(
                 f"max_in_flight={self.max_in_flight} lets no group of {sampler.group_size} rollouts run; raise it, or lower group_size"

@@ -16,7 +16,16 @@ from agent_loop.engines.simulated import SimulatedEngine
 from agent_loop.engines.simulated_policy import lognormal_lengths
 from agent_loop.errors import EngineDeadError
 from buffer import Fifo, ReplayBuffer, RolloutGroup, RolloutState, Status
-from producer import AdaptiveLimit, AsyncProduceStrategy, PromptSampler, ReplayPromptSampler, SyncProduceStrategy, Watchdog
+from producer import (
+    AdaptiveLimit,
+    AsyncProduceStrategy,
+    PromptSampler,
+    RedundantMembers,
+    ReplayPromptSampler,
+    SyncProduceStrategy,
+    Watchdog,
+    make_experience,
+)
 from producer.errors import ProducerError, StalledError
 
 TASK = "math"
@@ -351,3 +360,61 @@ async def test_a_stall_is_warned_of_and_says_what_is_being_judged(buffer: Replay
     finally:
         logging.getLogger("producer.production").removeHandler(handler)
     assert "(4 tokens, being judged, for" in caplog.text
+
+
+# -- redundant members -----------------------------------------------------------------------------------------------
+
+
+async def test_redundant_members_are_stopped_when_enough_have_completed_and_only_those_are_trained_on(buffer: ReplayBuffer) -> None:
+    slow = {"math-1-0", "math-2-0"}
+
+    def lengths(request: Any) -> int:
+        return 10_000 if request.session_id in slow else 5
+
+    async with SimulatedEngine(lengths=lengths, max_length=20_000) as engine:
+        strategy = SyncProduceStrategy(buffer, redundant=RedundantMembers(1, bias="accept"))
+        loop = SingleTurnAgentLoop(engine, reward=lambda state: 1.0, sampling=SamplingParams(max_tokens=15_000, seed=1))
+        batch = await strategy.produce_batch(loop, sampler_of(buffer, group_size=3), 2, TASK)
+    for group in batch.groups:
+        assert [state.left_out for state in group.rollouts] == [True, False, False]
+        assert [state.response_ids.size for state in group.rollouts] == [0, 5, 5]
+    assert (await buffer.audit(payloads=True)).ok
+    experience = make_experience(batch.groups)
+    assert experience.metrics["rollouts"] == 4
+
+
+async def test_redundant_members_stay_with_an_interrupted_group(buffer: ReplayBuffer) -> None:
+    """Stopped before enough have completed, it goes on with those that had, and drops the slowest in the end."""
+    judged = asyncio.Event()
+
+    async def reward(state: RolloutState) -> float:
+        judged.set()
+        return 1.0
+
+    def lengths(request: Any) -> int:
+        return 3 if request.session_id.endswith("-0") else 10_000
+
+    async with SimulatedEngine(lengths=lengths, max_length=20_000) as engine:
+        loop = SingleTurnAgentLoop(engine, reward=reward, sampling=SamplingParams(max_tokens=15_000, seed=1))
+        strategy = SyncProduceStrategy(buffer, redundant=RedundantMembers(1, bias="accept"))
+        producing = asyncio.create_task(strategy.produce_batch(loop, sampler_of(buffer, group_size=3), 1, TASK))
+        await judged.wait()
+        producing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await producing
+        (stopped,) = await buffer.query(status=Status.INTERRUPTED)
+        batch = await strategy.produce_batch(loop, sampler_of(buffer, group_size=3), 1, TASK)
+    assert [group.group_id for group in batch.groups] == [stopped.group_id]
+    assert sum(state.left_out for state in batch.groups[0].rollouts) == 1
+
+
+async def test_redundant_members_need_a_group_to_be_dropped_from_and_no_judge_of_the_whole(buffer: ReplayBuffer) -> None:
+    strategy = SyncProduceStrategy(buffer, redundant=RedundantMembers(2, bias="accept"))
+    async with Gated() as engine:
+        with pytest.raises(ValueError, match="a group of 2 with extra=2 would train on none"):
+            await strategy.produce_batch(loop_of(engine), sampler_of(buffer), 2, TASK)
+        judged = SingleTurnAgentLoop(engine, group_reward=lambda group: [1.0] * len(group.rollouts))
+        with pytest.raises(ValueError, match="group_reward judges as a whole"):
+            await strategy.produce_batch(judged, sampler_of(buffer, group_size=4), 2, TASK)
+    with pytest.raises(TypeError, match="redundant=2"):
+        SyncProduceStrategy(buffer, redundant=2)  # type: ignore[arg-type]
