@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.engines.base import Completion, Engine, FinishReason, OnTokens, PauseMode, WeightSource, piece_tokens
+from agent_loop.engines.base import Completion, Engine, EngineLoad, FinishReason, OnTokens, PauseMode, WeightSource, piece_tokens
 from agent_loop.engines.checkpoint import Checkpoint, check_fits, read_checkpoint, write_checkpoint
 from agent_loop.engines.vllm_adapter import (
     checkpoint_of,
@@ -24,6 +24,7 @@ from agent_loop.engines.vllm_adapter import (
     token_versions,
     vllm_params,
 )
+from agent_loop.engines.vllm_load import LoadMonitor
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams
 
@@ -80,6 +81,7 @@ class VLLMEngine(Engine):
         self._args |= {"logprobs_mode": "processed_logprobs", "worker_extension_cls": "agent_loop.engines.vllm_worker.WorkerExtension"}
         self.recompute = recompute
         self._llm: Any = None
+        self._monitor = LoadMonitor()
         self._closed = False
         self._death: BaseException | None = None
         self._control = asyncio.Lock()
@@ -146,7 +148,7 @@ class VLLMEngine(Engine):
 
     async def _started(self) -> Any:
         started: list[Any] = []
-        start = asyncio.get_running_loop().run_in_executor(None, start_engine, self._args, started)
+        start = asyncio.get_running_loop().run_in_executor(None, start_engine, self._args, self._monitor, started)
         try:
             await asyncio.shield(start)
             return started.pop()
@@ -179,6 +181,11 @@ class VLLMEngine(Engine):
         """Return once the engine process answers."""
         with self._translated():
             await self._alive().get_weight_version()
+
+    def load(self) -> EngineLoad | None:
+        """What ran and waited after the last step; None while paused, and with `disable_log_stats=False`, which gives vLLM's metrics."""
+        told = self._args["disable_log_stats"]
+        return self._monitor.load() if told and self._llm is not None and not self._paused else None
 
     def _alive(self) -> Any:
         """The open engine, or the error that says why there is none."""

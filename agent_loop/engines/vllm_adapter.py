@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agent_loop.engines.checkpoint import Checkpoint, read_checkpoint
+from agent_loop.engines.vllm_load import LoadMonitor, without_iteration_stats
 from agent_loop.engines.vllm_worker import OWNER
 from agent_loop.errors import EngineError
 from agent_loop.sampling import SamplingParams
@@ -27,7 +28,7 @@ SETTINGS = {
 """Environment of the engine process while it starts, where the user has not set these."""
 
 
-def start_engine(args: dict[str, Any], started: list[Any]) -> None:
+def start_engine(args: dict[str, Any], monitor: LoadMonitor, started: list[Any]) -> None:
     """Import vLLM, start its engine process and put the `AsyncLLM` into `started`; blocks, and so runs in a thread.
 
     It is not returned: the frames of this thread are kept alive by tracebacks that vLLM holds, and would keep it as well.
@@ -39,7 +40,12 @@ def start_engine(args: dict[str, Any], started: list[Any]) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        started.append(AsyncLLM.from_engine_args(AsyncEngineArgs(**args)))
+        # Who asks vLLM for its own metrics gets them; else this takes their place.
+        quietly = args["disable_log_stats"]
+        loggers = [monitor.stat_logger()] if quietly else None
+        started.append(AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=loggers))
+        if quietly:
+            without_iteration_stats(started[-1])
 
 
 _environment_lock = threading.Lock()

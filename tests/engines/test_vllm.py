@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agent_loop.engines.base import Engine, WeightSource
+from agent_loop.engines.base import Engine, EngineLoad, WeightSource
 from agent_loop.engines.checkpoint import Checkpoint
 from agent_loop.engines.vllm import VLLMEngine
 from agent_loop.errors import EngineDeadError, RequestRefusedError, WeightUpdateError
@@ -166,6 +166,21 @@ class TestVLLMEngine(EngineSuite):
             await asyncio.sleep(0)  # every task has run to its first wait
             await engine.interrupt()
         assert {call.task.result().finish_reason for call in calls} == {"abort"}
+
+    async def test_it_says_what_runs_and_what_waits_for_a_slot(self, engine: VLLMEngine) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            calls = [InFlight(tasks, engine, [5, number], LONG, f"load-{number}") for number in range(SLOTS + 5)]
+            await calls[0].seen(5)
+            assert engine.load() == EngineLoad(SLOTS, 5)
+            await engine.pause("keep")
+            assert engine.load() is None, "what waits while it is paused is no sign of a full engine"
+            await engine.resume()
+            await engine.interrupt([f"load-{number}" for number in range(8)])
+            await calls[-1].seen(5)
+            assert engine.load() == EngineLoad(SLOTS - 3, 0)
+            await engine.interrupt()
+        await engine.generate([5, 6], LONG.replace(max_tokens=3), request_id="last")
+        assert engine.load() == EngineLoad(0, 0)
 
     async def test_one_request_id_names_one_request(self, engine: VLLMEngine) -> None:
         async with asyncio.TaskGroup() as tasks:
