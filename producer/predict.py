@@ -1,6 +1,7 @@
 """Which prompts first? By the lengths that their responses had in earlier epochs. Pure decisions: no tasks, no storage."""
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -47,6 +48,13 @@ def known_lengths(predicted: Sequence[float | None]) -> list[float] | None:
         return None
     mean = sum(known) / len(known)
     return [mean if length is None else length for length in predicted]
+
+
+def predicted_length(earlier: Sequence[float]) -> float | None:
+    """From the lengths of earlier epochs their geometric mean: lengths vary by factors. None where there is none."""
+    if not earlier:
+        return None
+    return math.exp(sum(math.log(max(1.0, length)) for length in earlier) / len(earlier))
 
 
 def remaining(predicted: float, group: RolloutGroup) -> float:

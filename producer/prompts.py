@@ -19,7 +19,7 @@ from buffer.rollout import prompt_fields
 from producer.dataset import Cursor, SourceRow, row_source
 from producer.errors import DatasetError
 from producer.lookahead import Lookahead
-from producer.predict import PromptOrder
+from producer.predict import PromptOrder, predicted_length
 
 T = TypeVar("T")
 
@@ -280,7 +280,7 @@ def _recordable(checked: _CheckedRow) -> Any:
 
 
 _EPOCHS_LOOKED_AT = 3
-"""A prompt that failed in the last epoch may have finished in one before."""
+"""A prediction is the mean over so many: responses vary, and a prompt that failed in the last epoch may have finished before."""
 
 _MOST_WAITING = 100_000
 """Drawn prompts that are looked at to choose among; more were left by other runs with larger windows, and wait their turn."""
@@ -371,13 +371,13 @@ class ReplayPromptSampler(PromptSampler):
         lookahead.predict(await self._predicted(task_name, lookahead.unpredicted(), buffer))
 
     async def _predicted(self, task_name: str, positions: Mapping[int, Position], buffer: ReplayBuffer) -> dict[int, float]:
-        """By group, how long the responses to its prompt were last time; only of those of which it is known."""
+        """By group, how long the responses to its prompt were in earlier epochs; only of those of which it is known."""
         if self._stream is None:
             await self._open(task_name, buffer)
         before = await self._on_reading_thread(self._earlier, positions)
         lengths = await buffer.response_lengths(task_name, {place for places in before.values() for place in places})
-        newest = {group_id: next((place for place in places if place in lengths), None) for group_id, places in before.items()}
-        return {group_id: lengths[place] for group_id, place in newest.items() if place is not None}
+        found = {group_id: predicted_length([lengths[at] for at in places if at in lengths]) for group_id, places in before.items()}
+        return {group_id: length for group_id, length in found.items() if length is not None}
 
     def _earlier(self, positions: Mapping[int, Position]) -> dict[int, list[Position]]:
         return {group_id: self._source.earlier(position, _EPOCHS_LOOKED_AT) for group_id, position in positions.items()}

@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import postgres
+
+settings.register_profile("millrace", deadline=None)  # a machine that is busy fails no test
+settings.load_profile("millrace")
 
 LAST = ("tests/engines/test_transformers", "tests/engines/test_vllm", "tests/test_docs", "tests/test_demo")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from buffer import Position, ReplayBuffer, RolloutGroup, RolloutState, Status
 from producer import LongestPredictedFirst, ReplayPromptSampler, SimilarPredictedTogether, SortedWindows
 from producer.lookahead import Lookahead
-from producer.predict import PromptOrder, Waiting, known_lengths, remaining
+from producer.predict import PromptOrder, Waiting, known_lengths, predicted_length, remaining
 
 lengths = st.lists(st.none() | st.floats(0, 1e4), max_size=30)
 orders = (
@@ -56,6 +56,12 @@ def test_a_choice_is_as_many_as_are_wanted_each_once(order: PromptOrder, predict
     chosen = order.choose(waiting(*predicted), n)
     assert len(set(chosen)) == len(chosen) == min(n, len(predicted))
     assert set(chosen) <= set(range(len(predicted)))
+
+
+def test_a_prediction_is_the_geometric_mean_of_earlier_epochs() -> None:
+    assert predicted_length([]) is None
+    assert predicted_length([10.0, 1000.0]) == pytest.approx(100.0)
+    assert predicted_length([0.0]) == 1.0
 
 
 def test_what_remains_is_counted_over_the_unfinished_members() -> None:
