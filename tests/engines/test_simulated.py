@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 import numpy as np
 import pytest
 import pytest_asyncio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -118,6 +118,7 @@ async def test_a_script_gives_its_tokens_and_stops() -> None:
         assert (await answer(engine, [1, 0, 3])).token_ids.tolist() == [3, 0]  # an EOS in a script ends the response
 
 
+@settings(deadline=None)
 @given(prompt=st.lists(st.integers(10, 20), min_size=1, max_size=6), kept=st.integers(0, 4))
 def test_a_scripted_response_continues_where_it_was_kept(prompt: list[int], kept: int) -> None:
     script = [1, 2, 3, 4, 0]

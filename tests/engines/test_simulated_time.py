@@ -119,6 +119,7 @@ def test_members_of_a_group_and_continuations_pay_no_prefill_for_what_is_remembe
     assert continued == pytest.approx(0.01 + 2, abs=1e-6)
     assert later == pytest.approx(1 + 4)
     assert engine.statistics().cached_tokens == 99 + 99 + 119
+    assert engine.statistics().busy_slot_seconds == pytest.approx(member + 2.1 + continued + later)  # prefills too
 
 
 def test_an_update_of_weights_takes_its_time_and_nothing_is_decoded_meanwhile() -> None:
@@ -262,6 +263,7 @@ def test_whatever_happens_every_token_is_there_once_with_the_version_of_its_mome
     assert statistics.tokens >= sum(lengths)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 99), st.integers(1, 20))
 def test_an_interrupted_request_has_the_tokens_of_its_time(hundredths: int, rate: int) -> None:
     engine = SimulatedEngine(lengths=100, costs=CostModel(1, float(rate)))
@@ -273,6 +275,24 @@ def test_an_interrupted_request_has_the_tokens_of_its_time(hundredths: int, rate
         return int((await call)[1].token_ids.size)
 
     assert in_virtual_time(engine, story) == hundredths * rate // 100
+
+
+def test_a_request_that_is_given_up_during_a_pause_is_not_heard_of_after_it() -> None:
+    engine = SimulatedEngine(lengths=10, costs=CostModel(2, 10.0))
+
+    async def story(tasks: asyncio.TaskGroup) -> float:
+        await engine.pause("keep")
+        held = [tasks.create_task(ask(engine, name)) for name in ("cancelled", "interrupted", "kept")]
+        await asyncio.sleep(1.0)
+        held[0].cancel()
+        await engine.interrupt(["interrupted"])
+        assert (await held[1])[1].finish_reason == "abort"
+        assert engine.waiting == 1
+        await engine.resume()
+        assert (engine.running, engine.waiting) == (1, 0)
+        return (await held[2])[0]
+
+    assert in_virtual_time(engine, story) == pytest.approx(2.0)
 
 
 def test_a_preempted_request_keeps_its_tokens_and_their_versions() -> None:
@@ -400,6 +420,7 @@ def test_lengths_out_of_bounds_are_refused() -> None:
             lognormal_lengths(**{"median": 10, "sigma": 1, "longest": 100, **arguments})  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.data())
 def test_a_continued_response_keeps_its_length_though_that_belongs_to_the_prompt(length: int, data: st.DataObject) -> None:
     prompts: list[tuple[int, ...]] = []
