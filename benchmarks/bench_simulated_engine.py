@@ -28,7 +28,7 @@ FULL = CostModel(
     half_batch=64,
     prefill_tokens_per_second=20_000,
     prefix_cache_tokens=200_000,
-    kv_tokens=120_000,
+    kv_tokens=80_000,
     update_seconds=1.0,
 )
 
@@ -71,7 +71,7 @@ def microseconds(requests: int, kind: str) -> float:
         "constant rate": lambda: simulated(requests, CONSTANT),
         "constant rate, tokens shown at the end": lambda: simulated(requests, CONSTANT, shown=True),
         "rate by batch size": lambda: simulated(requests, FALLING),
-        "and prefill, prefix cache, preemption": lambda: simulated(requests, FULL),
+        "and prefill, prefix cache, one preemption in three requests": lambda: simulated(requests, FULL),
     }[kind]()
     began = time.thread_time()
     virtual_time.run(made)
@@ -83,7 +83,7 @@ KINDS = (
     "constant rate",
     "constant rate, tokens shown at the end",
     "rate by batch size",
-    "and prefill, prefix cache, preemption",
+    "and prefill, prefix cache, one preemption in three requests",
 )
 
 
