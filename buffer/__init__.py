@@ -11,6 +11,7 @@ from buffer.policies import Fifo, FreshestFirst, StalestFirst, TakePolicy
 from buffer.queries import RecordedStep
 from buffer.replay_buffer import DatasetCursor, ReplayBuffer
 from buffer.rollout import Position, RolloutGroup, RolloutState, Turn
+from buffer.sharing import Share
 from buffer.status import Status
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ResumeReport",
     "RolloutGroup",
     "RolloutState",
+    "Share",
     "StalestFirst",
     "Status",
     "TakePolicy",

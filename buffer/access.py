@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 from buffer import arguments as args
 from buffer import operations, queries
 from buffer.backends import Backend, backend_of
-from buffer.errors import BufferClosedError, ReplayBufferError
+from buffer.errors import BufferClosedError, ReplayBufferError, ResumeRequiredError
 from buffer.operations import Opening, Operation
 from buffer.progress import Progress
 from buffer.requests import Request
@@ -200,3 +200,10 @@ class Access:
             raise BufferClosedError(_NOT_OPEN)
         if asyncio.get_running_loop() is not self._loop:
             raise ReplayBufferError("this buffer was opened on another event loop; use it there, or open one read_only=True here")
+
+    def _check_resumed(self) -> None:
+        if self._needs_resume:
+            raise ResumeRequiredError(
+                "batches of this run were consumed but never committed; call resume(step=...) with the step of the checkpoint "
+                "that training goes on from (0 for none) before taking"
+            )

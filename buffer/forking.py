@@ -28,6 +28,7 @@ _COPIED = (
     schema.transitions,
     schema.counts,
     schema.given_up,
+    schema.shares,
 )
 """Not the producers, which do not run here, nor the sequences, which are set behind the numbers that were given."""
 

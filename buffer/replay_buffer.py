@@ -12,7 +12,7 @@ from buffer import operations, queries
 from buffer.amounts import NOTHING
 from buffer.asking import Asking
 from buffer.codec import snapshot, to_json
-from buffer.errors import IllegalTransitionError, ReplayBufferError, ResumeRequiredError
+from buffer.errors import IllegalTransitionError, ReplayBufferError
 from buffer.keeping import Keeping
 from buffer.operations import (
     Checkpoint,
@@ -30,6 +30,7 @@ from buffer.operations import (
 )
 from buffer.policies import Fifo, TakePolicy
 from buffer.rollout import RolloutGroup
+from buffer.sharing import Sharing
 from buffer.staleness import Level
 from buffer.status import CLAIMABLE, Status, parse_status
 
@@ -42,7 +43,7 @@ class DatasetCursor:
     state: Mapping[str, Any] | None
 
 
-class ReplayBuffer(Asking, Keeping):
+class ReplayBuffer(Asking, Keeping, Sharing):
     """Groups of rollouts in a database, each with a status; everything it says is stored is durable.
 
     ```python
@@ -169,13 +170,6 @@ class ReplayBuffer(Asking, Keeping):
         self._check_open()
         self._check_resumed()
         await self._read(operations.check_step, step)
-
-    def _check_resumed(self) -> None:
-        if self._needs_resume:
-            raise ResumeRequiredError(
-                "batches of this run were consumed but never committed; call resume(step=...) with the step of the checkpoint "
-                "that training goes on from (0 for none) before taking"
-            )
 
     async def commit(self, step: int, *, version: int | None = None) -> int:
         """Make everything consumed up to `step` final: the trainer's checkpoint is on disk. Gives the number of groups.

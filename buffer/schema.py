@@ -21,7 +21,7 @@ from sqlalchemy import (
 
 from buffer.staleness import NO_VERSION
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
@@ -211,4 +211,14 @@ given_up = Table(
     Column("tokens", _Id, nullable=False),
     Column("finished", _Id, nullable=False),
     Column("finished_tokens", _Id, nullable=False),
+)
+
+shares = Table(
+    "shares",  # how batches of several tasks were shared out among them
+    metadata,
+    Column("step", _Id, primary_key=True, autoincrement=False),
+    Column("task_name", String, primary_key=True),
+    Column("weight", Float, nullable=False),
+    Column("groups", _Id, nullable=False),
+    Column("carried", Float, nullable=False),  # groups that it is owed after this step
 )

@@ -13,6 +13,7 @@ from buffer.operations.expiring import Expire, Expired, expire
 from buffer.operations.pruning import Prune, PrunedSlice, prune, prune_bounds
 from buffer.operations.rewinding import Commit, ResumeReport, Rewind, Rewound, commit, resume
 from buffer.operations.running import Claim, Opened, Opening, claim, closing, counted, opened, release, release_claimed, release_dead, start
+from buffer.operations.sharing import TakeTogether, take_together
 from buffer.operations.storing import Checkpoint, checkpoint, put
 from buffer.operations.transfer import Restore, restore
 from buffer.queries import Transaction
@@ -37,6 +38,7 @@ __all__ = [
     "Rewind",
     "Rewound",
     "Take",
+    "TakeTogether",
     "Taken",
     "check_step",
     "checkpoint",
@@ -61,4 +63,5 @@ __all__ = [
     "resume",
     "start",
     "take",
+    "take_together",
 ]

@@ -75,6 +75,7 @@ from buffer.queries.scheduling import (
     response_lengths,
     tail_candidates,
 )
+from buffer.queries.sharing import drop_shares_after, record_shares, shared_tasks, shares_before
 from buffer.queries.transaction import LEFT_OUT, PRUNED, STALE, UNDONE, Deltas, Transaction
 from buffer.queries.transfer import (
     RecordedStep,
@@ -140,6 +141,7 @@ __all__ = [
     "drawn_by",
     "drawn_by_task",
     "drop_groups",
+    "drop_shares_after",
     "drop_payloads",
     "drop_steps_after",
     "fail_unfinished",
@@ -180,6 +182,7 @@ __all__ = [
     "pruned",
     "pruned_groups",
     "ran_and_lost",
+    "record_shares",
     "recorded_steps",
     "recorded_versions",
     "register_producer",
@@ -198,6 +201,8 @@ __all__ = [
     "seq_before_last",
     "seq_within_bytes",
     "set_meta_value",
+    "shared_tasks",
+    "shares_before",
     "stale",
     "step_version",
     "store_expired",
