@@ -1,7 +1,6 @@
 """`Producer`: production in the background, while the trainer trains."""
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -90,7 +89,9 @@ class Producer:
             failed.check()
         if self._production is None:
             self._production = Production(
-                self._buffer, self._strategy.plan, self._agent_loop, self._sampler, self._task_name, batch_size, ahead=True
+                *(self._buffer, self._strategy.plan, self._agent_loop, self._sampler, self._task_name, batch_size),
+                ahead=True,
+                books=self._strategy.books(self._task_name),
             )
             await self._production.open(self._tasks)
         self._production.batch.size = batch_size
@@ -115,7 +116,7 @@ class Producer:
         """The next batch; see `batches`. Cancelled, it leaves production running."""
         if self._waited_for:
             raise ProducerError(f"a batch of task {self._task_name!r} is waited for already; await it first")
-        self._waited_for, began = True, time.perf_counter()
+        self._waited_for, began = True, asyncio.get_running_loop().time()
         try:
             whole("batch_size", batch_size)
             step = await self._buffer.next_step(self._task_name) if step is None else step

@@ -71,11 +71,20 @@ class Flight:
         task_name: theirs.
         rules: see `Rules`.
         on_change: called when a group or a member ended.
+        on_members: called with the number of rollouts in flight when it changes.
     """
 
-    def __init__(self, buffer: ReplayBuffer, agent_loop: AgentLoop, task_name: str, rules: Rules, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        buffer: ReplayBuffer,
+        agent_loop: AgentLoop,
+        task_name: str,
+        rules: Rules,
+        on_change: Callable[[], None],
+        on_members: Callable[[int], None],
+    ) -> None:
         self._buffer, self._agent_loop, self._task_name = buffer, agent_loop, task_name
-        self._timeout, self._on_change = rules.interrupt_timeout, on_change
+        self._timeout, self._on_change, self._on_members = rules.interrupt_timeout, on_change, on_members
         self._runner = GroupRunner(buffer, agent_loop, rules.group_filter, redundant=rules.redundant, keep_tokens=rules.keep_tokens)
         self._pool = TaskPool[Outcome](on_change)
         self._checkpoints = Checkpointer(buffer, agent_loop, rules.interval, keep_tokens=rules.keep_tokens, lost=self._runner.lost)
@@ -145,7 +154,7 @@ class Flight:
         group_id, oldest = group.group_id, group.min_version
         members = sum(state.status is not Status.COMPLETED for state in group.rollouts)
         self._flying[group_id] = Flying(version if oldest is None else min(version, oldest), members, group, self._clock())
-        self._members += members
+        self._change_members(members)
         self._runner.unstored.add(group_id)
         self._asked.discard(group_id)
         self._checkpoints.watch(group, lambda member: self._member_ended(group_id, member))
@@ -155,8 +164,13 @@ class Flight:
         self._runner.member_ended(group_id, member)
         if (flying := self._flying.get(group_id)) is not None and flying.members > 0:
             flying.members -= 1
-            self._members -= 1
+            self._change_members(-1)
             self._on_change()
+
+    def _change_members(self, by: int) -> None:
+        if by:
+            self._members += by
+            self._on_members(self._members)
 
     def ended(self) -> list[Outcome]:
         """The outcomes that came since it was asked last."""
@@ -174,7 +188,7 @@ class Flight:
 
     def _forget(self, group_id: int) -> None:
         flying = self._flying.pop(group_id)
-        self._members -= flying.members
+        self._change_members(-flying.members)
         self.took.append(self._clock() - flying.since)
         self._asked.discard(group_id)
         self._runner.ending.discard(group_id)

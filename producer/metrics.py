@@ -1,46 +1,72 @@
 """What is reported of a batch: one flat dict of numbers, ready for any logger."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from buffer import RolloutGroup, Status
+from buffer import Account, RolloutGroup, Status
+from buffer.accounts import WINDOW, length_bias
+from buffer.amounts import Amount
+from producer.ledger import BatchRecord, Ledger
 
 Metrics = dict[str, float]
 
+STALENESS_SHOWN = 8
+"""Groups staler than one less than this are counted together."""
 
-def batch_metrics(
-    groups: Sequence[RolloutGroup],
-    outcomes: Mapping[Status, int],
-    counts: Mapping[Status, int],
-    *,
-    started: int,
-    tokens: int,
-    seconds: float,
-    version: int,
-) -> Metrics:
+_QUANTILES = (50, 95, 99)
+_ENDED = (Status.COMPLETED, Status.INTERRUPTED, Status.FILTERED, Status.FAILED)
+
+
+def batch_metrics(groups: Sequence[RolloutGroup], counts: Mapping[Status, int], record: BatchRecord, version: int) -> Metrics:
     """Metrics of a batch handed out.
 
     Args:
         groups: the batch.
-        outcomes: what came of the groups that this call started.
         counts: of the task's groups in the buffer, after handing out.
-        started: groups that this call started.
-        tokens: sampled by this call, trained on now or later.
-        seconds: that producing the batch took.
+        record: what happened since the batch before.
         version: of the policy now; staleness is counted from it.
     """
-    metrics: Metrics = {
-        "produce/seconds": seconds,
-        "produce/started": started,
-        "produce/tokens": tokens,
-        "produce/tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
-    }
-    ended = (Status.COMPLETED, Status.INTERRUPTED, Status.FILTERED, Status.FAILED)
-    metrics |= {f"produce/{status}": outcomes.get(status, 0) for status in ended}
+    metrics = _produced(record, len(groups)) | _engine(record)
+    metrics |= {f"{status}/{name}": n for (status, name), n in record.reasons.items()}
     metrics |= {f"buffer/{status}": n for status, n in counts.items()}
     return metrics | batch_statistics(groups, version)
+
+
+def _produced(record: BatchRecord, groups: int) -> Metrics:
+    metrics: Metrics = {
+        "produce/seconds": record.waited,
+        "produce/period_seconds": record.period,
+        "produce/started": record.started,
+        "produce/tokens": record.tokens,
+        "produce/tokens_per_second": _rate(record.tokens, record.period),
+        "produce/groups_per_second": _rate(groups, record.period),
+    }
+    if record.between is not None:
+        metrics["produce/train_seconds"] = record.between
+    metrics |= {f"produce/{status}": record.ended.get(status, 0) for status in _ENDED}
+    if record.group_seconds:
+        found = np.percentile(np.asarray(record.group_seconds, np.float64), _QUANTILES)
+        metrics |= {f"produce/group_seconds_p{q}": float(value) for q, value in zip(_QUANTILES, found, strict=True)}
+    return metrics
+
+
+def _engine(record: BatchRecord) -> Metrics:
+    metrics: Metrics = {
+        "engine/in_flight_mean": record.in_flight,
+        "engine/in_flight_max": record.most_in_flight,
+        "engine/busy": _rate(record.busy, record.period),
+        "engine/tokens_per_second": _rate(record.tokens, record.busy),
+    }
+    if (use := record.engine) is not None:
+        metrics |= {"engine/running_mean": use.running, "engine/waiting_mean": use.waiting, "engine/preemptions": use.preemptions}
+    return metrics
+
+
+def _rate(amount: float, seconds: float) -> float:
+    return amount / seconds if seconds > 0 else 0.0
 
 
 def batch_statistics(groups: Sequence[RolloutGroup], version: int | None) -> Metrics:
@@ -53,6 +79,7 @@ def batch_statistics(groups: Sequence[RolloutGroup], version: int | None) -> Met
         **_spread("batch/score", [state.score for state in rollouts if state.score is not None]),
         **_spread("batch/response_tokens", [state.response_ids.size for state in rollouts]),
         **_spread("batch/staleness", stale),
+        **_histogram("batch/staleness", stale, shown=version is not None),
         "batch/groups": len(groups),
         "batch/rollouts": len(rollouts),
         "batch/truncated": reasons["length"] / max(1, len(rollouts)),
@@ -64,3 +91,58 @@ def _spread(name: str, values: Sequence[float]) -> Metrics:
         return {}
     array = np.asarray(values, np.float64)
     return {f"{name}_mean": float(array.mean()), f"{name}_std": float(array.std()), f"{name}_max": float(array.max())}
+
+
+def _histogram(name: str, values: Sequence[int], *, shown: bool) -> Metrics:
+    """How many there are of each value from 0 on; the large ones together. Negative ones count as 0."""
+    if not shown:
+        return {}
+    counted = Counter(min(max(0, value), STALENESS_SHOWN) for value in values)
+    found = {value: float(counted[value]) for value in range(STALENESS_SHOWN + 1)}
+    return {f"{name}_{value}": found[value] for value in range(STALENESS_SHOWN)} | {f"{name}_{STALENESS_SHOWN}_up": found[STALENESS_SHOWN]}
+
+
+class Books:
+    """What is known of a task's production beyond one batch: the ledger, and the task's account at the last few batches."""
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+        self._accounts: deque[Account] = deque(maxlen=WINDOW + 1)
+
+    @property
+    def opened(self) -> bool:
+        """Whether they have an account to count from."""
+        return bool(self._accounts)
+
+    def open(self, before: Account) -> None:
+        """Count from this account, that of the task before its first batch."""
+        self._accounts.append(before)
+
+    def of_run(self, account: Account) -> Metrics:
+        """Metrics of the run so far when a batch was handed out; `account` is as of then."""
+        last, first = self._accounts[-1], self._accounts[0]
+        self._accounts.append(account)
+        wasted = {reason: n - last.wasted[reason] for reason, n in account.wasted.items()}
+        biases = {
+            "run/length_bias": account.length_bias,
+            "run/coverage_bias": account.coverage_bias,
+            "window/length_bias": length_bias(account.trained - first.trained, account.finished - first.finished),
+        }
+        return {
+            "produce/wasted": sum(wasted.values()),
+            "run/tokens_generated": account.generated,
+            "run/tokens_trained": account.trained.tokens,
+            "run/tokens_waiting": account.waiting.tokens,
+            "run/tokens_wasted": sum(account.wasted.values()),
+            **{f"run/wasted_{reason}": n for reason, n in account.wasted.items()},
+            "run/overdue": account.overdue,
+            **{name: bias for name, bias in biases.items() if bias is not None},
+        }
+
+
+def handing_out(account: Account, groups: Sequence[RolloutGroup]) -> Account:
+    """The account when these groups, which wait in it, are handed out; its coverage stays as it was found."""
+    amount = Amount.total(state.amount for group in groups for state in group.rollouts)
+    trained = Amount(amount.finished_tokens, amount.finished, amount.finished_tokens)
+    wasted = {**account.wasted, "left_out": account.wasted["left_out"] + amount.tokens - trained.tokens}
+    return replace(account, trained=account.trained + trained, waiting=account.waiting - amount, wasted=wasted)

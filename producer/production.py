@@ -7,7 +7,6 @@ whole -> hand_out                                                               
 import asyncio
 import logging
 import sys
-import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -25,7 +24,7 @@ from producer.bound import is_ready
 from producer.errors import FailureBudgetError, ProducerError, StalledError
 from producer.flight import Flight, Rules
 from producer.issue import Load, bounded_issue, exact, groups_that_fit, tail_batch
-from producer.metrics import Metrics, batch_metrics
+from producer.metrics import Books, Metrics, batch_metrics, handing_out
 from producer.prompts import PromptSampler, Tail
 from producer.running import Outcome
 from producer.watchdog import Stall, Watchdog
@@ -93,26 +92,21 @@ class Batch:
         size: groups.
         wanted: whether somebody waits for it.
         tail: whether it is for what was left behind; None where it is not known yet, or there are no tail batches.
-        started: groups that were started.
-        ended: how those that ended did.
-        tokens: they sampled.
+        ended: how groups that ended did.
         resting: groups that ended early by themselves: they wait for the next batch, or they could come round for ever.
     """
 
     size: int
     wanted: bool = False
     tail: Tail | None = None
-    started: int = 0
     ended: Counter[Status] = field(default_factory=Counter)
     unasked: int = 0
-    tokens: int = 0
     resting: set[int] = field(default_factory=set)
     last_reason: dict[Status, str | None] = field(default_factory=dict)
 
     def record(self, outcome: Outcome) -> None:
         """Count what came of a group."""
         self.ended[outcome.status] += 1
-        self.tokens += outcome.tokens
         self.last_reason[outcome.status] = outcome.reason
         if outcome.status is Status.INTERRUPTED and not outcome.asked:
             self.unasked += 1
@@ -141,6 +135,7 @@ class Production:
         task_name: whose groups.
         batch_size: groups in a batch.
         ahead: whether what runs when a batch is whole goes on running, for later ones.
+        books: told of all that happens.
     """
 
     def __init__(
@@ -153,7 +148,9 @@ class Production:
         batch_size: int,
         *,
         ahead: bool,
+        books: Books,
     ) -> None:
+        self._books = books
         self._buffer, self._plan, self._agent_loop, self._sampler, self._task_name = buffer, plan, agent_loop, sampler, task_name
         self._ahead = ahead
         self.max_in_flight = plan.max_in_flight
@@ -173,6 +170,8 @@ class Production:
 
     async def open(self, tasks: asyncio.TaskGroup) -> None:
         """Start, in a task of `tasks`; it never fails there: whoever wants a batch is told the error."""
+        if not self._books.opened:
+            self._books.open(await self._buffer.account(self._task_name))
         self._ended, self._failure, self._flight = False, None, self._new_flight()
         self._opened.clear()
         self._task = tasks.create_task(self._live())
@@ -233,7 +232,15 @@ class Production:
         return not self._ended and agent_loop is self._agent_loop and sampler is self._sampler
 
     def _new_flight(self) -> Flight:
-        return Flight(self._buffer, self._agent_loop, self._task_name, self._plan.rules, self._changed.set)
+        return Flight(self._buffer, self._agent_loop, self._task_name, self._plan.rules, self._changed.set, self._rollouts)
+
+    def _note_load(self) -> None:
+        load = None if self._agent_loop.engine is None else self._agent_loop.engine.load()
+        if load is not None:
+            self._books.ledger.load(load.running, load.waiting, load.preemptions, _now())
+
+    def _rollouts(self, n: int) -> None:
+        self._books.ledger.rollouts(n, _now())
 
     async def _live(self) -> None:
         try:
@@ -291,6 +298,8 @@ class Production:
     def _record(self, outcomes: Sequence[Outcome]) -> None:
         for outcome in outcomes:
             self.batch.record(outcome)
+            self._books.ledger.ended(outcome.group_id, outcome.status, outcome.tokens, outcome.reason, _now())
+        self._note_load()
         if outcomes:
             self._news.set()
 
@@ -305,8 +314,8 @@ class Production:
             exclude = self.batch.resting | self._flight.ending
             groups = await self._sampler.sample_many(self._task_name, wanted, buffer=self._buffer, exclude=exclude, tail=self.batch.tail)
             for group in groups:
+                self._books.ledger.started(group.group_id, _now())
                 self._flight.start(group, self.version)
-            self.batch.started += len(groups)
             return len(groups)
         if not len(self._flight) and self.batch.wanted and load.completed < load.batch_size:
             raise ProducerError(
@@ -420,11 +429,11 @@ class Production:
         return self._idle or is_ready(self.batch.size, completed, unfinished, version, self._plan.max_staleness)
 
     async def hand_out(self, step: int, version: int, began: float) -> ProducedBatch:
-        """Take the batch that was found whole at `version`; `began` is when somebody wanted it (`time.perf_counter`)."""
-        counts = await self._buffer.counts(self._task_name)
+        """Take the batch that was found whole at `version`; `began` is when somebody wanted it, on the loop's clock."""
+        counts, account = await self._buffer.counts(self._task_name), await self._buffer.account(self._task_name)
         # Nothing is awaited after it: what is taken when the caller is cancelled would be consumed, and reach nobody.
         taken = await self._buffer.take(self._task_name, self.batch.size, step=step, version=version, policy=self._plan.policy)
-        batch, self.batch = self.batch, Batch(self.batch.size)
+        self.batch = Batch(self.batch.size)
         self._handed_out_at = version
         self._changed.set()
         groups = sorted(taken, key=lambda group: group.group_id)
@@ -432,9 +441,8 @@ class Production:
             groups = [group.masked(version, self._plan.max_staleness) for group in groups]
         counts[Status.COMPLETED] -= len(groups)
         counts[Status.CONSUMED] += len(groups)
-        seconds = time.perf_counter() - began
-        metrics = batch_metrics(groups, batch.ended, counts, started=batch.started, tokens=batch.tokens, seconds=seconds, version=version)
-        return ProducedBatch(groups, step, metrics)
+        metrics = batch_metrics(groups, counts, self._books.ledger.handed_out(began, _now()), version)
+        return ProducedBatch(groups, step, metrics | self._books.of_run(handing_out(account, taken)))
 
     # -- what it looks at ---------------------------------------------------------------------------------------
 
@@ -451,6 +459,10 @@ class Production:
         level = Level.TOKEN if self._plan.on_stale == "mask" else Level.SEQUENCE
         # Interrupted groups too: a response that is continued is as stale as its oldest token.
         await self._buffer.expire(self._task_name, version=version, max_staleness=self._plan.max_staleness, level=level)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _as_of(counted: Mapping[int, int], version: int) -> Counter[int]:

@@ -1,7 +1,6 @@
 """`ProduceStrategy`: what a strategy is told and decides; the loop that it directs is `producer.production`."""
 
 import asyncio
-import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from types import TracebackType
@@ -18,6 +17,7 @@ from producer.filters import GroupFilter
 from producer.flight import Rules
 from producer.issue import Load, check_tail_options
 from producer.members import RedundantMembers
+from producer.metrics import Books
 from producer.production import OnStale, OnStall, Plan, ProducedBatch, Production
 from producer.prompts import PromptSampler
 from producer.watchdog import Watchdog
@@ -123,6 +123,11 @@ class ProduceStrategy(ABC):
         self._producing: set[str] = set()
         self._tasks: asyncio.TaskGroup | None = None
         self._kept: dict[str, Production] = {}
+        self._books: dict[str, Books] = {}
+
+    def books(self, task_name: str) -> Books:
+        """What is known of the task's production so far, for metrics."""
+        return self._books.setdefault(task_name, Books())
 
     @abstractmethod
     def to_issue(self, load: Load) -> int:
@@ -204,7 +209,7 @@ class ProduceStrategy(ABC):
     async def _produce(
         self, agent_loop: AgentLoop, sampler: PromptSampler, batch_size: int, task_name: str, step: int | None
     ) -> ProducedBatch:
-        began = time.perf_counter()
+        began = asyncio.get_running_loop().time()
         step = await self.buffer.next_step(task_name) if step is None else step
         await self.buffer.check_take(task_name, step)  # refused now, not after all the sampling
         fill = self._fill_and_keep if self.in_flight == "keep" else self._fill_and_stop
@@ -215,7 +220,9 @@ class ProduceStrategy(ABC):
         self, agent_loop: AgentLoop, sampler: PromptSampler, batch_size: int, task_name: str
     ) -> tuple[Production, int]:
         """Run groups until a batch is whole, then stop the rest."""
-        production = Production(self.buffer, self.plan, agent_loop, sampler, task_name, batch_size, ahead=False)
+        production = Production(
+            self.buffer, self.plan, agent_loop, sampler, task_name, batch_size, ahead=False, books=self.books(task_name)
+        )
         while True:
             async with production.running():
                 version = await production.whole(no_bar=self.no_bar)
@@ -243,7 +250,9 @@ class ProduceStrategy(ABC):
             production = None
         if production is None:
             assert self._tasks is not None
-            production = Production(self.buffer, self.plan, agent_loop, sampler, task_name, batch_size, ahead=True)
+            production = Production(
+                self.buffer, self.plan, agent_loop, sampler, task_name, batch_size, ahead=True, books=self.books(task_name)
+            )
             self._kept[task_name] = production
             await production.open(self._tasks)
         production.batch.size = batch_size
