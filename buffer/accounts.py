@@ -87,8 +87,9 @@ def account(conn: Connection, task_name: str, window: int) -> Account:
     consumed = Amount.total([*(held[status] for status in _TRAINED), given_up[PRUNED]])
     trained = Amount(consumed.finished_tokens, consumed.finished, consumed.finished_tokens)
     waiting = Amount.total(amount for status, amount in held.items() if status not in (*_TRAINED, *_WASTED))
-    wasted = {reason: given_up[reason].tokens for reason in queries.GIVEN_UP} | {s.value: held[s].tokens for s in _WASTED}
-    wasted[LEFT_OUT] = consumed.tokens - trained.tokens
+    of_groups = {status.value: held[status].tokens for status in _WASTED}
+    gone = {why: given_up[why].tokens for why in queries.GIVEN_UP} | {LEFT_OUT: consumed.tokens - trained.tokens}
+    wasted = gone | of_groups
     finished = Amount.total([*held.values(), *given_up.values()])
     return Account(trained, waiting, wasted, finished, *_coverage(conn, task_name, window), window)
 

@@ -71,6 +71,11 @@ class _Level:
         self._up_to(at)
         self.value, self.most = value, max(self.most, value)
 
+    def found(self, value: float, at: float) -> None:
+        """It is looked at now and then: since the last time it was what it was then or is now, whichever is more."""
+        self.value = max(self.value, value)
+        self.set(value, at)
+
     def _up_to(self, at: float) -> None:
         if self.since is not None and at > self.since:
             self.area += self.value * (at - self.since)
@@ -113,9 +118,13 @@ class Ledger:
         self._in_flight.set(n, at)
 
     def load(self, running: int, waiting: int, preemptions: int, at: float) -> None:
-        """What the engine says of itself; `preemptions` since it was opened."""
-        self._running.set(running, at)
-        self._waiting.set(waiting, at)
+        """What the engine says of itself; `preemptions` since it was opened.
+
+        It is asked when rollouts begin or end. Those that begin are not in it yet, and those that end are not any more: of what
+        it says at two such moments, the larger holds between them.
+        """
+        self._running.found(running, at)
+        self._waiting.found(waiting, at)
         before = preemptions if self._preemptions is None else self._preemptions[0]
         self._preemptions = (min(before, preemptions), preemptions)  # another engine begins at 0
 

@@ -234,13 +234,12 @@ class Production:
     def _new_flight(self) -> Flight:
         return Flight(self._buffer, self._agent_loop, self._task_name, self._plan.rules, self._changed.set, self._rollouts)
 
-    def _note_load(self) -> None:
-        load = None if self._agent_loop.engine is None else self._agent_loop.engine.load()
-        if load is not None:
-            self._books.ledger.load(load.running, load.waiting, load.preemptions, _now())
-
     def _rollouts(self, n: int) -> None:
-        self._books.ledger.rollouts(n, _now())
+        """So many are in flight now."""
+        ledger, engine, now = self._books.ledger, self._agent_loop.engine, _now()
+        ledger.rollouts(n, now)
+        if engine is not None and (load := engine.load()) is not None:
+            ledger.load(load.running, load.waiting, load.preemptions, now)
 
     async def _live(self) -> None:
         try:
@@ -299,7 +298,6 @@ class Production:
         for outcome in outcomes:
             self.batch.record(outcome)
             self._books.ledger.ended(outcome.group_id, outcome.status, outcome.tokens, outcome.reason, _now())
-        self._note_load()
         if outcomes:
             self._news.set()
 

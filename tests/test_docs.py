@@ -316,9 +316,36 @@ def test_statuses_and_transitions_are_those_of_the_code() -> None:
     assert documented == {status.value: {target.value for target in targets} for status, targets in TRANSITIONS.items()}
 
 
-async def test_metrics_of_a_batch_are_those_it_has(run: tuple[Path, ProducedBatch]) -> None:
+async def test_metrics_of_a_batch_are_those_it_has(tmp_path: Path) -> None:
     documented = {name for row in table("reference/metrics.md", "Of a batch") for name in code(row[0])}
-    assert documented == set(run[1].metrics)
+    found = {re.sub(r"^(filtered|failed)/.*", r"\1/<reason>", name) for name in await metrics_of_ten_steps(tmp_path / "run.db")}
+    assert documented == found
+
+
+async def metrics_of_ten_steps(path: Path) -> set[str]:
+    """All that any batch of a run has that is long enough for each of them; some of its groups fail, and one is filtered."""
+
+    def some_fail(state: RolloutState) -> float:
+        return 1 / (state.row["number"] % 5)
+
+    rows = [{"prompt_ids": [1 + number, 5], "number": number} for number in range(40)]
+    async with ReplayBuffer.open(f"sqlite:///{path}") as store, SimulatedEngine(seed=1) as engine:
+        loop = SingleTurnAgentLoop(engine, reward=some_fail, sampling=SamplingParams(max_tokens=4), max_attempts=1)
+        sampler = ReplayPromptSampler(rows, store, group_size=2, shuffle=False)
+        strategy = SyncProduceStrategy(store, group_filter=only_long, max_failed=9, progress=False)
+        batches = [await strategy.produce_batch(loop, sampler, 1, "demo") for _ in range(10)]
+    return {name for batch in batches for name in batch.metrics}
+
+
+async def test_the_account_is_told_name_by_name(run: tuple[Path, ProducedBatch]) -> None:
+    documented = {name for row in table("reference/metrics.md", "Of a run") for name in code(row[0])}
+    async with ReplayBuffer.open(f"sqlite:///{run[0]}", read_only=True) as store:
+        account = await store.account("demo")
+    undocumented = {"cohort", "untrained", "window"}  # what the bias of coverage is made of
+    assert documented == {name for name in dir(account) if not name.startswith("_")} - undocumented
+    page = (ROOT / "docs/reference/metrics.md").read_text()
+    reasons = page[page.index("Tokens are wasted for one of these reasons") :]
+    assert re.findall(r"^\| `(\w+)` \|", reasons, re.MULTILINE) == list(account.wasted)
 
 
 async def test_metrics_of_an_experience_are_those_it_has(run: tuple[Path, ProducedBatch]) -> None:

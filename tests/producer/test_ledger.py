@@ -47,14 +47,15 @@ def test_the_next_record_begins_where_the_last_one_ended() -> None:
 
 def test_what_the_engine_says_is_meant_over_time() -> None:
     ledger = Ledger()
-    ledger.load(running=4, waiting=0, preemptions=7, at=0.0)
-    ledger.load(running=8, waiting=6, preemptions=9, at=3.0)
-    use = ledger.handed_out(asked=0.0, at=4.0).engine
+    ledger.load(running=0, waiting=0, preemptions=7, at=0.0)  # rollouts begin
+    ledger.load(running=8, waiting=2, preemptions=9, at=3.0)  # one ends
+    ledger.load(running=4, waiting=0, preemptions=9, at=4.0)  # another, when few are left
+    use = ledger.handed_out(asked=0.0, at=5.0).engine
     assert use is not None
-    assert (use.running, use.waiting, use.preemptions) == ((4 * 3 + 8) / 4, 6 / 4, 2)
-    use = ledger.handed_out(asked=4.0, at=6.0).engine
+    assert (use.running, use.waiting, use.preemptions) == ((8 * 3 + 8 + 4) / 5, (2 * 3 + 2) / 5, 2)
+    use = ledger.handed_out(asked=5.0, at=6.0).engine
     assert use is not None
-    assert (use.running, use.waiting, use.preemptions) == (8.0, 6.0, 0)
+    assert (use.running, use.waiting, use.preemptions) == (4.0, 0.0, 0)
 
 
 def test_interrupted_groups_have_no_time_and_a_group_may_start_again() -> None:

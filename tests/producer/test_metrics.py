@@ -13,9 +13,11 @@ from agent_loop.engines.simulated_policy import lognormal_lengths
 from buffer import Account, ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.accounts import WASTE
 from buffer.amounts import Amount
+from buffer.inline import InlineReplayBuffer
 from producer import AsyncProduceStrategy, ProducedBatch, Producer, ReplayPromptSampler, SyncProduceStrategy
 from producer.ledger import BatchRecord, EngineUse
 from producer.metrics import Books, Metrics, batch_metrics, batch_statistics, handing_out
+from producer.simulate.virtual_time import run
 from tests.buffer.groups import a_group, url
 
 S = Status
@@ -182,13 +184,41 @@ async def test_dropping_slow_prompts_shows_in_both_biases(buffer: ReplayBuffer) 
     assert sum(n for name, n in metrics.items() if name.startswith("failed/")) == metrics["produce/failed"]
 
 
-async def test_rollouts_in_flight_fill_the_time_of_a_background_producer(buffer: ReplayBuffer) -> None:
-    async with SimulatedEngine(lengths=lognormal_lengths(12, 1.0, longest=99), slots=8) as engine:
-        async with Producer(AsyncProduceStrategy(buffer, staleness_threshold=2.0), loop_of(engine), sampler_of(buffer), TASK) as producer:
-            batches = [await producer.next_batch(4) for _ in range(4)]
-        await asyncio.sleep(0)
+async def test_a_background_producer_tells_how_long_the_trainer_trained_and_waited(buffer: ReplayBuffer) -> None:
+    engine = SimulatedEngine(lengths=lognormal_lengths(12, 1.0, longest=99), slots=8)
+    strategy = AsyncProduceStrategy(buffer, staleness_threshold=2.0)
+    async with engine, Producer(strategy, loop_of(engine), sampler_of(buffer), TASK) as producer:
+        batches = [await producer.next_batch(4) for _ in range(4)]
     for batch in batches:
-        assert 0 < batch.metrics["engine/in_flight_mean"] <= batch.metrics["engine/in_flight_max"] <= 24
-        assert 0 < batch.metrics["engine/busy"] <= 1
-        assert 0 < batch.metrics["engine/running_mean"] <= 8
-    assert all("produce/train_seconds" in batch.metrics for batch in batches[1:])
+        assert 0 <= batch.metrics["engine/in_flight_mean"] <= batch.metrics["engine/in_flight_max"] <= 24
+        assert 0 <= batch.metrics["engine/busy"] <= 1
+    assert ["produce/train_seconds" in batch.metrics for batch in batches] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+def test_times_and_engine_use_are_those_of_a_simulated_run(tmp_path: Path, background: bool) -> None:
+    """In virtual time all of them are known: the trainer trains for 100 s, and the engine tells how long its slots were held."""
+
+    async def train() -> tuple[list[Metrics], float, float]:
+        engine = SimulatedEngine(lengths=lognormal_lengths(12, 1.0, longest=99), slots=16, tokens_per_second=1.0)
+        async with InlineReplayBuffer.open(f"sqlite:///{tmp_path / 'run.db'}") as buffer, engine:
+            found: list[Metrics] = []
+            strategy, loop, sampler = AsyncProduceStrategy(buffer, staleness_threshold=1.0), loop_of(engine), sampler_of(buffer)
+            async with Producer(strategy, loop, sampler, TASK) as producer:
+                for step in range(1, 7):
+                    one = producer.next_batch(4) if background else strategy.produce_batch(loop, sampler, 4, TASK, step=step)
+                    found.append((await one).metrics)
+                    held, now = engine.statistics().busy_slot_seconds, asyncio.get_running_loop().time()
+                    await asyncio.sleep(100.0)
+            return found, held, now
+
+    metrics, held, now = run(train())
+    assert [one["produce/train_seconds"] for one in metrics[1:]] == pytest.approx([100.0] * 5)
+    for one in metrics[1:]:
+        assert one["produce/seconds"] + one["produce/train_seconds"] == pytest.approx(one["produce/period_seconds"])
+    assert sum(one["produce/period_seconds"] for one in metrics) == pytest.approx(now)
+    assert sum(one["engine/running_mean"] * one["produce/period_seconds"] for one in metrics) == pytest.approx(held, rel=0.05)
+    assert sum(one["engine/in_flight_mean"] * one["produce/period_seconds"] for one in metrics) == pytest.approx(held, rel=0.1)
+    for one in metrics:
+        assert one["produce/tokens_per_second"] * one["produce/period_seconds"] == pytest.approx(one["produce/tokens"])
+        assert one["engine/tokens_per_second"] >= one["produce/tokens_per_second"]
