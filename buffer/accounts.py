@@ -20,7 +20,7 @@ _NEVER_TRAINED = (Status.FILTERED, Status.DISCARDED)
 
 WASTE = (*queries.GIVEN_UP, LEFT_OUT, *(status.value for status in _WASTED))
 """Why tokens are wasted: "stale" (expired), "undone" (by a rewind), "interrupted" (without partial rollouts), "restarted" (an
-agent loop reset the response), "left_out" (of failed members of groups that were trained on without them), and those of groups
+agent loop reset the response), "left_out" (of failed or redundant members of groups that are trained on without them), and those of groups
 that are filtered, failed or discarded."""
 
 
@@ -88,7 +88,9 @@ def account(conn: Connection, task_name: str, window: int) -> Account:
     trained = Amount(consumed.finished_tokens, consumed.finished, consumed.finished_tokens)
     waiting = Amount.total(amount for status, amount in held.items() if status not in (*_TRAINED, *_WASTED))
     of_groups = {status.value: held[status].tokens for status in _WASTED}
-    gone = {why: given_up[why].tokens for why in queries.GIVEN_UP} | {LEFT_OUT: consumed.tokens - trained.tokens}
+    gone = {why: given_up[why].tokens for why in queries.GIVEN_UP} | {
+        LEFT_OUT: given_up[LEFT_OUT].tokens + consumed.tokens - trained.tokens
+    }
     wasted = gone | of_groups
     finished = Amount.total([*held.values(), *given_up.values()])
     return Account(trained, waiting, wasted, finished, *_coverage(conn, task_name, window), window)

@@ -38,14 +38,16 @@ class GroupSnapshot(NamedTuple):
 
     @property
     def dropped(self) -> Amount:
-        """What its members were reset from."""
-        return Amount.total(rollout.dropped for rollout in self.rollouts)
+        """What its members were reset from, but for those that are left out."""
+        return Amount.total(rollout.dropped for rollout in self.rollouts if not rollout.left_out)
 
     @property
     def left_out(self) -> Amount:
-        """The whole responses that are not to be trained on: they count as drawn. Their tokens are the group's."""
-        lengths = [rollout.response_ids.size for rollout in self.rollouts if rollout.left_out and rollout.finished]
-        return Amount(0, len(lengths), sum(lengths))
+        """What members that are left out were reset from, and their whole responses, which count as drawn; the tokens of those are
+        the group's."""
+        left_out = [rollout for rollout in self.rollouts if rollout.left_out]
+        lengths = [rollout.response_ids.size for rollout in left_out if rollout.finished]
+        return Amount.total([Amount(0, len(lengths), sum(lengths)), *(rollout.dropped for rollout in left_out)])
 
 
 def snapshot(group: RolloutGroup) -> GroupSnapshot:

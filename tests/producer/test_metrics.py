@@ -14,7 +14,7 @@ from buffer import Account, ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.accounts import WASTE
 from buffer.amounts import Amount
 from buffer.inline import InlineReplayBuffer
-from producer import AsyncProduceStrategy, ProducedBatch, Producer, ReplayPromptSampler, SyncProduceStrategy
+from producer import AsyncProduceStrategy, ProducedBatch, Producer, RedundantMembers, ReplayPromptSampler, SyncProduceStrategy
 from producer.ledger import BatchRecord, EngineUse
 from producer.metrics import Books, Metrics, batch_metrics, batch_statistics, handing_out
 from producer.simulate.virtual_time import run
@@ -133,6 +133,15 @@ async def test_generated_is_what_the_engine_sampled_and_adds_up(buffer: ReplayBu
     )
     assert sum(batch.metrics["produce/wasted"] for batch in batches) == last["run/tokens_wasted"]
     assert sum(batch.metrics.get("filtered/every_nrd_is_of_no_use", 0) for batch in batches) == await buffer.count(TASK, S.FILTERED)
+
+
+async def test_redundant_members_are_wasted_by_that_name(buffer: ReplayBuffer) -> None:
+    async with CountingEngine(lengths=lognormal_lengths(12, 1.2, longest=200), slots=16) as engine:
+        strategy = SyncProduceStrategy(buffer, redundant=RedundantMembers(1, bias="accept"))
+        metrics = (await strategy.produce_batch(loop_of(engine), sampler_of(buffer), 8, TASK)).metrics
+    generated, parts = tokens(metrics)
+    assert generated == parts == engine.sampled
+    assert metrics["run/wasted_left_out"] == metrics["run/tokens_wasted"] > 0
 
 
 async def test_run_metrics_go_on_after_a_restart(tmp_path: Path) -> None:

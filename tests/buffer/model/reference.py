@@ -156,10 +156,10 @@ class Reference:
     def give_up(self, task: str, status: Status, members: Sequence[RolloutState]) -> None:
         """What a producer's members were reset from."""
         why = "interrupted" if status is S.INTERRUPTED else "restarted"
-        self.add_given_up(task, why, Amount.total(m.dropped for m in members))
         failed = [m for m in members if m.error is not None and m.status in (S.COMPLETED, *GROUP_WIDE)]
+        self.add_given_up(task, why, Amount.total(m.dropped for m in members if m not in failed))
         lengths = [m.response_ids.size for m in failed if m.finish_reason in ("stop", "length")]
-        self.add_given_up(task, "left_out", Amount(0, len(lengths), sum(lengths)))
+        self.add_given_up(task, "left_out", Amount.total([Amount(0, len(lengths), sum(lengths)), *(m.dropped for m in failed)]))
 
     def add_given_up(self, task: str, why: str, amount: Amount) -> None:
         self.given_up[task, why] = self.given_up.get((task, why), NOTHING) + amount

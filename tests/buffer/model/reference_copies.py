@@ -52,7 +52,7 @@ class Model(Reference):
         untrained = waiting + then[S.FAILED]
         pruned = self.pruned(task_name) if by >= 0 and task_name in self.tasks else 0
         handed_out = Amount.total([amounts[S.CONSUMED], amounts[S.ARCHIVED], gone["pruned"]])
-        useless = {"left_out": handed_out.tokens - handed_out.finished_tokens}
+        useless = {"left_out": gone["left_out"].tokens + handed_out.tokens - handed_out.finished_tokens}
         return Account(
             trained=Amount(handed_out.finished_tokens, handed_out.finished, handed_out.finished_tokens),
             waiting=Amount.total(amount for status, amount in amounts.items() if status not in final),
