@@ -150,16 +150,17 @@ async def test_run_metrics_go_on_after_a_restart(tmp_path: Path) -> None:
         async with ReplayBuffer.open(url(tmp_path)) as buffer, SimulatedEngine(lengths=lognormal_lengths(12, 1.0, longest=99)) as engine:
             await buffer.resume(step=await buffer.last_step())
             before = await buffer.account(TASK)
-            batches = await produce(buffer, engine, 2, enable_partial_rollout=False)
+            batches = await produce(buffer, engine, 4, enable_partial_rollout=False)
             found.append((before, batches[0].metrics, batches[-1].metrics))
             after = await buffer.account(TASK)
             assert (after.generated, after.trained.tokens) == (
                 batches[-1].metrics["run/tokens_generated"],
                 batches[-1].metrics["run/tokens_trained"],
             )
-    (_, _, last), (before, again, _) = found
+    (_, _, last), (before, again, end) = found
     assert before.generated == last["run/tokens_generated"] > 0
-    assert again["run/tokens_generated"] > before.generated
+    assert end["run/tokens_generated"] > before.generated
+    assert again["run/tokens_generated"] >= before.generated, "the first batch may have waited"
     assert again["run/wasted_interrupted"] >= last["run/wasted_interrupted"]
     assert "produce/train_seconds" not in again, "it is another process's first batch"
 
