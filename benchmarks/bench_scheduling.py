@@ -1,10 +1,10 @@
 """What scheduling costs: event-loop time a rollout at 10 000 in flight, and whether memory stays flat over 100 000.
 
-    python -m benchmarks.bench_scheduling [--in-flight 10000] [--batches 10]
+    python -m benchmarks.bench_scheduling [--in-flight 10000] [--batches 10] [--mode keep] [--calm]
 
 The engine decodes nothing: it answers 2500 requests a second with 16 tokens each, in random order, so that
-members of a group end far apart, and checkpoints of running groups are part of the cost; at the end of a batch half of what is in
-flight is interrupted, and continued in the next. What the engine costs by itself is measured
+members of a group end far apart, and checkpoints of running groups are part of the cost. With `--mode interrupt` all that is in
+flight at the end of a batch is stopped, and started again for the next. What the engine costs by itself is measured
 by bare `generate` calls and subtracted. The buffer is on disk; its writer has a thread of its own.
 Time is what the event loop's thread computed (`time.thread_time`), so that other programs on the machine matter little.
 """
@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,22 +144,25 @@ def resident() -> float:
     return pages * 4096 / 1e6
 
 
-async def produced(url: str, in_flight: int, batches: int) -> tuple[list[float], list[float], int]:
-    """Microseconds of the loop for each rollout answered and MB resident after it, by batch, and the most requests in flight."""
+async def produced(url: str, in_flight: int, batches: int, mode: Literal["keep", "interrupt"]) -> tuple[list[float], list[float], int]:
+    """After each batch, microseconds of the loop for each rollout answered so far and MB resident, and the most requests in flight."""
     batch_size = in_flight // GROUP_SIZE
     costs, sizes = [], []
     async with ReplayBuffer.open(url) as buffer, Instant() as engine:
         loop = SingleTurnAgentLoop(engine, reward=reward, sampling=PARAMS)
         sampler = ReplayPromptSampler(Rows(), buffer, group_size=GROUP_SIZE)
-        strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, progress=False)
-        for _ in range(batches):
-            began, answered = time.thread_time(), engine.answered
-            batch = await strategy.produce_batch(loop, sampler, batch_size, "bench")
-            costs.append((time.thread_time() - began) / (engine.answered - answered) * 1e6)
-            await buffer.commit(batch.step)
-            del batch
-            gc.collect()
-            sizes.append(resident())
+        strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, in_flight=mode, max_in_flight=in_flight, progress=False)
+        async with strategy:
+            computed = 0.0
+            for _ in range(batches):
+                began = time.thread_time()
+                batch = await strategy.produce_batch(loop, sampler, batch_size, "bench")
+                computed += time.thread_time() - began
+                costs.append(computed / engine.answered * 1e6)  # of all so far: how much of a batch an earlier one left over varies
+                await buffer.commit(batch.step)
+                del batch
+                gc.collect()
+                sizes.append(resident())
         assert (await buffer.audit()).ok
     return costs, sizes, engine.most
 
@@ -169,17 +172,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--in-flight", type=int, default=10_000)
     parser.add_argument("--batches", type=int, default=10)
+    parser.add_argument("--mode", choices=["keep", "interrupt"], default="keep")
+    parser.add_argument("--calm", action="store_true", help="with gc.set_threshold(10_000, 50, 20)")
     args = parser.parse_args()
+    if args.calm:
+        gc.set_threshold(10_000, 50, 20)
     engine = statistics.median(asyncio.run(bare(args.in_flight)) for _ in range(3))
     with scratch() as folder:
-        costs, sizes, most = asyncio.run(produced(f"sqlite:///{folder}/run.db", args.in_flight, args.batches))
+        costs, sizes, most = asyncio.run(produced(f"sqlite:///{folder}/run.db", args.in_flight, args.batches, args.mode))
     print(f"groups of {GROUP_SIZE}, {args.in_flight} rollouts a batch; at most {most} in flight")
     print(f"the engine by itself takes {engine:.0f} us a rollout")
     rows = [
         [str((n + 1) * args.in_flight), f"{cost - engine:.0f}", f"{size:.0f}"]
         for n, (cost, size) in enumerate(zip(costs, sizes, strict=True))
     ]
-    print_table(["rollouts delivered", "event loop, us a rollout, without the engine's", "resident, MB"], rows)
+    print_table(["rollouts delivered", "event loop so far, us a rollout, without the engine's", "resident, MB"], rows)
 
 
 if __name__ == "__main__":
