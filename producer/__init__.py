@@ -5,6 +5,7 @@ from producer.asynchronous import AsyncProduceStrategy
 from producer.background import Producer
 from producer.experience import make_experience
 from producer.filters import GroupFilter, all_of, pass_rate, zero_variance
+from producer.manager import TaskManager, TrainingTask
 from producer.members import RedundantMembers
 from producer.predict import LongestPredictedFirst, SimilarPredictedTogether, SortedWindows
 from producer.production import ProducedBatch
@@ -29,6 +30,8 @@ __all__ = [
     "SimilarPredictedTogether",
     "SortedWindows",
     "SyncProduceStrategy",
+    "TaskManager",
+    "TrainingTask",
     "all_of",
     "Watchdog",
     "make_experience",

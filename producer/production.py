@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from agent_loop import AgentLoop
 from agent_loop.agent_loop import first_error
-from buffer import ReplayBuffer, RolloutGroup, Status, TakePolicy
+from buffer import Account, ReplayBuffer, RolloutGroup, Status, TakePolicy
 from buffer.staleness import Level
 from producer.adaptive import AdaptiveLimit
 from producer.bound import is_ready
@@ -25,6 +25,7 @@ from producer.errors import FailureBudgetError, ProducerError, StalledError
 from producer.flight import Flight, Rules
 from producer.issue import Load, bounded_issue, exact, groups_that_fit, tail_batch
 from producer.metrics import Books, Metrics, batch_metrics, handing_out
+from producer.permits import Permitted
 from producer.prompts import PromptSampler, Tail
 from producer.running import Outcome
 from producer.watchdog import Stall, Watchdog
@@ -136,6 +137,7 @@ class Production:
         batch_size: groups in a batch.
         ahead: whether what runs when a batch is whole goes on running, for later ones.
         books: told of all that happens.
+        permits: for rollouts in flight, shared with others; None asks nobody.
     """
 
     def __init__(
@@ -149,8 +151,9 @@ class Production:
         *,
         ahead: bool,
         books: Books,
+        permits: Permitted | None = None,
     ) -> None:
-        self._books = books
+        self._books, self._permits, self._refused = books, permits, False
         self._buffer, self._plan, self._agent_loop, self._sampler, self._task_name = buffer, plan, agent_loop, sampler, task_name
         self._ahead = ahead
         self.max_in_flight = plan.max_in_flight
@@ -240,8 +243,12 @@ class Production:
         ledger.rollouts(n, now)
         if engine is not None and (load := engine.load()) is not None:
             ledger.load(load.running, load.waiting, load.preemptions, now)
+        if self._permits is not None:
+            self._permits.uses(n)
 
     async def _live(self) -> None:
+        if self._permits is not None:
+            self._permits.join(self._changed.set)
         try:
             async with self._flight:
                 self._opened.set()
@@ -253,6 +260,8 @@ class Production:
             self._failure = error
         finally:
             self._record(self._flight.ended())
+            if self._permits is not None:
+                self._permits.leave()
             self._ended = True
             self._opened.set()
             self._news.set()
@@ -264,7 +273,7 @@ class Production:
         self.batch.check_budget(self._plan.budget, self._task_name)
         async with self._issuing:  # held while weights are updated; outcomes are counted when that is over
             started = await self._issue()
-        if not started and not len(self._flight):
+        if not started and not len(self._flight) and not self._refused:
             self._idle = True
             self._news.set()
         await self._next_change()
@@ -308,19 +317,28 @@ class Production:
         await self._prepare()
         load = Load(self.batch.size, await self._count(Status.COMPLETED), len(self._flight), ahead=self._ahead)
         wanted = await self._wanted(load)
-        if wanted > 0:
-            exclude = self.batch.resting | self._flight.ending
-            groups = await self._sampler.sample_many(self._task_name, wanted, buffer=self._buffer, exclude=exclude, tail=self.batch.tail)
-            for group in groups:
-                self._books.ledger.started(group.group_id, _now())
-                self._flight.start(group, self.version)
-            return len(groups)
-        if not len(self._flight) and self.batch.wanted and load.completed < load.batch_size:
+        permitted = wanted if self._permits is None else self._permits.ask(max(0, wanted))
+        self._refused = permitted < wanted
+        if permitted > 0:
+            return await self._start(permitted)
+        if not len(self._flight) and not self._refused and self.batch.wanted and load.completed < load.batch_size:
             raise ProducerError(
                 f"nothing runs and nothing was started for {load}: {self._plan.name} said {wanted}, and a batch that "
                 "is not whole needs 1 or more then"
             )
         return 0
+
+    async def _start(self, n: int) -> int:
+        exclude = self.batch.resting | self._flight.ending
+        try:
+            groups = await self._sampler.sample_many(self._task_name, n, buffer=self._buffer, exclude=exclude, tail=self.batch.tail)
+            for group in groups:
+                self._books.ledger.started(group.group_id, _now())
+                self._flight.start(group, self.version)
+        finally:
+            if self._permits is not None:
+                self._permits.has_started(self._flight.members)
+        return len(groups)
 
     async def _prepare(self) -> None:
         """Once a version: what is too stale expires, before anything is claimed. Once a batch: is it a tail batch?"""
@@ -428,9 +446,20 @@ class Production:
 
     async def hand_out(self, step: int, version: int, began: float) -> ProducedBatch:
         """Take the batch that was found whole at `version`; `began` is when somebody wanted it, on the loop's clock."""
-        counts, account = await self._buffer.counts(self._task_name), await self._buffer.account(self._task_name)
+        before = await self.before_take()
         # Nothing is awaited after it: what is taken when the caller is cancelled would be consumed, and reach nobody.
         taken = await self._buffer.take(self._task_name, self.batch.size, step=step, version=version, policy=self._plan.policy)
+        return self.handed_out(taken, before, step, version, began)
+
+    async def before_take(self) -> tuple[dict[Status, int], Account]:
+        """What `handed_out` is to know of the task as it was before its groups were taken: counts and account."""
+        return await self._buffer.counts(self._task_name), await self._buffer.account(self._task_name)
+
+    def handed_out(
+        self, taken: Sequence[RolloutGroup], before: tuple[dict[Status, int], Account], step: int, version: int, began: float
+    ) -> ProducedBatch:
+        """The batch of the groups that were taken; the next one begins. For whoever takes them himself: between `before_take` and this."""
+        counts, account = dict(before[0]), before[1]
         self.batch = Batch(self.batch.size)
         self._handed_out_at = version
         self._changed.set()
@@ -443,6 +472,11 @@ class Production:
         return ProducedBatch(groups, step, metrics | self._books.of_run(handing_out(account, taken)))
 
     # -- what it looks at ---------------------------------------------------------------------------------------
+
+    @property
+    def policy(self) -> TakePolicy:
+        """Which completed groups are taken first."""
+        return self._plan.policy
 
     @property
     def version(self) -> int:
