@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -21,6 +21,9 @@ from buffer.transactor import Producer, Transactor, new_owner
 from buffer.waiting import Waiters
 
 T = TypeVar("T")
+
+Load = Callable[[list[int]], Awaitable[list[RolloutGroup]]]
+"""Gives the groups of these ids, or those of them that can be had."""
 
 _READER_THREADS = 2
 _NOT_OPEN = "the buffer is not open; use `async with ReplayBuffer.open(url) as buffer`"
@@ -164,14 +167,14 @@ class Access:
             raise BufferClosedError(_NOT_OPEN)
         return self._writer.submit(operation, argument)
 
-    async def _hand_out(self, operation: Operation, argument: Any, undo: Operation) -> list[RolloutGroup]:
-        """Groups that `operation` names, loaded; if the caller is cancelled before it has them, `undo` gives them back."""
+    async def _hand_out(self, operation: Operation, argument: Any, undo: Operation, load: Load) -> list[RolloutGroup]:
+        """The groups that `operation` names. If the caller is cancelled before it has them, or `load` fails, `undo` gives them back."""
         request, loop = self._submit(operation, argument), asyncio.get_running_loop()
         handed_out = loop.create_future()
         self._handing_out.add(handed_out)
         try:
             ids = list(await request.answer)
-            return await self._read_on(queries.load_groups, ids) if ids else []
+            return await load(ids) if ids else []
         except BaseException:
             self._undo(request, undo)
             raise
@@ -179,6 +182,16 @@ class Access:
             self._handing_out.discard(handed_out)
             if not handed_out.done():
                 handed_out.set_result(None)
+
+    async def _loaded(self, group_ids: list[int]) -> list[RolloutGroup]:
+        return await self._read_on(queries.load_groups, group_ids)
+
+    async def _sound(self, group_ids: list[int]) -> list[RolloutGroup]:
+        """Those that decode. The others fail: nobody can run them, and else each claim would meet them again."""
+        groups, damaged = await self._read_on(queries.load_sound, group_ids)
+        if damaged:
+            await self._write(operations.fail, damaged)
+        return groups
 
     def _undo(self, request: Request, undo: Operation) -> None:
         failed = request.answer.done() and not request.answer.cancelled() and request.answer.exception() is not None

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from buffer.amounts import NOTHING as NO_AMOUNT
 from buffer.amounts import Amount
 from buffer.errors import CorruptPayloadError
 from buffer.numbers import plain_number
@@ -105,7 +106,7 @@ def encode(snapshot: GroupSnapshot, timeline: Timeline | None = None) -> Encoded
         "members": len(rollouts),
         **_amounts_of(rollouts),
         "payload_bytes": len(arrays) + len(extras),
-        "filter_reason": None if snapshot.filter_reason is None else _storable_text(snapshot.filter_reason),
+        "filter_reason": None if snapshot.filter_reason is None else storable_text(snapshot.filter_reason),
     }
     members = [_hot_member(rollout, span) for rollout, span in zip(rollouts, spans, strict=True)]
     return EncodedGroup(snapshot.group_id, snapshot.task_name, snapshot.status, hot, members, extras, arrays, now.number, snapshot)
@@ -230,10 +231,10 @@ def _hot_member(rollout: RolloutState, span: Span | None) -> dict[str, Any]:
         "interruptions": plain_number("interruptions", rollout.interruptions),
         "tokens": rollout.response_ids.size,
         "min_version": span.oldest if span else None,
-        "finish_reason": None if rollout.finish_reason is None else _storable_text(rollout.finish_reason),
+        "finish_reason": None if rollout.finish_reason is None else storable_text(rollout.finish_reason),
         "score": finite(rollout.score, "score", rollout),
         "reward": finite(rollout.reward, "reward", rollout),
-        "error": None if rollout.error is None else _storable_text(rollout.error),
+        "error": None if rollout.error is None else storable_text(rollout.error),
     }
 
 
@@ -253,10 +254,19 @@ def finite(value: float | None, name: str, rollout: RolloutState) -> float | Non
 
 # -- from rows --------------------------------------------------------------------------------------------------
 
+GROUP_COLUMNS = ("group_id", "task_name", "status", "epoch", "position", "consumed_step", "filter_reason")
+"""What `decode_group` needs of a group's row, in this order."""
+
+MEMBER_COLUMNS = ("group_id", "member", "status", "attempts", "interruptions", "error", "finish_reason", "score", "reward")
+"""What it needs of each member's, in this order."""
+
+_Shared = tuple[Any, Any, Any, Any, Any]
+"""The values of `_PROMPT_FIELDS`."""
+
 
 def decode_group(
-    group_row: Mapping[str, Any],
-    member_rows: Sequence[Mapping[str, Any]],
+    group_row: Sequence[Any],
+    member_rows: Sequence[Sequence[Any]],
     prompt: str,
     payload: tuple[str, bytes] | None,
     prefixes: Iterable[tuple[str, bytes]] = (),
@@ -264,70 +274,66 @@ def decode_group(
 ) -> RolloutGroup:
     """The group that these rows describe, handed out on `timeline`: the payload, and what was decoded since, in order.
 
+    Rows are of `GROUP_COLUMNS` and `MEMBER_COLUMNS`: plain tuples, as a batch has hundreds of them.
+
     Raises `CorruptPayloadError` where they contradict each other.
     """
     try:
         return _decode_group(group_row, member_rows, prompt, payload, prefixes, timeline)
     except CorruptPayloadError as error:
-        raise CorruptPayloadError(f"group {group_row['group_id']}: {error}; {_REMEDY}") from None
+        raise CorruptPayloadError(f"group {group_row[0]}: {error}; {_REMEDY}") from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise CorruptPayloadError(f"group {group_row['group_id']} does not decode ({error}); {_REMEDY}") from error
+        raise CorruptPayloadError(f"group {group_row[0]} does not decode ({error}); {_REMEDY}") from error
 
 
 def _decode_group(
-    group_row: Mapping[str, Any],
-    member_rows: Sequence[Mapping[str, Any]],
+    group_row: Sequence[Any],
+    member_rows: Sequence[Sequence[Any]],
     prompt: str,
     payload: tuple[str, bytes] | None,
     prefixes: Iterable[tuple[str, bytes]],
     timeline: Timeline,
 ) -> RolloutGroup:
-    prompts = _decode_prompts(prompt, len(member_rows))
+    group_id, task_name, status_value, epoch, offset, consumed_step, filter_reason = group_row
+    if not task_name:
+        raise CorruptPayloadError("its task has no name")
+    if not member_rows or [row[1] for row in member_rows] != list(range(len(member_rows))):
+        raise CorruptPayloadError(f"its rollouts are members {[row[1] for row in member_rows]}")
     stored = _decode_payload(payload, len(member_rows))
     for prefix in prefixes:
         _apply_prefix(stored, *prefix)
-    status = Status(group_row["status"])
-    if not group_row["task_name"]:
-        raise CorruptPayloadError("its task has no name")
-    if [row["member"] for row in member_rows] != list(range(len(member_rows))):
-        raise CorruptPayloadError(f"its rollouts are members {[row['member'] for row in member_rows]}")
-    rollouts = [
-        _decode_member(group_row, status, index, row, own, parts, timeline)
-        for index, (row, own, parts) in enumerate(zip(member_rows, prompts, stored, strict=True))
-    ]
-    return RolloutGroup(
-        group_id=group_row["group_id"],
-        rollouts=rollouts,
-        task_name=group_row["task_name"],
-        position=None if group_row["epoch"] is None else Position(group_row["epoch"], group_row["position"]),
-        consumed_step=group_row["consumed_step"],
-        filter_reason=group_row["filter_reason"],
-    )
+    group: RolloutGroup = object.__new__(RolloutGroup)
+    group.group_id, group.task_name, group.filter_reason = group_id, task_name, filter_reason
+    group.consumed_step = None if consumed_step is None else plain_number("consumed_step", consumed_step)
+    group.position = None if epoch is None else Position(plain_number("epoch", epoch), plain_number("offset", offset))
+    status = _STATUSES[status_value]
+    group.rollouts = _decode_members(group, status, member_rows, _decode_prompts(prompt, len(member_rows)), stored, timeline)
+    if status in _MIXED:
+        group_status(group.statuses)  # raises where they cannot stand in one group
+    return group
 
 
-def _decode_prompts(prompt: str, members: int) -> list[dict[str, Any]]:
+def _decode_prompts(prompt: str, members: int) -> list[_Shared]:
     """What was drawn, one a member."""
-    prompts = json.loads(prompt)
-    for own in prompts:
+    prompts = []
+    for own in json.loads(prompt):
         if unknown := own.keys() - _PROMPT_FIELDS:
             raise CorruptPayloadError(f"a prompt has fields {sorted(unknown)[:4]}, which prompts have not")
+        prompts.append((own.get("row", {}), own.get("prompt"), own.get("messages"), own.get("media"), own.get("sampling", {})))
     return prompts if len(prompts) > 1 else [prompts[0]] * members
 
 
-class _Stored(NamedTuple):
-    """Of one member: what the bytes of its payload hold, and its extras."""
-
-    response: Response
-    extra: Mapping[str, Any]
+_Stored = tuple[Response, Mapping[str, Any]]
+"""Of one member: what the bytes of its payload hold, and its extras."""
 
 
 def _decode_payload(payload: tuple[str, bytes] | None, members: int) -> list[_Stored]:
     if payload is None:
-        return [_Stored(NOTHING, {})] * members
+        return [(NOTHING, {})] * members
     extras = json.loads(payload[0])
     if len(extras) != members:
         raise CorruptPayloadError(f"a payload of {len(extras)} members stands beside {members} rollouts")
-    return list(map(_Stored, unpack(extras, payload[1]), extras))
+    return list(zip(unpack(extras, payload[1]), extras, strict=True))
 
 
 def _apply_prefix(stored: list[_Stored], extras_json: str, arrays: bytes) -> None:
@@ -337,37 +343,44 @@ def _apply_prefix(stored: list[_Stored], extras_json: str, arrays: bytes) -> Non
         member, start = extra["member"], extra["start"]
         if type(member) is not int or type(start) is not int or not 0 <= member < len(stored):
             raise CorruptPayloadError(f"a prefix goes on at token {start!r} of member {member!r} of {len(stored)}")
-        stored[member] = _Stored(stored[member].response.continued(start, delta), extra)
+        stored[member] = stored[member][0].continued(start, delta), extra
 
 
-def _decode_member(
-    group: Mapping[str, Any],
+_MIXED = frozenset({Status.RUNNING, Status.INTERRUPTED, Status.EXPIRED, Status.FAILED})
+"""Statuses of groups whose members may have others."""
+
+_MEMBER_STATUS = {group: {own.value: member_status(group, own) for own in Status} for group in Status}
+"""By the group's status and the member's own, as it is stored."""
+
+
+def _decode_members(
+    group: RolloutGroup,
     status: Status,
-    index: int,
-    row: Mapping[str, Any],
-    prompt: Mapping[str, Any],
-    stored: _Stored,
+    rows: Sequence[Sequence[Any]],
+    prompts: Sequence[_Shared],
+    stored: Sequence[_Stored],
     timeline: Timeline,
-) -> RolloutState:
-    """The member without `RolloutState`'s own checks, which `unpack` has done for all members at once."""
-    response, extra = stored
-    # The conversation that a loop changed wins over the row's.
-    messages, media = extra.get("messages", prompt.get("messages")), extra.get("media", prompt.get("media"))
-    state: RolloutState = object.__new__(RolloutState)
-    state.group_id, state.index, state.task_name, state.timeline = group["group_id"], index, group["task_name"], timeline
-    state.status = member_status(status, _STATUSES[row["status"]])
-    state.attempts, state.interruptions, state.error = row["attempts"], row["interruptions"], row["error"]
-    state.finish_reason, state.score, state.reward = row["finish_reason"], row["score"], row["reward"]
-    state.row, state.prompt, state.sampling = prompt.get("row", {}), prompt.get("prompt"), prompt.get("sampling", {})
-    # Lists of its own, as in `RolloutState`: members have their prompt in common.
-    state.messages = None if messages is None else [dict(message) for message in messages]
-    state.media = None if media is None else list(media)
-    state.prompt_ids, state.response_ids, state.logprobs = response.prompt_ids, response.response_ids, response.logprobs
-    state.loss_mask, state.versions, state.timelines = response.loss_mask, response.versions, response.timelines
-    state.text, state.turns = response.text, [Turn(*turn) for turn in extra.get("turns", ())]
-    state.reward_parts, state.metrics = extra.get("reward_parts", {}), extra.get("metrics", {})
-    state.dropped = Amount()
-    return state
+) -> list[RolloutState]:
+    """The members without `RolloutState`'s own checks, which `unpack` has done for all of them at once."""
+    group_id, task_name, status_of, new = group.group_id, group.task_name, _MEMBER_STATUS[status], object.__new__
+    rollouts: list[RolloutState] = []
+    for own, prompt, (response, extra) in zip(rows, prompts, stored, strict=True):
+        state: RolloutState = new(RolloutState)
+        state.group_id, state.task_name, state.timeline = group_id, task_name, timeline
+        _, state.index, own_status, state.attempts, state.interruptions, state.error, state.finish_reason, state.score, state.reward = own
+        state.status = status_of[own_status]
+        state.row, state.prompt, messages, media, state.sampling = prompt
+        state.response_ids, state.logprobs, state.loss_mask, state.versions, state.timelines, state.prompt_ids, state.text = response
+        # The conversation that a loop changed wins over the row's. Lists of its own: members have their prompt in common.
+        messages, media = extra.get("messages", messages), extra.get("media", media)
+        state.messages = None if messages is None else [dict(message) for message in messages]
+        state.media = None if media is None else list(media)
+        turns = extra.get("turns")
+        state.turns = [Turn(*turn) for turn in turns] if turns else []
+        state.reward_parts, state.metrics = extra.get("reward_parts", {}), extra.get("metrics", {})
+        state.dropped = NO_AMOUNT
+        rollouts.append(state)
+    return rollouts
 
 
 # -- JSON ------------------------------------------------------------------------------------------------------
@@ -398,8 +411,8 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def _storable_text(text: str) -> str:
-    """With what a column of text cannot hold, half a surrogate pair and the character 0, escaped."""
+def storable_text(text: str) -> str:
+    """`text` with what a column of text cannot hold, half a surrogate pair and the character 0, escaped."""
     if not isinstance(text, str):
         raise ValueError(f"a reason or an error is {text!r:.100}; it must be text, or None")
     return (text if is_utf8(text) else text.encode(errors="backslashreplace").decode()).replace("\0", "\\x00")

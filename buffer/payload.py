@@ -168,22 +168,6 @@ def _add_prompt(ids: bytes, prompts: list[bytes]) -> int:
 # -- from bytes -------------------------------------------------------------------------------------------------
 
 
-class _Lengths(NamedTuple):
-    """Of one member's parts: of the prompt and the response in tokens, of the runs in pairs, of the text in bytes."""
-
-    prompt: int | None
-    n: int
-    runs: int
-    text: int | None
-
-    @classmethod
-    def of(cls, extra: Mapping[str, Any]) -> "_Lengths":
-        own = cls(extra.get("prompt_n"), extra["n"], extra["runs"], extra.get("text_n"))
-        if not (_is_length(own.n) and _is_length(own.runs) and _is_length(own.text or 0) and _is_length((own.prompt or 0) - _SHARED)):
-            raise CorruptPayloadError(f"lengths {tuple(own)} are no lengths")
-        return own
-
-
 def _is_length(value: Any) -> bool:
     return type(value) is int and value >= 0
 
@@ -196,7 +180,7 @@ class _Columns(NamedTuple):
     logprobs: NDArray[np.float32]
     runs: NDArray[np.int32]
     mask: NDArray[np.uint8]
-    texts: memoryview
+    texts: bytes
 
 
 def unpack(extras: Sequence[Mapping[str, Any]], arrays: bytes) -> list[Response]:
@@ -205,68 +189,62 @@ def unpack(extras: Sequence[Mapping[str, Any]], arrays: bytes) -> list[Response]
     Raises `CorruptPayloadError` or another error of Python's where they contradict each other, never after an allocation
     larger than the bytes.
     """
-    lengths = [_Lengths.of(extra) for extra in extras]
-    columns = _columns(lengths, arrays, in_order=not any("text" in extra for extra in extras))
+    prompts, ids, logprobs, pairs, mask, texts = columns = _columns(extras, arrays)
     _check(columns)
-    runs = columns.runs.tolist()
-    prompts = _prompts(lengths, columns.prompts)
-    responses: list[Response] = []
-    at = run_at = text_at = 0
-    for own, extra, prompt_ids in zip(lengths, extras, prompts, strict=True):
-        end, run_end = at + own.n, run_at + own.runs
-        versions = _expanded(runs[run_at:run_end], own.n)
-        timelines = _expanded(extra["timelines"], own.n) if "timelines" in extra else _constant(0, own.n)
-        if own.text is None:
-            text = extra.get("text")
-        else:
-            text = str(columns.texts[text_at : text_at + own.text], "utf-8", "surrogatepass")
-            text_at += own.text
-        responses.append(
-            Response(columns.ids[at:end], columns.logprobs[at:end], columns.mask[at:end], versions, timelines, prompt_ids, text)
-        )
+    runs, shared, responses = pairs.tolist(), None, []
+    prompt_at = at = run_at = text_at = 0
+    for extra in extras:
+        prompt_ids, text, end, run_end = None, extra.get("text"), at + extra["n"], run_at + extra["runs"]
+        if (prompt_n := extra.get("prompt_n")) is not None:
+            if prompt_n != _SHARED:
+                prompt_ids, prompt_at = prompts[prompt_at : prompt_at + prompt_n], prompt_at + prompt_n
+                shared = prompt_ids if shared is None else shared
+            elif (prompt_ids := shared) is None:
+                raise CorruptPayloadError("a prompt is shared with no member")
+        if (text_n := extra.get("text_n")) is not None:
+            text, text_at = texts[text_at : text_at + text_n].decode("utf-8", "surrogatepass"), text_at + text_n
+        versions = _expanded(runs[run_at:run_end], end - at)
+        timelines = _expanded(extra["timelines"], end - at) if "timelines" in extra else _constant(0, end - at)
+        responses.append(Response(ids[at:end], logprobs[at:end], mask[at:end], versions, timelines, prompt_ids, text))
         at, run_at = end, run_end
     return responses
 
 
-def _prompts(lengths: Sequence[_Lengths], ids: NDArray[np.int32]) -> list[NDArray[np.int32] | None]:
-    """Of each member; those that share one have the first that is there."""
-    prompts: list[NDArray[np.int32] | None] = []
-    first: NDArray[np.int32] | None = None
-    at = 0
-    for own in lengths:
-        if own.prompt is None:
-            prompts.append(None)
-        elif own.prompt != _SHARED:
-            prompts.append(ids[at : at + own.prompt])
-            first = prompts[-1] if first is None else first
-            at += own.prompt
-        elif first is None:
-            raise CorruptPayloadError("a prompt is shared with no member")
-        else:
-            prompts.append(first)
-    return prompts
-
-
-def _columns(lengths: Sequence[_Lengths], arrays: bytes, *, in_order: bool) -> _Columns:
-    prompts = sum(max(own.prompt or 0, 0) for own in lengths)
-    n, runs = sum(own.n for own in lengths), sum(own.runs for own in lengths)
+def _columns(extras: Sequence[Mapping[str, Any]], arrays: bytes) -> _Columns:
+    """The members' lengths, checked, say where each part lies."""
+    prompts = n = runs = texts = 0
+    first_schema = False
+    for extra in extras:
+        own_prompt, own_n, own_runs, own_text = extra.get("prompt_n"), extra["n"], extra["runs"], extra.get("text_n")
+        if own_prompt is not None and (type(own_prompt) is not int or own_prompt != _SHARED):
+            prompts += own_prompt if _is_length(own_prompt) else _refused(own_prompt)
+        if own_text is not None:
+            texts += own_text if _is_length(own_text) else _refused(own_text)
+        n += own_n if _is_length(own_n) else _refused(own_n)
+        runs += own_runs if _is_length(own_runs) else _refused(own_runs)
+        first_schema = first_schema or "text" in extra
     width = prompts + 2 * n + 2 * runs
-    if 4 * width + n + sum(own.text or 0 for own in lengths) != len(arrays):
+    if 4 * width + n + texts != len(arrays):
         raise CorruptPayloadError(f"a payload has {len(arrays)} bytes, its lengths say otherwise")
-    if not in_order:
-        arrays = _ordered(lengths, arrays)
+    if first_schema:
+        arrays = _ordered(extras, arrays)
     words = np.frombuffer(arrays, np.int32, width)
     mask = np.frombuffer(arrays, np.uint8, n, 4 * width)
     ids, logprobs = words[prompts : prompts + n], words[prompts + n : prompts + 2 * n].view(np.float32)
-    return _Columns(words[:prompts], ids, logprobs, words[prompts + 2 * n :].reshape(-1, 2), mask, memoryview(arrays)[4 * width + n :])
+    return _Columns(words[:prompts], ids, logprobs, words[prompts + 2 * n :].reshape(-1, 2), mask, arrays[4 * width + n :])
 
 
-def _ordered(lengths: Sequence[_Lengths], arrays: bytes) -> bytes:
+def _refused(length: Any) -> int:
+    raise CorruptPayloadError(f"a length is {length!r:.100}")
+
+
+def _ordered(extras: Sequence[Mapping[str, Any]], arrays: bytes) -> bytes:
     """A payload of schema 1, whose 4-byte parts lie member by member, with its parts of one kind together."""
     parts: list[list[bytes]] = [[], [], [], []]
     at = 0
-    for own in lengths:
-        for kind, size in zip(parts, (max(own.prompt or 0, 0), own.n, own.n, 2 * own.runs), strict=True):
+    for extra in extras:
+        sizes = (max(extra.get("prompt_n") or 0, 0), extra["n"], extra["n"], 2 * extra["runs"])
+        for kind, size in zip(parts, sizes, strict=True):
             kind.append(arrays[at : at + 4 * size])
             at += 4 * size
     return b"".join([part for kind in parts for part in kind] + [arrays[at:]])
@@ -276,19 +254,23 @@ def _check(columns: _Columns) -> None:
     """What `RolloutState` would check member by member."""
     if not columns.ids.size:
         return
-    if columns.ids.min() < 0:
-        raise CorruptPayloadError(f"a token id is {columns.ids.min()}; they are 0 or more")
-    if columns.mask.max() > 1:
-        raise CorruptPayloadError(f"a mask holds {columns.mask.max()}; it is 1 where trainable, else 0")
+    if (least := np.minimum.reduce(columns.ids)) < 0:
+        raise CorruptPayloadError(f"a token id is {least}; they are 0 or more")
+    if (most := np.maximum.reduce(columns.mask)) > 1:
+        raise CorruptPayloadError(f"a mask holds {most}; it is 1 where trainable, else 0")
     finite = np.isfinite(columns.logprobs)
-    if not finite.all() and not finite[columns.mask == 1].all():
+    if not np.logical_and.reduce(finite) and not finite[columns.mask == 1].all():
         raise CorruptPayloadError("a log-probability of a trainable token is not finite")
 
 
 def _expanded(runs: Sequence[Sequence[int]], n: int) -> NDArray[np.int32]:
     """One value a token of `n`, read-only; refused where the runs (value, length) are not as long."""
-    if len(runs) == 1 and _is_length(runs[0][0]) and runs[0][1] == n and n:
-        return _constant(runs[0][0], n)
+    if len(runs) == 1:
+        value, length = runs[0]
+        if length == n and type(value) is type(length) is int and value >= 0 and n:
+            return _constant(value, n)
+    elif not runs and not n:
+        return _constant(0, 0)
     # Before np.repeat: a forged length must not become an allocation.
     if sum(length for _, length in runs) != n or not all(_is_length(value) and _is_length(length - 1) for value, length in runs):
         raise CorruptPayloadError(f"runs {runs[:4]} do not cover {n} tokens")

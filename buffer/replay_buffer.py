@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, get_args
 
 from buffer import arguments as args
 from buffer import operations, queries
+from buffer.access import Load
 from buffer.amounts import NOTHING
 from buffer.asking import Asking
 from buffer.codec import snapshot, to_json
@@ -152,6 +153,8 @@ class ReplayBuffer(Asking, Keeping, Sharing):
         Raises:
             ResumeRequiredError: an earlier process consumed batches without committing them; call `resume` first.
             StepError: `step` is committed.
+            CorruptPayloadError: what is stored of one of them does not decode. None is consumed: see "If a group does not
+                decode" in docs/how-to/resume-a-run.md.
         """
         args.require_task(task_name)
         n, step = args.whole_number("n", n, at_least=0), args.step_number(step)
@@ -161,7 +164,7 @@ class ReplayBuffer(Asking, Keeping, Sharing):
         if n == 0:
             return []
         request = Take(task_name, n, step, args.whole_or_none("version", version), policy or Fifo())
-        return await self._hand_out(operations.take, request, operations.give_back)
+        return await self._hand_out(operations.take, request, operations.give_back, self._loaded)
 
     async def check_take(self, task_name: str, step: int) -> None:
         """Raise what a `take` at `step` would raise; for whoever has long work to do before it."""
@@ -316,15 +319,15 @@ class ReplayBuffer(Asking, Keeping, Sharing):
         below = args.whole_or_none("interrupted_below", interrupted_below)
         named = None if among is None else args.plain_ids(among)
         request = Claim(task_name, wanted, n, frozenset(exclude), order, named, below)
-        return await self._run(operations.claim, request) if n > 0 else []
+        return await self._run(operations.claim, request, self._sound) if n > 0 else []
 
     async def start(self, group_ids: Sequence[int]) -> list[RolloutGroup]:
         """Move given groups to running and hand them out."""
         ids = args.plain_ids(group_ids)
-        return await self._run(operations.start, ids) if ids else []
+        return await self._run(operations.start, ids, self._loaded) if ids else []
 
-    async def _run(self, operation: Operation, argument: Any) -> list[RolloutGroup]:
-        groups = await self._hand_out(operation, argument, operations.release_claimed)
+    async def _run(self, operation: Operation, argument: Any, load: Load) -> list[RolloutGroup]:
+        groups = await self._hand_out(operation, argument, operations.release_claimed, load)
         self._progress.handed_out(groups)
         return groups
 

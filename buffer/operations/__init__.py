@@ -12,7 +12,20 @@ from buffer.operations.drawing import Draw, DrawnRow, cursor, draw
 from buffer.operations.expiring import Expire, Expired, expire
 from buffer.operations.pruning import Prune, PrunedSlice, prune, prune_bounds
 from buffer.operations.rewinding import Commit, ResumeReport, Rewind, Rewound, commit, resume
-from buffer.operations.running import Claim, Opened, Opening, claim, closing, counted, opened, release, release_claimed, release_dead, start
+from buffer.operations.running import (
+    Claim,
+    Opened,
+    Opening,
+    claim,
+    closing,
+    counted,
+    fail,
+    opened,
+    release,
+    release_claimed,
+    release_dead,
+    start,
+)
 from buffer.operations.sharing import TakeTogether, take_together
 from buffer.operations.storing import Checkpoint, checkpoint, put
 from buffer.operations.transfer import Restore, restore
@@ -50,6 +63,7 @@ __all__ = [
     "cursor",
     "draw",
     "expire",
+    "fail",
     "give_back",
     "next_step",
     "opened",

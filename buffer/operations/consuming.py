@@ -56,13 +56,13 @@ def _take_one(tx: Transaction, request: Take) -> Taken:
 
 
 def give_back(tx: Transaction, requests: Sequence[HandedOut]) -> list[None]:
-    """Undo a take whose taker was cancelled before it had the groups."""
+    """Undo a take whose taker was cancelled before it had the groups, or that met a damaged one."""
     for request in requests:
         taken: Taken = request.outcome or Taken()
         found = q.known(tx.conn, taken)
         # Only this take: a rewind may have come between, and the groups may be another taker's by now.
         still = [found[group_id] for group_id in taken if found[group_id].take == taken.number]
-        q.unconsume(tx, [row for row in still if row.status == Status.CONSUMED], "its taker was cancelled")
+        q.unconsume(tx, [row for row in still if row.status == Status.CONSUMED], "its taker was cancelled, or could not have it")
     return [None] * len(requests)
 
 

@@ -1,6 +1,6 @@
 """Claiming groups to run, and releasing those that nobody runs any more."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol
@@ -128,6 +128,16 @@ def release(tx: Transaction, requests: Sequence[Sequence[int]]) -> list[None]:
 def _release(tx: Transaction, rows: Sequence[Any], reason: str) -> None:
     q.move(tx, rows, Status.INTERRUPTED, reason=reason)
     q.count_interruption(tx.conn, [row.group_id for row in rows])
+
+
+def fail(tx: Transaction, requests: Sequence[Mapping[int, str]]) -> list[None]:
+    """Groups that this process runs fail, each for its reason."""
+    for reasons in requests:
+        for row in q.known(tx.conn, list(reasons)).values():
+            if row.status == Status.RUNNING and row.owner == tx.owner:
+                q.fail_unfinished(tx.conn, [row.group_id], reasons[row.group_id])
+                q.move(tx, [row], Status.FAILED, reason=reasons[row.group_id])
+    return [None] * len(requests)
 
 
 class HandedOut(Protocol):

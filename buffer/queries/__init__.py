@@ -23,16 +23,7 @@ from buffer.queries.consumption import (
     unconsume,
 )
 from buffer.queries.dialects import clock, last_number, listen, notify, reserve, reserve_beyond
-from buffer.queries.groups import (
-    Overtaken,
-    add_prefixes,
-    insert_groups,
-    known,
-    move,
-    rows_of,
-    store_expired,
-    store_results,
-)
+from buffer.queries.groups import add_prefixes, insert_groups, store_expired, store_results
 from buffer.queries.leases import (
     consumed_without_owner,
     count_crash,
@@ -50,6 +41,7 @@ from buffer.queries.leases import (
     running_without_owner,
     transactions_of,
 )
+from buffer.queries.moving import move
 from buffer.queries.overview import (
     changes_since,
     committed_payloads,
@@ -63,7 +55,7 @@ from buffer.queries.overview import (
     task_rows,
     waiting_versions,
 )
-from buffer.queries.reading import ORDERS, Filters, find, history, hot_columns, ids_after, load_groups
+from buffer.queries.reading import ORDERS, Filters, find, history, hot_columns, ids_after, load_groups, load_sound
 from buffer.queries.retention import Bounds, drop_groups, drop_payloads, prunable, pruned, rows_pruned_to, seq_before_last, seq_within_bytes
 from buffer.queries.scheduling import (
     ClaimOrder,
@@ -76,6 +68,7 @@ from buffer.queries.scheduling import (
     tail_candidates,
 )
 from buffer.queries.sharing import drop_shares_after, record_shares, shared_tasks, shares_before
+from buffer.queries.standing import Overtaken, known, rows_of
 from buffer.queries.transaction import LEFT_OUT, PRUNED, STALE, UNDONE, Deltas, Transaction
 from buffer.queries.transfer import (
     RecordedStep,
@@ -167,6 +160,7 @@ __all__ = [
     "lengths_by_prompt",
     "listen",
     "load_groups",
+    "load_sound",
     "meta_value",
     "move",
     "move_cursor",

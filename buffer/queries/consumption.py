@@ -1,5 +1,6 @@
 """Handing out completed groups, making that final, and taking it back."""
 
+import json
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, assert_never
@@ -8,13 +9,10 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Row,
-    Select,
     bindparam,
     delete,
     func,
     insert,
-    literal,
-    literal_column,
     select,
     tuple_,
     update,
@@ -23,8 +21,9 @@ from sqlalchemy import (
 from buffer import schema as t
 from buffer.errors import CorruptPayloadError
 from buffer.policies import Fifo, FreshestFirst, StalestFirst, TakePolicy
-from buffer.queries.dialects import Many, Upsert, reserve
-from buffer.queries.groups import ROWS, chunks, move, note_moves, require_rowcount
+from buffer.queries.dialects import Many, Prepared, Upsert, chunks, ids_of, is_among, literally, numbered, reserve
+from buffer.queries.moving import move, note_moves
+from buffer.queries.standing import ROWS, Standing, Standings, require_rowcount
 from buffer.queries.transaction import Transaction
 from buffer.staleness import Level, Timeline
 from buffer.status import Status
@@ -35,17 +34,17 @@ _g = t.groups.c
 # -- taking -----------------------------------------------------------------------------------------------------
 
 
-def first_completed(conn: Connection, task_name: str, limit: int, policy: TakePolicy) -> list[Row[Any]]:
+def first_completed(conn: Connection, task_name: str, limit: int, policy: TakePolicy) -> list[Standing]:
     """The completed groups to hand out next: the rewound first, as they were consumed, then by policy."""
-    return list(conn.execute(_ready(policy), {"task": task_name, "limit": limit}).all())
+    return _ready(policy).all(conn, {"task": task_name, "limit": limit})
 
 
 @cache
-def _ready(policy: TakePolicy) -> Select[Any]:
-    # Literally, not as a parameter: only then does the planner see that the partial indexes hold what it needs.
-    completed: ColumnElement[str] = literal_column(f"'{Status.COMPLETED.value}'")
-    ready = ROWS.where(_g.task_name == bindparam("task"), _g.status == completed).order_by(_g.consumed_seq, *_order(policy))
-    return ready.limit(bindparam("limit")).with_for_update(skip_locked=True)
+def _ready(policy: TakePolicy) -> Standings:
+    ready = ROWS.where(_g.task_name == bindparam("task"), _g.status == literally(Status.COMPLETED)).order_by(
+        _g.consumed_seq, *_order(policy)
+    )
+    return Standings(ready.limit(bindparam("limit")).with_for_update(skip_locked=True))
 
 
 def _order(policy: TakePolicy) -> list[ColumnElement[Any]]:
@@ -60,13 +59,14 @@ def _order(policy: TakePolicy) -> list[ColumnElement[Any]]:
             assert_never(policy)
 
 
-_CONSUME = Many(
+_TURN = numbered("turns")
+_CONSUME = Prepared(
     update(t.groups)
-    .where(_g.group_id == bindparam("id"), _g.status == Status.COMPLETED.value)
+    .where(_g.group_id == _TURN.c.id, _g.status == literally(Status.COMPLETED))
     .values(
-        status=Status.CONSUMED.value,
+        status=literally(Status.CONSUMED),
         consumed_step=bindparam("step"),
-        consumed_seq=bindparam("seq"),
+        consumed_seq=_TURN.c.number,
         take=bindparam("number"),
         owner=bindparam("me"),
         updated_at=bindparam("now"),
@@ -77,7 +77,7 @@ _CONSUME = Many(
 _REMEMBER_VERSION = Upsert(t.steps, ["step"], lambda new: {"version": func.coalesce(new.version, t.steps.c.version)})
 
 
-def consume(tx: Transaction, rows: Sequence[Row[Any]], step: int, version: int | None) -> int | None:
+def consume(tx: Transaction, rows: Sequence[Standing], step: int, version: int | None) -> int | None:
     """Mark completed groups as consumed at `step`, in this order, and remember the policy's version then.
 
     Gives the number of this take, which no other has.
@@ -89,8 +89,8 @@ def consume(tx: Transaction, rows: Sequence[Row[Any]], step: int, version: int |
     fresh = reserve(tx.conn, "consumed", len(rows))
     # A rewound group keeps its place: however often a run is rewound, its batches come again in one order.
     seqs = [seq if row.consumed_seq == t.NEVER_CONSUMED else row.consumed_seq for row, seq in zip(rows, fresh, strict=True)]
-    same = {"step": step, "number": number, "me": tx.owner, "now": tx.now}
-    changed = _CONSUME.execute(tx.conn, [{"id": row.group_id, "seq": seq, **same} for row, seq in zip(rows, seqs, strict=True)])
+    turns = json.dumps([(row.group_id, seq) for row, seq in zip(rows, seqs, strict=True)])
+    changed = _CONSUME.execute(tx.conn, {"turns": turns, "step": step, "number": number, "me": tx.owner, "now": tx.now})
     require_rowcount(changed, len(rows))
     _REMEMBER_VERSION.execute(tx.conn, {"step": step, "version": version})
     return number
@@ -99,25 +99,29 @@ def consume(tx: Transaction, rows: Sequence[Row[Any]], step: int, version: int |
 # -- committing and rewinding -----------------------------------------------------------------------------------
 
 
-def consumed_after(conn: Connection, step: int) -> list[Row[Any]]:
+_CONSUMED = ROWS.where(_g.status == literally(Status.CONSUMED)).order_by(_g.consumed_seq)
+_CONSUMED_AFTER = Standings(_CONSUMED.where(_g.consumed_step > bindparam("step")))
+_CONSUMED_UP_TO = Standings(_CONSUMED.where(_g.consumed_step <= bindparam("step")))
+
+
+def consumed_after(conn: Connection, step: int) -> list[Standing]:
     """Consumed and not committed, at a step later than `step`."""
-    return _consumed(conn, _g.consumed_step > step)
+    return _CONSUMED_AFTER.all(conn, {"step": step})
 
 
-def consumed_up_to(conn: Connection, step: int) -> list[Row[Any]]:
+def consumed_up_to(conn: Connection, step: int) -> list[Standing]:
     """Consumed and not committed, at `step` or before."""
-    return _consumed(conn, _g.consumed_step <= step)
+    return _CONSUMED_UP_TO.all(conn, {"step": step})
 
 
-def _consumed(conn: Connection, when: ColumnElement[bool]) -> list[Row[Any]]:
-    return list(conn.execute(ROWS.where(when, _g.status == Status.CONSUMED.value).order_by(_g.consumed_seq)))
+_FORGET_STEP = Prepared(update(t.groups).where(is_among(_g.group_id, "ids")).values(consumed_step=None, take=None))
 
 
-def unconsume(tx: Transaction, rows: Sequence[Row[Any]], reason: str) -> None:
+def unconsume(tx: Transaction, rows: Sequence[Standing], reason: str) -> None:
     """Give consumed groups back: completed again, to be handed out first and in the order they had."""
     move(tx, rows, Status.COMPLETED, reason=reason)
     for chunk in chunks([row.group_id for row in rows]):
-        tx.conn.execute(update(t.groups).where(_g.group_id.in_(chunk)).values(consumed_step=None, take=None))
+        _FORGET_STEP.execute(tx.conn, {"ids": ids_of(tx.conn, chunk)})
 
 
 def drop_steps_after(conn: Connection, step: int) -> None:
@@ -148,12 +152,12 @@ def last_step_of(conn: Connection, status: Status, task_name: str | None) -> int
 
 # -- timelines and staleness ------------------------------------------------------------------------------------
 
-_FORKS = select(t.timelines.c.fork).order_by(t.timelines.c.timeline)
+_FORKS = Prepared(select(t.timelines.c.fork).order_by(t.timelines.c.timeline))
 
 
 def timeline(conn: Connection) -> Timeline:
     """The run's timeline: the versions to which its rewinds went back."""
-    return Timeline(tuple(conn.scalars(_FORKS)))
+    return Timeline(tuple([fork for (fork,) in _FORKS.all(conn)]))
 
 
 def anything_sampled(conn: Connection) -> bool:
@@ -167,8 +171,8 @@ def begin_timeline(tx: Transaction, ended: int, fork: int, step: int) -> None:
     tx.conn.execute(insert(t.timelines), {"timeline": ended, "fork": fork, "step": step, "at": tx.now})
 
 
-_MAY_EXPIRE = [literal(status.value, literal_execute=True) for status in (Status.COMPLETED, Status.INTERRUPTED)]
-"""Literally and in the order of the schema's index `groups_oldest`: only then does the planner see that it fits."""
+_MAY_EXPIRE = [literally(status) for status in (Status.COMPLETED, Status.INTERRUPTED)]
+"""In the order of the schema's index `groups_oldest`."""
 
 
 def stale(conn: Connection, task_name: str, below: int, level: Level, after: tuple[int, int], limit: int) -> list[Row[Any]]:

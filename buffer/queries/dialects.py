@@ -3,10 +3,25 @@ that never repeat."""
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
 
-from sqlalchemy import Boolean, ColumnElement, Connection, CursorResult, Integer, Table, bindparam, case, func, select, text
+from sqlalchemy import (
+    Boolean,
+    ColumnElement,
+    Connection,
+    CursorResult,
+    Integer,
+    Table,
+    bindparam,
+    case,
+    func,
+    insert,
+    literal_column,
+    select,
+    text,
+)
 from sqlalchemy import Sequence as DatabaseSequence
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
@@ -14,19 +29,43 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import NullType
 
 from buffer import schema as t
+from buffer.status import Status
 
 Change = Callable[[Any], dict[str, Any]]
 
+_NONE: Mapping[str, Any] = {}
 
-class Many:
-    """A statement that is executed with many rows, on SQLite several times as fast as SQLAlchemy does it: that looks at each row.
 
-    Values go to the driver as they are: it must know their types, as it does of all our columns.
+class _Text(NamedTuple):
+    """Of a statement: its text, the order of its parameters if they have no names, and those that nobody gives."""
+
+    sql: str
+    names: Sequence[str] | None
+    constants: Mapping[str, Any]
+
+
+class _Compiled:
+    """A statement whose text is made once a database. SQLAlchemy's look at each of its uses costs more than SQLite does.
+
+    Values go to the driver as they are, and come from it so: it must know their types, as it does of all our columns.
     """
 
     def __init__(self, statement: Any) -> None:
         self._statement = statement
-        self._compiled: dict[tuple[str, ...], tuple[str, Sequence[str] | None, dict[str, Any]]] = {}
+        self._texts: dict[tuple[str, ...], _Text] = {}
+
+    def _for(self, conn: Connection, keys: tuple[str, ...]) -> _Text:
+        place = (conn.dialect.name, *keys)
+        if place not in self._texts:
+            # As if for many rows: then nothing is returned that was not asked for.
+            compiled = self._statement.compile(dialect=conn.dialect, column_keys=list(keys), for_executemany=True)
+            constants = {name: value for name, value in compiled.params.items() if name not in keys}
+            self._texts[place] = _Text(str(compiled), compiled.positiontup, constants)
+        return self._texts[place]
+
+
+class Many(_Compiled):
+    """A statement that is executed with many rows, on SQLite several times as fast as SQLAlchemy does it."""
 
     def execute(self, conn: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
         """Execute it with rows that all have the keys of the first; gives how many rows of the database that changed."""
@@ -34,32 +73,74 @@ class Many:
         given = [{**constants, **row} for row in rows] if constants else rows
         return conn.exec_driver_sql(sql, [tuple([row[name] for name in names]) for row in given] if names else list(given)).rowcount
 
-    def _for(self, conn: Connection, keys: tuple[str, ...]) -> tuple[str, Sequence[str] | None, dict[str, Any]]:
-        """The text for rows of these keys, the order of its parameters if they have no names, and those that no row gives."""
-        place = (conn.dialect.name, *keys)
-        if place not in self._compiled:
-            compiled = self._statement.compile(dialect=conn.dialect, column_keys=list(keys), for_executemany=True)
-            constants = {name: value for name, value in compiled.params.items() if name not in keys}
-            self._compiled[place] = (str(compiled), compiled.positiontup, constants)
-        return self._compiled[place]
+
+class Prepared(_Compiled):
+    """A statement that is executed often, with one set of parameters; rows are plain tuples."""
+
+    def rows(self, conn: Connection, parameters: Mapping[str, Any] = _NONE) -> Iterator[tuple[Any, ...]]:
+        """One row after the other, as the database gives them."""
+        cursor: Any = self._executed(conn, parameters).cursor
+        with closing(cursor):
+            yield from cursor
+
+    def all(self, conn: Connection, parameters: Mapping[str, Any] = _NONE) -> list[tuple[Any, ...]]:
+        """All rows."""
+        cursor: Any = self._executed(conn, parameters).cursor
+        with closing(cursor):
+            rows: list[tuple[Any, ...]] = cursor.fetchall()
+        return rows
+
+    def value(self, conn: Connection, parameters: Mapping[str, Any] = _NONE) -> Any:
+        """The first column of the first row; None where there is no row."""
+        rows = self.all(conn, parameters)
+        return rows[0][0] if rows else None
+
+    def execute(self, conn: Connection, parameters: Mapping[str, Any]) -> int:
+        """Change rows; gives how many."""
+        return self._executed(conn, parameters).rowcount
+
+    def _executed(self, conn: Connection, parameters: Mapping[str, Any]) -> CursorResult[Any]:
+        sql, names, constants = self._for(conn, tuple(parameters))
+        given = {**constants, **parameters}
+        return conn.exec_driver_sql(sql, given if names is None else tuple([given[name] for name in names]))
+
+
+class Insert:
+    """INSERT of many rows of some columns, none of them bytes. On PostgreSQL in one statement: there a message a row costs most."""
+
+    def __init__(self, table: Table, columns: Sequence[str]) -> None:
+        dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+        typed = ", ".join(f"{name} {table.c[name].type.compile(dialect)}" for name in columns)
+        given = f"SELECT * FROM json_to_recordset(CAST(:rows AS json)) AS given({typed})"
+        self._one_by_one = Many(insert(table))
+        self._at_once = Prepared(text(f"INSERT INTO {table.name} ({', '.join(columns)}) {given}"))
+
+    def execute(self, conn: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Insert them in order; gives how many."""
+        if conn.dialect.name == "sqlite":
+            return self._one_by_one.execute(conn, rows)
+        return self._at_once.execute(conn, {"rows": json.dumps(rows)})
 
 
 class Upsert:
     """INSERT that changes the row of the same keys where there is one; `change` is given what would be inserted.
 
-    Without `change` the row that is there stays. Built once: to build a statement costs several times what a database
-    needs for it.
+    Without `change` the row that is there stays.
     """
 
     def __init__(self, table: Table, keys: Sequence[str], change: Change | None = None, *, returning: Any = None) -> None:
-        self._statements = {"sqlite": _built(sqlite.insert(table), keys, change, returning)}
-        self._statements["postgresql"] = _built(postgresql.insert(table), keys, change, returning)
-        self._many = {name: Many(statement) for name, statement in self._statements.items()}
+        statements = {"sqlite": _built(sqlite.insert(table), keys, change, returning)}
+        statements["postgresql"] = _built(postgresql.insert(table), keys, change, returning)
+        self._once = {name: Prepared(statement) for name, statement in statements.items()}
+        self._many = {name: Many(statement) for name, statement in statements.items()}
 
-    def execute(self, conn: Connection, parameters: dict[str, Any]) -> CursorResult[Any]:
-        """Execute it with one row."""
-        result: CursorResult[Any] = conn.execute(self._statements[conn.dialect.name], parameters)
-        return result
+    def execute(self, conn: Connection, parameters: dict[str, Any]) -> int:
+        """Execute it with one row; gives 0 where it changed none."""
+        return self._once[conn.dialect.name].execute(conn, parameters)
+
+    def returned(self, conn: Connection, parameters: dict[str, Any]) -> Any:
+        """Execute it with one row; gives the value that it returns."""
+        return self._once[conn.dialect.name].value(conn, parameters)
 
     def execute_many(self, conn: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
         """Execute it with rows, as `Many` does."""
@@ -100,6 +181,44 @@ def is_among(column: ColumnElement[int], name: str) -> ColumnElement[bool]:
     return column.op("IN", is_comparison=True)(_each(bindparam(name, type_=NullType())))
 
 
+def literally(status: Status) -> ColumnElement[str]:
+    """A status in the text of a statement, not as a parameter: only then does the planner see that a partial index fits."""
+    return literal_column(f"'{status.value}'")
+
+
+class _pairs(FunctionElement[Any]):
+    """The pairs of numbers of one parameter (`[[id, number], ...]` as JSON), as a table of `id` and `number`."""
+
+    inherit_cache = True
+
+
+@compiles(_pairs, "sqlite")
+def _pairs_on_sqlite(element: Any, compiler: Any, **options: Any) -> str:
+    (pairs,) = (compiler.process(clause, **options) for clause in element.clauses)
+    return f"(SELECT json_extract(value, '$[0]') AS id, json_extract(value, '$[1]') AS number FROM json_each({pairs}))"
+
+
+@compiles(_pairs, "postgresql")
+def _pairs_on_postgresql(element: Any, compiler: Any, **options: Any) -> str:
+    (pairs,) = (compiler.process(clause, **options) for clause in element.clauses)
+    numbers = f"json_array_elements(CAST({pairs} AS json))"
+    return f"(SELECT (value->>0)::bigint AS id, (value->>1)::bigint AS number FROM {numbers} AS pair(value))"
+
+
+def numbered(name: str) -> Any:
+    """A table of `id` and `number`, for UPDATE ... FROM: what the parameter `name` has from `json.dumps` of pairs."""
+    return _pairs(bindparam(name, type_=NullType())).table_valued("id", "number", name="numbered")
+
+
+_CHUNK = 500
+"""Ids in one statement."""
+
+
+def chunks(ids: Sequence[int]) -> Iterable[Sequence[int]]:
+    """`ids` in pieces that fit into one statement."""
+    return (ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK))
+
+
 def ids_of(conn: Connection, ids: Sequence[int]) -> str | list[int]:
     """A parameter for `is_among`."""
     return json.dumps(ids) if conn.dialect.name == "sqlite" else list(ids)
@@ -118,13 +237,18 @@ def reserve(conn: Connection, name: str, n: int) -> Sequence[int]:
     """
     if conn.dialect.name == "postgresql":
         return _from_sequence(conn, t.NUMBERS[name], n)
-    last: int = _RESERVE.execute(conn, {"name": name, "last": n}).scalar_one()
+    last: int = _RESERVE.returned(conn, {"name": name, "last": n})
     return range(last - n + 1, last + 1)
 
 
+_NEXT = {
+    sequence.name: Prepared(select(sequence.next_value()).select_from(func.generate_series(1, bindparam("n")).alias("each")))
+    for sequence in t.NUMBERS.values()
+}
+
+
 def _from_sequence(conn: Connection, sequence: DatabaseSequence, n: int) -> Sequence[int]:
-    numbers = select(sequence.next_value()).select_from(func.generate_series(1, bindparam("n")).alias("each"))
-    return sorted(conn.scalars(numbers, {"n": n}))
+    return sorted([number for (number,) in _NEXT[sequence.name].all(conn, {"n": n})])
 
 
 _SMALL_GAP = 10_000

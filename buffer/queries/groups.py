@@ -1,27 +1,19 @@
-"""Adding groups, storing what came of them, and moving them from one status to the next."""
+"""Adding groups, and storing what came of them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from buffer import schema as t
 from buffer.amounts import NOTHING, Amount
 from buffer.codec import EncodedGroup, EncodedPrefix
-from buffer.errors import DuplicateGroupError, IllegalTransitionError, UnknownGroupError
-from buffer.queries.dialects import Many, Upsert, ids_of, is_among, reserve
+from buffer.errors import DuplicateGroupError
+from buffer.queries.dialects import Many, Upsert, reserve
+from buffer.queries.standing import Standing, amount_in, require_rowcount
 from buffer.queries.transaction import INTERRUPTED, LEFT_OUT, RESTARTED, Transaction
-from buffer.status import Status, check_transition
-
-_CHUNK = 500
-"""Ids per IN list: below every driver's limit on bound parameters."""
-
-
-def chunks(ids: Sequence[int]) -> Iterable[Sequence[int]]:
-    """`ids` in pieces that fit into one statement."""
-    return (ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK))
-
+from buffer.status import Status
 
 # -- adding -----------------------------------------------------------------------------------------------------
 
@@ -70,11 +62,6 @@ def amount_of(e: EncodedGroup) -> Amount:
     return Amount(e.group["tokens"], e.group["finished"], e.group["finished_tokens"])
 
 
-def amount_in(row: Any) -> Amount:
-    """Likewise, of a row of `ROWS`."""
-    return Amount(row.tokens, row.finished, row.finished_tokens)
-
-
 def _note_lost(tx: Transaction, e: EncodedGroup) -> None:
     """Note what its producer dropped of a group: without partial rollouts what is interrupted, else what a loop began anew."""
     tx.gave_up(e.task_name, INTERRUPTED if e.status is Status.INTERRUPTED else RESTARTED, e.snapshot.dropped)
@@ -116,7 +103,7 @@ _STORE_MEMBER = Many(
 )
 
 
-def store_results(tx: Transaction, encoded: Sequence[EncodedGroup], stored: Mapping[int, Row[Any]]) -> None:
+def store_results(tx: Transaction, encoded: Sequence[EncodedGroup], stored: Mapping[int, Standing]) -> None:
     """Write what came of groups that stand in the database as `stored`.
 
     The rows themselves hold the guard: the expected status, task, size and owner stand in the WHERE.
@@ -159,16 +146,6 @@ def _write_payloads(conn: Connection, encoded: Sequence[EncodedGroup]) -> None:
     if encoded:
         _WRITE_PAYLOAD.execute_many(conn, [_payload(e) for e in encoded])
         _DROP_PREFIXES.execute(conn, [{"id": e.group_id} for e in encoded])
-
-
-class Overtaken(IllegalTransitionError):
-    """A group changed between the look at it and the change of it. Done again, the transaction sees what it is now."""
-
-
-def require_rowcount(found: int, expected: int) -> None:
-    """Raise `Overtaken` where a statement's WHERE did not hold for all rows."""
-    if found != expected:
-        raise Overtaken(f"{expected} rows were to change, {found} did: a group is not what it was, or has other members")
 
 
 _STORE_EXPIRED = Many(
@@ -225,63 +202,3 @@ def add_prefixes(tx: Transaction, encoded: Sequence[EncodedPrefix]) -> bool:
     _store_members(tx.conn, encoded)
     _ADD_PREFIX.execute(tx.conn, [{"id": e.group_id, "extras": e.extras, "arrays": e.arrays} for e in encoded])
     return True
-
-
-# -- moving -----------------------------------------------------------------------------------------------------
-
-_g = t.groups.c
-ROWS = select(
-    *(_g.group_id, _g.task_name, _g.status, _g.members, _g.consumed_seq, _g.take, _g.owner, _g.crashes, _g.max_version),
-    *(_g.tokens, _g.finished, _g.finished_tokens),
-)
-"""What a move needs to know of a group."""
-
-_KNOWN = ROWS.add_columns(select(func.coalesce(func.max(t.timelines.c.timeline) + 1, 0)).scalar_subquery().label("timeline")).where(
-    is_among(_g.group_id, "ids")
-)
-
-
-def known(conn: Connection, group_ids: Sequence[int]) -> dict[int, Row[Any]]:
-    """What `ROWS` selects, and the number of the run's timeline, of those of the groups that exist."""
-    found: dict[int, Row[Any]] = {}
-    for chunk in chunks(group_ids):
-        found |= {row.group_id: row for row in conn.execute(_KNOWN, {"ids": ids_of(conn, chunk)})}
-    return found
-
-
-def rows_of(conn: Connection, group_ids: Sequence[int]) -> list[Row[Any]]:
-    """What `known` gives of each, in the order asked for; an unknown id is an error."""
-    found = known(conn, group_ids)
-    return [found[group_id] for group_id in all_of(group_ids, found)]
-
-
-def all_of(group_ids: Sequence[int], found: Mapping[int, Any]) -> Sequence[int]:
-    """`group_ids`, if all of them were found."""
-    if missing := [group_id for group_id in group_ids if group_id not in found]:
-        raise UnknownGroupError(f"no group {missing[0]} is in the database; query() lists those that are")
-    return group_ids
-
-
-_MOVE = Many(
-    update(t.groups)
-    .where(_g.group_id == bindparam("id"), _g.status == bindparam("expected"))
-    .values(status=bindparam("status"), owner=bindparam("owner_now"), updated_at=bindparam("now"))
-)
-
-
-def move(tx: Transaction, rows: Sequence[Row[Any]], target: Status, *, reason: str | None = None) -> None:
-    """Take groups (rows of `ROWS`) to `target`; refused where the table does not allow it. What runs is ours."""
-    if not rows:
-        return
-    note_moves(tx, rows, target, reason=reason)
-    owner = tx.owner if target is Status.RUNNING else None
-    changes = [{"id": row.group_id, "expected": row.status, "status": target.value, "owner_now": owner, "now": tx.now} for row in rows]
-    require_rowcount(_MOVE.execute(tx.conn, changes), len(rows))
-
-
-def note_moves(tx: Transaction, rows: Sequence[Row[Any]], target: Status, *, reason: str | None = None, step: int | None = None) -> None:
-    """Check that the groups may go to `target`, and note that they do."""
-    for row in rows:
-        check_transition(Status(row.status), target, f"group {row.group_id} of task {row.task_name!r}")
-        amounts = (amount_in(row), amount_in(row))
-        tx.changed(row.group_id, row.task_name, Status(row.status), target, amounts, reason=reason, step=step, version=row.max_version)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Float, Row, bindparam, delete, literal, literal_column, select, update
+from sqlalchemy import ColumnElement, Connection, Float, Row, bindparam, delete, literal_column, select, update
 
 from buffer import schema as t
-from buffer.queries.dialects import Upsert, clock
-from buffer.queries.groups import ROWS, chunks
+from buffer.queries.dialects import Prepared, Upsert, chunks, clock, ids_of, is_among, literally
+from buffer.queries.standing import ROWS, Standing, Standings
 from buffer.queries.transaction import Transaction
 from buffer.status import Status
 
@@ -84,20 +84,19 @@ def transactions_of(conn: Connection, owner: str) -> int | None:
 
 _ALIVE = select(t.producers.c.owner).where(t.producers.c.expires_at >= bindparam("now", type_=Float))
 _NOT_ALIVE = t.groups.c.owner.not_in(_ALIVE) | t.groups.c.owner.is_(None)
-# Literally, not as a parameter: only then does the planner see that the partial index holds what it needs.
-_RUNNING = t.groups.c.status == literal(Status.RUNNING.value, literal_execute=True)
-_ORPHANED = ROWS.where(_RUNNING, _NOT_ALIVE).order_by(t.groups.c.group_id).with_for_update(skip_locked=True)
-_RUN_BY_ME = ROWS.where(_RUNNING, t.groups.c.owner == bindparam("me")).order_by(t.groups.c.group_id).with_for_update()
+_RUNNING = t.groups.c.status == literally(Status.RUNNING)
+_ORPHANED = Standings(ROWS.where(_RUNNING, _NOT_ALIVE).order_by(t.groups.c.group_id).with_for_update(skip_locked=True))
+_RUN_BY_ME = Standings(ROWS.where(_RUNNING, t.groups.c.owner == bindparam("me")).order_by(t.groups.c.group_id).with_for_update())
 
 
-def running_without_owner(tx: Transaction) -> list[Row[Any]]:
+def running_without_owner(tx: Transaction) -> list[Standing]:
     """Running groups whose producer is not alive, and that nobody else releases at this moment."""
-    return list(tx.conn.execute(_ORPHANED, {"now": tx.now}))
+    return _ORPHANED.all(tx.conn, {"now": tx.now})
 
 
-def running_here(tx: Transaction) -> list[Row[Any]]:
+def running_here(tx: Transaction) -> list[Standing]:
     """Groups that this process runs."""
-    return list(tx.conn.execute(_RUN_BY_ME, {"me": tx.owner}))
+    return _RUN_BY_ME.all(tx.conn, {"me": tx.owner})
 
 
 def consumed_without_owner(tx: Transaction) -> bool:
@@ -123,27 +122,27 @@ def ran_and_lost(tx: Transaction, group_id: int) -> bool:
     return False
 
 
-_COUNT_CRASH = update(t.groups).where(t.groups.c.group_id == bindparam("id")).values(crashes=t.groups.c.crashes + 1)
+_COUNT_CRASH = Prepared(update(t.groups).where(is_among(t.groups.c.group_id, "ids")).values(crashes=t.groups.c.crashes + 1))
 
 
 def count_crash(conn: Connection, group_ids: Sequence[int]) -> None:
     """One more producer died running these."""
-    if group_ids:
-        conn.execute(_COUNT_CRASH, [{"id": group_id} for group_id in group_ids])
+    for chunk in chunks(group_ids):
+        _COUNT_CRASH.execute(conn, {"ids": ids_of(conn, chunk)})
+
+
+_UNFINISHED = is_among(t.rollouts.c.group_id, "ids") & (t.rollouts.c.status != Status.COMPLETED.value)
+_COUNT_INTERRUPTION = Prepared(update(t.rollouts).where(_UNFINISHED).values(interruptions=t.rollouts.c.interruptions + 1))
+_FAIL = Prepared(update(t.rollouts).where(_UNFINISHED).values(status=Status.FAILED.value, error=bindparam("why")))
 
 
 def count_interruption(conn: Connection, group_ids: Sequence[int]) -> None:
     """One more interruption for the unfinished members of groups that were released."""
     for chunk in chunks(group_ids):
-        statement = update(t.rollouts).where(_unfinished(chunk)).values(interruptions=t.rollouts.c.interruptions + 1)
-        conn.execute(statement)
+        _COUNT_INTERRUPTION.execute(conn, {"ids": ids_of(conn, chunk)})
 
 
 def fail_unfinished(conn: Connection, group_ids: Sequence[int], error: str) -> None:
     """The unfinished members of these groups failed."""
     for chunk in chunks(group_ids):
-        conn.execute(update(t.rollouts).where(_unfinished(chunk)).values(status=Status.FAILED.value, error=error))
-
-
-def _unfinished(group_ids: Sequence[int]) -> Any:
-    return t.rollouts.c.group_id.in_(group_ids) & (t.rollouts.c.status != Status.COMPLETED.value)
+        _FAIL.execute(conn, {"ids": ids_of(conn, chunk), "why": error})

@@ -1,75 +1,79 @@
 """Whole groups, and those that a question finds."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, bindparam, func, select
 
 from buffer import schema as t
-from buffer.codec import decode_group
+from buffer.codec import GROUP_COLUMNS, MEMBER_COLUMNS, decode_group, storable_text
+from buffer.errors import CorruptPayloadError
 from buffer.queries.consumption import timeline as current_timeline
-from buffer.queries.dialects import contains_text, ids_of, is_among
-from buffer.queries.groups import all_of, chunks, known
+from buffer.queries.dialects import Prepared, chunks, contains_text, ids_of, is_among
+from buffer.queries.standing import all_of, known
 from buffer.rollout import RolloutGroup
 from buffer.status import Status
 
 
 def load_groups(conn: Connection, group_ids: Sequence[int]) -> list[RolloutGroup]:
-    """Whole groups, payloads included, in the order asked for; an unknown id is an error."""
+    """Whole groups, payloads included, in the order asked for; an unknown id is an error, and so is one that does not decode."""
     loaded: dict[int, RolloutGroup] = {}
     for chunk in chunks(group_ids):
-        loaded |= _load_chunk(conn, chunk)
+        loaded |= _load_chunk(conn, chunk, _refuse)
     return [loaded[group_id] for group_id in all_of(group_ids, loaded)]
 
 
+def load_sound(conn: Connection, group_ids: Sequence[int]) -> tuple[list[RolloutGroup], dict[int, str]]:
+    """The same, of those that decode; and what is wrong with each that does not."""
+    damaged: dict[int, str] = {}
+
+    def note(group_id: int, error: CorruptPayloadError) -> None:
+        damaged[group_id] = storable_text(str(error))
+
+    loaded: dict[int, RolloutGroup] = {}
+    for chunk in chunks(group_ids):
+        loaded |= _load_chunk(conn, chunk, note)
+    return [loaded[group_id] for group_id in all_of(group_ids, loaded | damaged) if group_id in loaded], damaged
+
+
+def _refuse(group_id: int, error: CorruptPayloadError) -> None:
+    raise error
+
+
 _r = t.rollouts.c
-_OF_MEMBERS = ("group_id", "member", "status", "attempts", "interruptions", "error", "finish_reason", "score", "reward")
-_MEMBERS = select(*(_r[name] for name in _OF_MEMBERS)).where(is_among(_r.group_id, "ids")).order_by(_r.group_id, _r.member)
-_OF_GROUPS = ("group_id", "task_name", "status", "epoch", "position", "consumed_step", "filter_reason")
-_GROUPS = (
-    select(*(t.groups.c[name] for name in _OF_GROUPS), t.prompts.c.data, t.payloads.c.extras, t.payloads.c.arrays)
+_MEMBERS = Prepared(select(*(_r[name] for name in MEMBER_COLUMNS)).where(is_among(_r.group_id, "ids")).order_by(_r.group_id, _r.member))
+_GROUPS = Prepared(
+    select(*(t.groups.c[name] for name in GROUP_COLUMNS), t.prompts.c.data, t.payloads.c.extras, t.payloads.c.arrays)
     .select_from(t.groups.join(t.prompts).outerjoin(t.payloads, t.payloads.c.group_id == t.groups.c.group_id))
     .where(is_among(t.groups.c.group_id, "ids"))
 )
-_PREFIXES = (
+_PREFIXES = Prepared(
     select(t.prefixes.c.group_id, t.prefixes.c.extras, t.prefixes.c.arrays)
     .where(is_among(t.prefixes.c.group_id, "ids"))
     .order_by(t.prefixes.c.group_id, t.prefixes.c.number)
 )
-_WHOLE = {Status.COMPLETED.value, Status.CONSUMED.value, Status.ARCHIVED.value, Status.FILTERED.value, Status.EXPIRED.value}
-"""Statuses in which the payload holds all there is: it took the place of the prefixes."""
 
 
-def _load_chunk(conn: Connection, group_ids: Sequence[int]) -> dict[int, RolloutGroup]:
+def _load_chunk(
+    conn: Connection, group_ids: Sequence[int], on_damage: Callable[[int, CorruptPayloadError], None]
+) -> dict[int, RolloutGroup]:
     ids = {"ids": ids_of(conn, group_ids)}
-    # Fetched at once and made into plain dicts: there are hundreds of them, and to look a name up in a row of SQLAlchemy is slow.
-    members: dict[int, list[Mapping[str, Any]]] = {}
-    for row in conn.execute(_MEMBERS, ids).all():
-        members.setdefault(row[0], []).append(dict(zip(_OF_MEMBERS, row, strict=True)))
-    rows = conn.execute(_GROUPS, ids).all()
-    prefixes = _prefixes(conn, [row.group_id for row in rows if row.status not in _WHOLE])
+    members = {group_id: list(rows) for group_id, rows in groupby(_MEMBERS.all(conn, ids), itemgetter(0))}
+    prefixes = {group_id: [row[1:] for row in rows] for group_id, rows in groupby(_PREFIXES.all(conn, ids), itemgetter(0))}
     timeline = current_timeline(conn)
-    return {
-        row.group_id: decode_group(
-            dict(zip(_OF_GROUPS, row, strict=False)),
-            members.get(row.group_id, []),
-            row.data,
-            None if row.arrays is None else (row.extras, row.arrays),
-            prefixes.get(row.group_id, ()),
-            timeline,
-        )
-        for row in rows
-    }
-
-
-def _prefixes(conn: Connection, group_ids: Sequence[int]) -> dict[int, list[tuple[str, bytes]]]:
-    found: dict[int, list[tuple[str, bytes]]] = {}
-    if group_ids:
-        for group_id, extras, arrays in conn.execute(_PREFIXES, {"ids": ids_of(conn, group_ids)}).all():
-            found.setdefault(group_id, []).append((extras, arrays))
-    return found
+    loaded: dict[int, RolloutGroup] = {}
+    # Each group is decoded as it is read: then its bytes are still in the processor's cache.
+    for *group, prompt, extras, arrays in _GROUPS.rows(conn, ids):
+        group_id, payload = group[0], None if arrays is None else (extras, arrays)
+        try:
+            loaded[group_id] = decode_group(group, members.get(group_id, []), prompt, payload, prefixes.get(group_id, ()), timeline)
+        except CorruptPayloadError as error:
+            on_damage(group_id, error)
+    return loaded
 
 
 @dataclass(frozen=True, slots=True)

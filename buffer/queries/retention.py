@@ -7,7 +7,7 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, delete, 
 
 from buffer import schema as t
 from buffer.queries.consumption import last_step_of
-from buffer.queries.groups import amount_in
+from buffer.queries.standing import amount_in
 from buffer.queries.transaction import Transaction
 from buffer.queries.values import meta_value, set_meta_value, task_names
 from buffer.status import Status

@@ -2,13 +2,13 @@
 
 import hashlib
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from sqlalchemy import Connection, Float, Row, bindparam, cast, func, select, text
+from sqlalchemy import Connection, Float, bindparam, cast, func, select, text
 
 from buffer import schema as t
-from buffer.queries.dialects import ids_of, is_among
-from buffer.queries.groups import ROWS, chunks
+from buffer.queries.dialects import chunks, ids_of, is_among
+from buffer.queries.standing import ROWS, Standing, Standings
 from buffer.queries.values import count
 from buffer.rollout import Position
 from buffer.status import Status
@@ -21,37 +21,38 @@ _INTERRUPTIONS = select(func.coalesce(func.max(_r.interruptions), 0)).where(_r.g
 _WAITING = (
     ROWS.where(_g.task_name == bindparam("task"), _g.status == bindparam("status")).limit(bindparam("n")).with_for_update(skip_locked=True)
 )
-_CLAIMABLE = {
+_ORDERED = {
     "oldest": _WAITING.order_by(_g.consumed_seq, _g.ready_seq),
     "most_interrupted": _WAITING.order_by(_INTERRUPTIONS.desc(), _g.consumed_seq, _g.ready_seq),
 }
 _OFTEN = select(_r.group_id).where(_r.group_id == _g.group_id, _r.interruptions >= bindparam("at_least")).correlate(t.groups).exists()
-_CLAIMABLE_UNLESS_OFTEN = {order: statement.where(~_OFTEN) for order, statement in _CLAIMABLE.items()}
+_CLAIMABLE = {order: Standings(statement) for order, statement in _ORDERED.items()}
+_CLAIMABLE_UNLESS_OFTEN = {order: Standings(statement.where(~_OFTEN)) for order, statement in _ORDERED.items()}
 
 
 def claimable(
     conn: Connection, task_name: str, status: Status, limit: int, order: ClaimOrder = "oldest", interrupted_below: int | None = None
-) -> list[Row[Any]]:
+) -> list[Standing]:
     """The first groups of the task that wait in `status` and that nobody else claims at this moment.
 
     "most_interrupted" looks at all of them, ties by age. With `interrupted_below`, none with a member that was interrupted so often.
     """
     values = {"task": task_name, "status": status.value, "n": limit}
     if interrupted_below is None:
-        return list(conn.execute(_CLAIMABLE[order], values))
-    return list(conn.execute(_CLAIMABLE_UNLESS_OFTEN[order], {**values, "at_least": interrupted_below}))
+        return _CLAIMABLE[order].all(conn, values)
+    return _CLAIMABLE_UNLESS_OFTEN[order].all(conn, {**values, "at_least": interrupted_below})
 
 
 # Of these expressions there is no index: else SQLite reads all that wait, not the few that are named.
 _STILL = (func.coalesce(_g.task_name, "") == bindparam("task"), func.coalesce(_g.status, "") == bindparam("status"))
-_NAMED = ROWS.where(is_among(_g.group_id, "ids"), *_STILL).with_for_update(skip_locked=True)
+_NAMED = Standings(ROWS.where(is_among(_g.group_id, "ids"), *_STILL).with_for_update(skip_locked=True))
 
 
-def claimable_among(conn: Connection, task_name: str, status: Status, group_ids: Sequence[int]) -> list[Row[Any]]:
+def claimable_among(conn: Connection, task_name: str, status: Status, group_ids: Sequence[int]) -> list[Standing]:
     """Those of the given groups that wait in `status` and that nobody else claims at this moment, in the order given."""
-    found: dict[int, Row[Any]] = {}
+    found: dict[int, Standing] = {}
     for chunk in chunks(group_ids):
-        rows = conn.execute(_NAMED, {"task": task_name, "status": status.value, "ids": ids_of(conn, chunk)})
+        rows = _NAMED.all(conn, {"task": task_name, "status": status.value, "ids": ids_of(conn, chunk)})
         found |= {row.group_id: row for row in rows}
     return [found[group_id] for group_id in group_ids if group_id in found]
 

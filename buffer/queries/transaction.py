@@ -2,14 +2,16 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Table, insert
+from sqlalchemy import Connection, Table
 
 from buffer import schema as t
 from buffer.amounts import NOTHING, Amount
-from buffer.queries.dialects import Change, Many, Upsert
+from buffer.queries.dialects import Change, Insert, Upsert
+from buffer.queries.standing import Standing
 from buffer.status import Status
 
 STALE, UNDONE, INTERRUPTED, RESTARTED, LEFT_OUT, PRUNED = "stale", "undone", "interrupted", "restarted", "left_out", "pruned"
@@ -27,7 +29,7 @@ def _added(table: Table, *names: str) -> Change:
 
 _ADD_COUNTS = Upsert(t.counts, ["task_name", "status"], _added(t.counts, "n", *_AMOUNTS))
 _ADD_GIVEN_UP = Upsert(t.given_up, ["task_name", "reason"], _added(t.given_up, *_AMOUNTS))
-_INSERT_TRANSITIONS = Many(insert(t.transitions))
+_INSERT_TRANSITIONS = Insert(t.transitions, [column.name for column in t.transitions.c if column.name != "transition_id"])
 
 
 @dataclass(slots=True)
@@ -62,12 +64,26 @@ class Transaction:
         if source is not None:
             self.deltas[task_name, source] -= 1
         self.deltas[task_name, target] += 1
+        self._note(group_id, None if source is None else source.value, target.value, step, version, reason)
+
+    def went(self, rows: Sequence[Standing], target: Status, *, reason: str | None = None, step: int | None = None) -> None:
+        """Note that groups, as they stand, go to `target`, with all that was sampled of them."""
+        for task_name, source in {(row.task_name, row.status) for row in rows}:
+            own = [row for row in rows if (row.task_name, row.status) == (task_name, source)]
+            amount = Amount(sum([row.tokens for row in own]), sum([row.finished for row in own]), sum([row.finished_tokens for row in own]))
+            self.moved(task_name, Status(source), target, (amount, amount))
+            self.deltas[task_name, Status(source)] -= len(own)
+            self.deltas[task_name, target] += len(own)
+        for row in rows:
+            self._note(row.group_id, row.status, target.value, step, row.max_version, reason)
+
+    def _note(self, group_id: int, source: str | None, target: str, step: int | None, version: int | None, reason: str | None) -> None:
         self.transitions.append(
             {
                 "group_id": group_id,
                 "at": self.now,
-                "source": None if source is None else source.value,
-                "target": target.value,
+                "source": source,
+                "target": target,
                 "owner": self.owner,
                 "step": step,
                 "version": version,

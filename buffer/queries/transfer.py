@@ -10,7 +10,8 @@ from sqlalchemy import Connection, bindparam, func, select, tuple_, update
 from buffer import schema as t
 from buffer.codec import EncodedGroup
 from buffer.queries.dialects import Upsert, reserve
-from buffer.queries.groups import ROWS, amount_in, insert_groups
+from buffer.queries.groups import insert_groups
+from buffer.queries.standing import ROWS, Standing
 from buffer.queries.transaction import Transaction
 from buffer.status import Status
 
@@ -110,8 +111,6 @@ def reopen_after(tx: Transaction, step: int) -> None:
     """What is committed at a step later than `step` is only consumed again."""
     later = (_g.status == Status.ARCHIVED.value, _g.consumed_step > step)
     # Not by `move`: in a run that goes on, what is committed stays so.
-    for row in tx.conn.execute(ROWS.where(*later).order_by(_g.consumed_seq)):
-        reason = f"the run was forked at step {step}"
-        amounts = (amount_in(row), amount_in(row))
-        tx.changed(row.group_id, row.task_name, Status.ARCHIVED, Status.CONSUMED, amounts, reason=reason, version=row.max_version)
+    rows = [Standing(*row) for row in tx.conn.execute(ROWS.where(*later).order_by(_g.consumed_seq))]
+    tx.went(rows, Status.CONSUMED, reason=f"the run was forked at step {step}")
     tx.conn.execute(update(t.groups).where(*later).values(status=Status.CONSUMED.value))

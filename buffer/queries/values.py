@@ -4,7 +4,7 @@ from sqlalchemy import Connection, bindparam, delete, select, update
 
 from buffer import schema as t
 from buffer.errors import CursorConflictError
-from buffer.queries.dialects import Upsert
+from buffer.queries.dialects import Prepared, Upsert
 from buffer.status import Status
 
 
@@ -25,9 +25,13 @@ def task_names(conn: Connection) -> list[str]:
     return list(conn.scalars(select(t.tasks.c.task_name).order_by(t.tasks.c.task_name)))
 
 
+_META = Prepared(select(t.meta.c.value).where(t.meta.c.key == bindparam("key")))
+
+
 def meta_value(conn: Connection, key: str) -> str | None:
     """One entry of the table of run-wide values."""
-    return conn.scalar(select(t.meta.c.value).where(t.meta.c.key == key))
+    found: str | None = _META.value(conn, {"key": key})
+    return found
 
 
 _SET_META = Upsert(t.meta, ["key"], lambda new: {"value": new.value})

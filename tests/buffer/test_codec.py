@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from buffer import Position, RolloutGroup, RolloutState, Status, Turn
-from buffer.codec import EncodedGroup, decode_group, encode, encode_group, snapshot
+from buffer.codec import GROUP_COLUMNS, MEMBER_COLUMNS, EncodedGroup, decode_group, encode, encode_group, snapshot
 from buffer.errors import CorruptPayloadError
 from buffer.rollout import TOKEN_ARRAYS
 from buffer.staleness import NO_VERSION, Timeline
@@ -96,9 +96,10 @@ def groups(draw: st.DrawFn) -> RolloutGroup:
 def stored(encoded: EncodedGroup) -> dict[str, Any]:
     """What the tables give back: arguments of `decode_group`."""
     row = {"group_id": encoded.group_id, "task_name": encoded.task_name, "status": encoded.status.value, "consumed_step": None}
+    row |= encoded.group
     return {
-        "group_row": row | encoded.group,
-        "member_rows": [dict(member) for member in encoded.rollouts],
+        "group_row": tuple(row[name] for name in GROUP_COLUMNS),
+        "member_rows": [tuple(member[name] for name in MEMBER_COLUMNS) for member in encoded.rollouts],
         "prompt": encoded.prompt,
         "payload": (encoded.extras, encoded.arrays),
     }
@@ -279,18 +280,28 @@ def change_runs(*runs: int) -> Callable[[dict[str, Any]], None]:
     return change_bytes(RUNS, np.array(runs, np.int32).tobytes())
 
 
-def change_row(name: str, value: Any, table: str = "group_row") -> Callable[[dict[str, Any]], None]:
+def change_row(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda parts: parts.update(group_row=_changed(parts["group_row"], GROUP_COLUMNS.index(name), value))
+
+
+def change_member(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Changes the first member's row."""
+
     def forge(parts: dict[str, Any]) -> None:
-        (parts[table] if table == "group_row" else parts[table][0])[name] = value
+        parts["member_rows"][0] = _changed(parts["member_rows"][0], MEMBER_COLUMNS.index(name), value)
 
     return forge
+
+
+def _changed(row: tuple[Any, ...], at: int, value: Any) -> tuple[Any, ...]:
+    return (*row[:at], value, *row[at + 1 :])
 
 
 def set_prompt(prompt: str) -> Callable[[dict[str, Any]], None]:
     return lambda parts: parts.update(prompt=prompt)
 
 
-FORGED: dict[str, Callable[[dict[str, Any]], None]] = {
+FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "negative length": change_extras(n=-1),
     "negative prompt": change_extras(prompt_n=-7),
     "shared with nobody": change_extras(prompt_n=-1),
@@ -338,15 +349,19 @@ FORGED: dict[str, Callable[[dict[str, Any]], None]] = {
     "prompt with other columns": set_prompt('[{"evil": 1}]'),
     "prompt that says more than a prompt": set_prompt('[{"group_id": 7}]'),
     "unknown status": change_row("status", "stolen"),
-    "unknown status of a member": change_row("status", "stolen", "member_rows"),
-    "member in another place": change_row("member", 1, "member_rows"),
+    "unknown status of a member": change_member("status", "stolen"),
+    "member in another place": change_member("member", 1),
     "no members": lambda parts: parts["member_rows"].clear(),
     "task without a name": change_row("task_name", ""),
+    "step that is text": change_row("consumed_step", "third"),
+    "place that is text": lambda parts: (change_row("epoch", 0)(parts), change_row("position", "first")(parts)),
+    "prompt length in words": change_extras(prompt_n="2"),
+    "prompt length with a fraction": change_extras(prompt_n=-1.0),
 }
 
 
 @pytest.mark.parametrize("forge", FORGED.values(), ids=FORGED.keys())
-def test_a_forged_payload_is_refused_without_a_large_allocation(forge: Callable[[dict[str, Any]], None]) -> None:
+def test_a_forged_payload_is_refused_without_a_large_allocation(forge: Callable[[dict[str, Any]], object]) -> None:
     parts = stored(encode_group(a_group(1)))
     forge(parts)
     tracemalloc.start()

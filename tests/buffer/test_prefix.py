@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from buffer import Position, RolloutGroup, RolloutState, Status
 from buffer.amounts import Amount
-from buffer.codec import EncodedGroup, EncodedPrefix, decode_group, encode_group, encode_prefix, snapshot
+from buffer.codec import GROUP_COLUMNS, MEMBER_COLUMNS, EncodedGroup, EncodedPrefix, decode_group, encode_group, encode_prefix, snapshot
 from buffer.errors import CorruptPayloadError
 from buffer.rollout import TOKEN_ARRAYS
 from buffer.staleness import Timeline
@@ -51,7 +51,9 @@ class Stored:
         group_row = {"group_id": self.group.group_id, "task_name": self.group.task_name, "status": "running", "consumed_step": None}
         prefixes = [(prefix.extras, prefix.arrays) for prefix in self.prefixes]
         arguments = {"payload": self.payload, "prefixes": prefixes} | changes
-        return decode_group(group_row | self.first.group, self.rows, self.first.prompt, **arguments)
+        group_row |= self.first.group
+        rows = [tuple(row[name] for name in MEMBER_COLUMNS) for row in self.rows]
+        return decode_group(tuple(group_row[name] for name in GROUP_COLUMNS), rows, self.first.prompt, **arguments)
 
 
 def a_chat(size: int = SIZE) -> RolloutGroup:
