@@ -4,6 +4,8 @@ import hashlib
 import os
 import pwd
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,30 @@ def execute(address: str, *statements: Any) -> list[tuple[Any, ...]]:
         for statement in statements:
             cursor = connection.execute(statement)
         return cursor.fetchall() if cursor.description is not None else []
+
+
+@contextmanager
+def password_needed(address: str, user: str, password: str) -> Iterator[None]:
+    """Meanwhile there is a user who must give a password, and has a schema to write to."""
+    ((hba,),) = execute(address, "SHOW hba_file")
+    before = Path(hba).read_text()
+    execute(address, f"CREATE ROLE {user} LOGIN PASSWORD '{password}'", f"CREATE SCHEMA {user} AUTHORIZATION {user}")
+    try:
+        _admit(address, Path(hba), f"local all {user} scram-sha-256\n{before}")
+        yield
+    finally:
+        _admit(address, Path(hba), before)
+        execute(address, "SET client_min_messages = error", f"DROP OWNED BY {user} CASCADE", f"DROP ROLE {user}")
+
+
+def _admit(address: str, hba: Path, rules: str) -> None:
+    """Return when the server lets users in by these rules."""
+    loaded = "SELECT pg_conf_load_time()"
+    before = execute(address, loaded)
+    hba.write_text(rules)
+    execute(address, "SELECT pg_reload_conf()")
+    while execute(address, loaded) == before:  # of a new connection, which has what the server had then
+        pass
 
 
 def edit(address: str, statement: str) -> int:

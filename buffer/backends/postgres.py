@@ -29,6 +29,8 @@ _OPENING = "SELECT pg_advisory_xact_lock(hashtext('millrace ' || current_schema(
 
 _BUSY = "fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500"
 _MOVING = "fillfactor = 85, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 2000"
+_LARGE = "autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 500"
+_OUT_OF_LINE = "toast.autovacuum_vacuum_scale_factor = 0.02, toast.autovacuum_vacuum_threshold = 2000"
 _STORAGE = (
     # Arrays of numbers hardly shrink, and to try costs more than to write them.
     "ALTER TABLE payloads ALTER COLUMN arrays SET STORAGE EXTERNAL",
@@ -37,6 +39,10 @@ _STORAGE = (
     *(f"ALTER TABLE {name} SET ({_BUSY})" for name in ("counts", "producers", "tasks")),
     # Large ones whose rows change a few times each: what is dead is cleaned up before it is much.
     *(f"ALTER TABLE {name} SET ({_MOVING})" for name in ("groups", "rollouts", "prefixes")),
+    # Rows that are written, and deleted when they are not needed any more. Their bytes lie in tables beside them, with settings of
+    # their own, counted in pieces of 2 KiB.
+    f"ALTER TABLE payloads SET ({_LARGE})",
+    *(f"ALTER TABLE {name} SET ({_OUT_OF_LINE})" for name in ("payloads", "prefixes")),
 )
 """How PostgreSQL keeps the tables; no part of the schema's version."""
 

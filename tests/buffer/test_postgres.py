@@ -52,6 +52,18 @@ async def test_what_cannot_be_reached_is_named_with_what_to_do(server: postgres.
     assert "invalid" in await refusal(f"{server.address}&absent=1")
 
 
+async def test_a_wrong_password_is_told_and_not_shown(server: postgres.Server) -> None:
+    where = server.address.partition("host=")[2]
+    with postgres.password_needed(server.address, "careful", "right-secret"):
+        for given in (":wrong-secret", ""):
+            said = await refusal(f"postgresql://careful{given}@/postgres?host={where}")
+            assert said.startswith(f"DatabaseError postgresql://careful{':***' if given else ''}@/postgres?host=")
+            assert ('password authentication failed for user "careful"' if given else "no password supplied") in said
+            assert said.endswith("give the right user and password in the URL")
+        async with ReplayBuffer.open(f"postgresql://careful:right-secret@/postgres?host={where}") as buffer:
+            assert await buffer.task_names() == []
+
+
 async def test_a_user_who_may_only_read_reads(server: postgres.Server, tmp_path: Path) -> None:
     address = url(tmp_path)
     async with ReplayBuffer.open(address) as buffer:
