@@ -62,7 +62,8 @@ def _order(policy: TakePolicy) -> list[ColumnElement[Any]]:
 _TURN = numbered("turns")
 _CONSUME = Prepared(
     update(t.groups)
-    .where(_g.group_id == _TURN.c.id, _g.status == literally(Status.COMPLETED))
+    # Of this expression there is no index: else SQLite reads all that wait, and looks for the few that are named among them.
+    .where(_g.group_id == _TURN.c.id, func.coalesce(_g.status, "") == Status.COMPLETED.value)
     .values(
         status=literally(Status.CONSUMED),
         consumed_step=bindparam("step"),

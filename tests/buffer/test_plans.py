@@ -15,6 +15,11 @@ from buffer.backends import backend_of
 from buffer.staleness import Level
 from tests.buffer.groups import a_group, draw, put_all, url
 
+
+def completed(conn: Connection) -> list[Any]:
+    return queries.first_completed(conn, "math", 8, Fifo())
+
+
 HOT: dict[str, tuple[Callable[[Connection], Any], str]] = {
     "take, first in first out": (lambda c: queries.first_completed(c, "math", 8, Fifo()), "groups_fifo"),
     "take, stalest first": (lambda c: queries.first_completed(c, "math", 8, StalestFirst()), "groups_stalest"),
@@ -29,6 +34,8 @@ HOT: dict[str, tuple[Callable[[Connection], Any], str]] = {
     "count": (lambda c: queries.count(c, "math", Status.COMPLETED), "sqlite_autoindex_counts_1"),
     "what is there": (lambda c: queries.known(c, [1, 2, 3]), "INTEGER PRIMARY KEY"),
     "load": (lambda c: queries.load_groups(c, [1, 2, 3]), "INTEGER PRIMARY KEY"),
+    "start": (lambda c: queries.move(queries.Transaction(c, "me"), queries.rows_of(c, [1, 2, 3]), Status.RUNNING), "INTEGER PRIMARY KEY"),
+    "consume": (lambda c: queries.consume(queries.Transaction(c, "me"), completed(c), 9, None), "INTEGER PRIMARY KEY"),
     "commit": (lambda c: queries.consumed_up_to(c, 2), "groups_consumed"),
     "rewind": (lambda c: queries.consumed_after(c, 2), "groups_consumed"),
     "last step": (lambda c: queries.last_step(c), "groups_consumed"),
@@ -95,15 +102,16 @@ def test_hot_statements_read_through_an_index(path: Path, name: str) -> None:
 
 def _plan(path: Path, statement: Callable[[Connection], Any]) -> list[str]:
     """What SQLite says of every statement that the function executes."""
-    engine = backend_of(f"sqlite:///{path}").connect(read_only=True)
+    engine = backend_of(f"sqlite:///{path}").connect(read_only=False)
     lines: list[str] = []
 
     @event.listens_for(engine, "before_cursor_execute")
     def explain(conn: Connection, cursor: sqlite3.Cursor, sql: str, parameters: Any, *_: Any) -> None:
-        if sql.startswith("SELECT"):
+        if sql.startswith(("SELECT", "UPDATE")):
             lines.extend(row[3] for row in cursor.execute(f"EXPLAIN QUERY PLAN {sql}", parameters))
 
-    with engine.connect() as conn, conn.begin():
+    with engine.connect() as conn, conn.begin() as transaction:
         statement(conn)
+        transaction.rollback()
     engine.dispose()
     return lines
