@@ -22,6 +22,7 @@ from benchmarks.workload import Database, in_rounds, make_group, print_table, sc
 from buffer import ReplayBuffer, Status
 
 BATCH, COUNTS, FRESH = 64, 200, 1000
+TAKES = {"plain": "take(64), no payloads", "tokens": "take(64), payloads of 64 KiB"}
 
 
 def kinds(size: int, rounds: int) -> list[Kind]:
@@ -46,6 +47,7 @@ class Run:
         self.size, self._files, self._path = size, files, path
         self._url = f"sqlite:///{path}"
         self._step, self._expired = 1, 0
+        self.cpu: dict[str, list[float]] = {}
 
     async def __aenter__(self) -> "Run":
         self.buffer = await ReplayBuffer.open(self._url).__aenter__()
@@ -71,10 +73,11 @@ class Run:
 
     async def _take(self, task_name: str) -> float:
         self._step += 1
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         taken = await self.buffer.take(task_name, BATCH, step=self._step)
-        seconds = time.perf_counter() - began
+        seconds, used = time.perf_counter() - began, time.process_time() - used
         assert len(taken) == BATCH
+        self.cpu.setdefault(task_name, []).append(used)
         return seconds
 
     async def expire(self) -> float:
@@ -125,6 +128,9 @@ async def main() -> None:
         measured |= await in_rounds({key: ask for run in runs for key, ask in questions(run).items()}, options.rounds)
         for run in runs:
             await run.__aexit__()
+    for task_name, name in TAKES.items():
+        # The first round warms up.
+        measured |= {(f"{name}, CPU of all threads", run.size): run.cpu[task_name][1:] for run in runs}
     print_sizes(measured, sizes)
 
 
@@ -146,8 +152,8 @@ def questions(run: Run) -> dict[tuple[str, int], Callable[[], Awaitable[float]]]
     named = {
         "count": run.count,
         "count, from another process's view": run.count_beside,
-        "take(64), no payloads": run.take_plain,
-        "take(64), payloads of 64 KiB": run.take_tokens,
+        TAKES["plain"]: run.take_plain,
+        TAKES["tokens"]: run.take_tokens,
         "expire 1 %, a group that expires": run.expire,
     }
     return {(name, run.size): ask for name, ask in named.items()}

@@ -68,7 +68,11 @@ def _copy(conn: sqlite3.Connection, table: str, kind: Kind) -> None:
 
 def _count_anew(conn: sqlite3.Connection) -> None:
     conn.execute("DELETE FROM counts")
-    conn.execute("INSERT INTO counts (task_name, status, n) SELECT task_name, status, count(*) FROM groups GROUP BY 1, 2")
+    held = ", ".join(f"iif(status = 'running', 0, sum({name}))" for name in ("tokens", "finished", "finished_tokens"))
+    conn.execute(
+        "INSERT INTO counts (task_name, status, n, tokens, finished, finished_tokens) "
+        f"SELECT task_name, status, count(*), {held} FROM groups GROUP BY 1, 2"
+    )
     conn.execute("UPDATE tasks SET drawn = (SELECT count(*) FROM groups WHERE groups.task_name = tasks.task_name)")
     for name, column in {"group": "group_id", "ready": "ready_seq", "consumed": "consumed_seq"}.items():
         conn.execute(
