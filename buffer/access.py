@@ -167,14 +167,17 @@ class Access:
             raise BufferClosedError(_NOT_OPEN)
         return self._writer.submit(operation, argument)
 
-    async def _hand_out(self, operation: Operation, argument: Any, undo: Operation, load: Load) -> list[RolloutGroup]:
-        """The groups that `operation` names. If the caller is cancelled before it has them, or `load` fails, `undo` gives them back."""
+    async def _hand_out(self, operation: Operation, argument: Any, undo: Operation, load: Load | None = None) -> list[RolloutGroup]:
+        """The groups that `operation` names, or what `load` gives of them, else all.
+
+        If the caller is cancelled before it has them, or they do not load, `undo` gives them back.
+        """
         request, loop = self._submit(operation, argument), asyncio.get_running_loop()
         handed_out = loop.create_future()
         self._handing_out.add(handed_out)
         try:
             ids = list(await request.answer)
-            return await load(ids) if ids else []
+            return await (load or self._loaded)(ids) if ids else []
         except BaseException:
             self._undo(request, undo)
             raise

@@ -164,7 +164,7 @@ class ReplayBuffer(Asking, Keeping, Sharing):
         if n == 0:
             return []
         request = Take(task_name, n, step, args.whole_or_none("version", version), policy or Fifo())
-        return await self._hand_out(operations.take, request, operations.give_back, self._loaded)
+        return await self._hand_out(operations.take, request, operations.give_back)
 
     async def check_take(self, task_name: str, step: int) -> None:
         """Raise what a `take` at `step` would raise; for whoever has long work to do before it."""
@@ -324,9 +324,9 @@ class ReplayBuffer(Asking, Keeping, Sharing):
     async def start(self, group_ids: Sequence[int]) -> list[RolloutGroup]:
         """Move given groups to running and hand them out."""
         ids = args.plain_ids(group_ids)
-        return await self._run(operations.start, ids, self._loaded) if ids else []
+        return await self._run(operations.start, ids) if ids else []
 
-    async def _run(self, operation: Operation, argument: Any, load: Load) -> list[RolloutGroup]:
+    async def _run(self, operation: Operation, argument: Any, load: Load | None = None) -> list[RolloutGroup]:
         groups = await self._hand_out(operation, argument, operations.release_claimed, load)
         self._progress.handed_out(groups)
         return groups
