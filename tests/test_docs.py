@@ -115,6 +115,7 @@ READERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Awaitable[dict[str, Any]
     "docs/how-to/export-and-replay.md": small_run,
     "docs/how-to/look-into-a-run.md": small_run,
     "docs/how-to/resume-a-run.md": small_run,
+    "docs/how-to/simulate-a-run.md": small_run,
 }
 
 
@@ -423,13 +424,14 @@ def test_commands_are_those_that_the_help_lists() -> None:
     assert headings == COMMANDS == re.findall(r"^  (\w+)", help_of().partition("Commands:")[2], re.MULTILINE)
 
 
-COMMANDS = ["status", "show", "query", "history", "audit", "export", "import", "prune", "migrate", "fork"]
+COMMANDS = ["status", "show", "query", "history", "audit", "export", "import", "prune", "migrate", "fork", "simulate"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_of_a_command_are_those_that_its_help_lists(command: str) -> None:
     documented = [option for row in table("reference/cli.md", f"`millrace {command}`") for option in code(row[0])]
-    listed = re.findall(r"^  (--[a-z-]+(?: [A-Z]+)?|[A-Z_]+)(?= )", help_of(command).partition("Arguments:")[2], re.MULTILINE)
+    said = re.split(r"^(?:Arguments|Options):", help_of(command), maxsplit=1, flags=re.MULTILINE)[1]
+    listed = re.findall(r"^  (--[a-z-]+(?: [A-Z]+)?|[A-Z_]+)(?= )", said, re.MULTILINE)
     assert [option for option in listed if option != "--help"] == documented
 
 

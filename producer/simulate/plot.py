@@ -1,0 +1,46 @@
+"""A picture of compared strategies; needs matplotlib (the extra `plot`), which nothing else here imports."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from producer.simulate.sweep import Compared
+
+
+def check_plotting() -> None:
+    """Raise `ImportError`, with what to do, where matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("a plot needs matplotlib: pip install 'millrace[plot]', or ask for none with --no-plot") from error
+
+
+def plot(rows: Sequence[Compared], path: Path) -> None:
+    """Save a picture of speed-up, utilisation, staleness, waste and bias; its format follows the name's ending.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the name's ending is no format.
+    """
+    check_plotting()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [str(row.choice) for row in rows]
+    panels = [
+        ("speed-up over sync", [row.speed_up for row in rows]),
+        ("utilisation", [row.outcome.utilisation for row in rows]),
+        ("staleness, mean", [row.outcome.mean_staleness for row in rows]),
+        ("wasted tokens, %", [100 * row.outcome.wasted for row in rows]),
+        ("length bias, %", [100 * (row.outcome.length_bias or 0.0) for row in rows]),
+        ("coverage bias, %", [100 * (row.outcome.coverage_bias or 0.0) for row in rows]),
+    ]
+    figure = Figure(figsize=(2.2 * len(panels) + 3, 0.45 * len(rows) + 1.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, values) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+        bars = axes.barh(names, values)
+        axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+        axes.set_title(title, fontsize=9)
+        axes.margins(x=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].invert_yaxis()
+    figure.savefig(path)
