@@ -109,8 +109,7 @@ def _choices(strategy: str, given: Sequence[str], sweep: Sequence[str]) -> list[
     options = dict(parse_option(text) for text in given)
     if several := [name for name, values in options.items() if len(values) > 1]:
         raise ValueError(f"--set {several[0]} has several values; use --sweep to try each")
-    choice = Choice(strategy, {name: values[0] for name, values in options.items()})
-    return swept(choice, dict(parse_option(text) for text in sweep))
+    return swept(strategy, {name: values[0] for name, values in options.items()}, dict(parse_option(text) for text in sweep))
 
 
 def _scenario(

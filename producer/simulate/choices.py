@@ -71,7 +71,7 @@ class Choice:
                 raise ValueError(f"strategy {self.strategy!r} takes no option {name!r}; it takes {', '.join(known)}")
         if (order := self.options.get("order")) is not None and order not in ORDERS:
             raise ValueError(f"order={order!r} is unknown; choose among {sorted(ORDERS)} and none")
-        if order is None and self.options.get("order_size") is not None:
+        if "order_size" in self.options and "order" not in self.options:
             raise ValueError("order_size is the size of an order's window; give order too")
 
     def __str__(self) -> str:

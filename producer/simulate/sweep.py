@@ -20,10 +20,9 @@ class Compared:
     speed_up: float
 
 
-def swept(choice: Choice, sweeps: Mapping[str, Sequence[Value]]) -> list[Choice]:
-    """The choice with every combination of the swept options."""
-    names = list(sweeps)
-    return [replace(choice, options={**choice.options, **dict(zip(names, values, strict=True))}) for values in product(*sweeps.values())]
+def swept(strategy: str, options: Mapping[str, Value], sweeps: Mapping[str, Sequence[Value]]) -> list[Choice]:
+    """The strategy with these options and every combination of the swept ones."""
+    return [Choice(strategy, {**options, **dict(zip(sweeps, values, strict=True))}) for values in product(*sweeps.values())]
 
 
 def compared(

@@ -96,7 +96,7 @@ def test_an_update_makes_synchronous_batches_longer_by_what_it_takes() -> None:
 
 
 def test_choices_by_name_are_the_strategies_of_production() -> None:
-    choices = swept(Choice("async", {"in_flight": "keep", "order": "windows", "order_size": 8}), {"max_staleness": [1, 2]})
+    choices = swept("async", {"in_flight": "keep", "order": "windows", "order_size": 8}, {"max_staleness": [1, 2]})
     rows = list(compared(SMALL, choices))
     assert [str(row.choice) for row in rows][1:] == [
         f"async in_flight=keep order=windows order_size=8 max_staleness={bound}" for bound in (1, 2)
