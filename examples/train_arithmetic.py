@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from agent_loop import Engine, SamplingParams, SingleTurnAgentLoop
 from buffer import ReplayBuffer, RolloutState
-from producer import AsyncProduceStrategy, ReplayPromptSampler
+from producer import AsyncProduceStrategy, Producer, ReplayPromptSampler
 from producer.experience import make_experience
 
 TASK = "sums"
@@ -40,7 +40,7 @@ def create_engine(name: str, model: Path) -> Engine:
 
 
 async def train(options: argparse.Namespace) -> None:
-    """The loop: produce a batch, train on it, update the engine's weights; checkpoint and commit now and then."""
+    """The loop: train on a batch while the next is produced, update the engine's weights in flight; checkpoint and commit now and then."""
     prompts = [json.loads(line) for line in options.prompts.read_text().splitlines()]
     trainer = await asyncio.to_thread(Trainer.restore, options.out, prompts)
     url = f"sqlite:///{options.out / 'run.db'}"
@@ -51,18 +51,20 @@ async def train(options: argparse.Namespace) -> None:
 
         agent_loop = SingleTurnAgentLoop(engine, trainer.tokenizer, reward=exact_match, sampling=SamplingParams(max_tokens=4))
         sampler = ReplayPromptSampler(prompts, buffer, group_size=options.group_size)
-        strategy = AsyncProduceStrategy(buffer, staleness_threshold=0.25, enable_partial_rollout=True, max_staleness=2)
+        strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, max_staleness=2, progress=False)
 
         bar = tqdm(range(trainer.step + 1, options.steps + 1), initial=trainer.step, total=options.steps, desc="training", unit="step")
-        for step in bar:
-            batch = await strategy.produce_batch(agent_loop, sampler, options.batch_size, TASK, step=step)
-            experience = make_experience(batch.groups, advantage="drgrpo", pad_id=trainer.tokenizer.pad_token_id)
-            await asyncio.to_thread(trainer.train, experience, step)
-            await engine.update_weights(trainer.save_weights(), version=engine.version + 1)
-            if step % options.checkpoint_every == 0 or step == options.steps:
-                trainer.save_checkpoint()
-                await buffer.commit(step=step, version=engine.version)
-            bar.set_postfix(reward=f"{batch.metrics['batch/reward_mean']:.2f}", stale=f"{batch.metrics['batch/staleness_mean']:.2f}")
+        async with Producer(strategy, agent_loop, sampler, TASK) as producer:
+            for step in bar:
+                batch = await producer.next_batch(options.batch_size, step=step)
+                experience = make_experience(batch.groups, advantage="drgrpo", pad_id=trainer.tokenizer.pad_token_id)
+                await asyncio.to_thread(trainer.train, experience, step)
+                async with producer.update_weights(mode="keep"):
+                    await engine.update_weights(trainer.save_weights(), version=engine.version + 1)
+                if step % options.checkpoint_every == 0 or step == options.steps:
+                    trainer.save_checkpoint()
+                    await buffer.commit(step=step, version=engine.version)
+                bar.set_postfix(reward=f"{batch.metrics['batch/reward_mean']:.2f}", stale=f"{batch.metrics['batch/staleness_mean']:.2f}")
         report(await buffer.counts(TASK), trainer.rewards, options.out)
 
 
