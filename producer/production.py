@@ -254,10 +254,11 @@ class Production:
                 self._opened.set()
                 while True:
                     await self._advance()
-        except BaseExceptionGroup as errors:
-            self._failure = first_error(errors)
-        except Exception as error:  # noqa: BLE001 - the actor's last words go to whoever waits for it
-            self._failure = error
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - the actor's last words go to whoever waits for it
+            # A second Ctrl-C too: raised here again, out of its task group, it would end the loop before the others are done.
+            self._failure = first_error(error) if isinstance(error, BaseExceptionGroup) else error
         finally:
             self._record(self._flight.ended())
             if self._permits is not None:
