@@ -179,20 +179,27 @@ def _member(snapshot: GroupSnapshot, index: int, start: int) -> RolloutState:
 
 
 def _extras_to_json(snapshot: GroupSnapshot, rollouts: Sequence[RolloutState], lengths: Sequence[dict[str, Any]]) -> str:
+    """The lengths and what else is stored of each member, as JSON; adds the latter to `lengths`."""
     drawn = _Drawn()
-    extras = [own | _extra(rollout, drawn) for own, rollout in zip(lengths, rollouts, strict=True)]
-    return to_json(extras, f"messages or metrics of group {snapshot.group_id}")
+    for own, rollout in zip(lengths, rollouts, strict=True):
+        _add_extra(own, rollout, drawn)
+    return to_json(lengths, f"messages or metrics of group {snapshot.group_id}")
 
 
-def _extra(rollout: RolloutState, drawn: "_Drawn") -> dict[str, Any]:
+def _add_extra(extra: dict[str, Any], rollout: RolloutState, drawn: "_Drawn") -> None:
     """What is stored of a member as JSON, empty things left out."""
-    judged = {"turns": rollout.turns, "reward_parts": rollout.reward_parts, "metrics": rollout.metrics}
+    if rollout.turns:
+        extra["turns"] = rollout.turns
+    if rollout.reward_parts:
+        extra["reward_parts"] = rollout.reward_parts
+    if rollout.metrics:
+        extra["metrics"] = rollout.metrics
     # The conversation and media where they are not the row's: a loop has added turns, or the group was made by hand.
-    now = {"messages": rollout.messages, "media": rollout.media}
     was = drawn.of(rollout.row)
-    return {name: value for name, value in judged.items() if value} | {
-        name: value for name, value in now.items() if not _same(value, was.get(name))
-    }
+    if not _same(rollout.messages, was.get("messages")):
+        extra["messages"] = rollout.messages
+    if not _same(rollout.media, was.get("media")):
+        extra["media"] = rollout.media
 
 
 class _Drawn:
@@ -216,6 +223,8 @@ def encode_prompt(rollouts: Sequence[RolloutState]) -> str:
 
 
 def _same(own: Any, other: Any) -> bool:
+    if own is other:
+        return True
     try:
         return bool(own == other)
     except ValueError:  # an array among the columns has no one truth value
@@ -389,21 +398,18 @@ def _decode_members(
 def to_json(value: Any, what: str) -> str:
     """Compact JSON; numpy and torch values become plain ones; anything else is refused naming `what`."""
     try:
-        text = _dumps(value, ensure_ascii=False)
+        text = _AS_IT_IS.encode(value)
         if not is_utf8(text):
-            text = _dumps(value, ensure_ascii=True)  # half a surrogate pair, escaped
+            text = _ESCAPED.encode(value)  # half a surrogate pair, escaped
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{what} cannot be stored: {error}; keep columns to text, finite numbers, lists and mappings") from None
     return text
 
 
-def _dumps(value: Any, *, ensure_ascii: bool) -> str:
-    # NaN and infinity are no JSON: SQLite's functions would refuse the whole text, and every query that reads it with it.
-    return json.dumps(value, default=_plain, separators=(",", ":"), ensure_ascii=ensure_ascii, allow_nan=False)
-
-
 def is_utf8(text: str) -> bool:
     """Whether it has no half of a surrogate pair, so that it can be written as UTF-8."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -424,3 +430,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"a value of type {type(value).__name__} is not JSON")
+
+
+# NaN and infinity are no JSON: SQLite's functions would refuse the whole text, and every query that reads it with it.
+_AS_IT_IS, _ESCAPED = (
+    json.JSONEncoder(default=_plain, separators=(",", ":"), ensure_ascii=escaped, allow_nan=False) for escaped in (False, True)
+)

@@ -7,6 +7,7 @@ response_ids (int32), logprobs (float32), the versions' runs (int32 value, int32
 Files of schema 1 hold the first four member by member, and their text in the extras; these are put in order when read.
 """
 
+import struct
 import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -84,52 +85,72 @@ class Runs(NamedTuple):
     """Runs of tokens of one version and timeline, of members one after the other; `bounds` says where each one's begin."""
 
     bounds: list[int]
-    versions: NDArray[np.int32]
-    timelines: NDArray[np.int32]
-    lengths: NDArray[np.int32]
-    trainable: NDArray[np.bool_]
+    versions: list[int]
+    timelines: list[int]
+    lengths: list[int]
+    trainable: list[bool]
 
     @classmethod
     def of(cls, responses: Sequence[Response]) -> "Runs":
         """Those of the responses, in order."""
-        bounds = [0, *accumulate(response.versions.size for response in responses)]
-        total = bounds[-1]
         versions = np.concatenate([response.versions for response in responses])
         timelines = np.concatenate([response.timelines for response in responses])
+        mask = np.concatenate([response.loss_mask for response in responses])
+        rewound = bool(timelines.any())
+        if versions.size and not rewound and mask.min() and versions.min() == versions.max():
+            return cls._of_one([response.versions.size for response in responses], int(versions[0]))
+        bounds = [0, *accumulate(response.versions.size for response in responses)]
+        total = bounds[-1]
         begins = np.zeros(total, np.bool_)
         np.not_equal(versions[1:], versions[:-1], out=begins[1:])
-        if timelines.any():
+        if rewound:
             begins[1:] |= timelines[1:] != timelines[:-1]
         begins[[bound for bound in bounds if bound < total]] = True
         starts = np.flatnonzero(begins)
-        mask = np.concatenate([response.loss_mask for response in responses])
         return cls(
             np.searchsorted(starts, bounds).tolist(),
-            versions[starts],
-            timelines[starts],
-            (np.append(starts[1:], total) - starts if total else starts).astype(np.int32),
-            np.maximum.reduceat(mask, starts) == 1 if total else np.zeros(0, np.bool_),
+            versions[starts].tolist(),
+            timelines[starts].tolist(),
+            (np.append(starts[1:], total) - starts if total else starts).tolist(),
+            (np.maximum.reduceat(mask, starts) == 1).tolist() if total else [],
         )
+
+    @classmethod
+    def _of_one(cls, sizes: Sequence[int], version: int) -> "Runs":
+        """Those of responses whose tokens are all trainable, of one version and of timeline 0, as most groups' are."""
+        lengths = [size for size in sizes if size]
+        n = len(lengths)
+        return cls([0, *accumulate(size > 0 for size in sizes)], [version] * n, [0] * n, lengths, [True] * n)
 
     def spans(self, timeline: Timeline) -> list[Span | None]:
         """Of each member, as `timeline` counts; None where nothing is trainable."""
-        effective = timeline.effective(self.versions, self.timelines).tolist()
-        known = list(zip(self.versions.tolist(), effective, self.trainable.tolist(), strict=True))
+        effective = self.versions
+        if timeline.forks:
+            effective = timeline.effective(np.array(self.versions, np.int64), np.array(self.timelines, np.int32)).tolist()
+        known = list(zip(self.versions, effective, self.trainable, strict=True))
         return [_span(known[first:last]) for first, last in pairwise(self.bounds)]
 
     def of_timelines(self, member: int) -> list[list[int]]:
         """The (timeline, length) of one member's runs; empty where all are of timeline 0."""
         own = slice(self.bounds[member], self.bounds[member + 1])
         numbers = self.timelines[own]
-        return list(map(list, zip(numbers.tolist(), self.lengths[own].tolist(), strict=True))) if numbers.any() else []
+        return list(map(list, zip(numbers, self.lengths[own], strict=True))) if any(numbers) else []
+
+    def as_bytes(self) -> bytes:
+        """The version and the length of each."""
+        numbers = [number for pair in zip(self.versions, self.lengths, strict=True) for number in pair]
+        return struct.pack(f"<{len(numbers)}i", *numbers)
 
 
 def _span(runs: Sequence[tuple[int, int, bool]]) -> Span | None:
+    if len(runs) == 1:
+        ((version, effective, trainable),) = runs
+        return Span(version, version, effective, effective) if trainable else None
     plain = [version for version, _, trainable in runs if trainable]
     if not plain:
         return None
-    effective = [version for _, version, trainable in runs if trainable]
-    return Span(min(plain), max(plain), min(effective), max(effective))
+    counted = [effective for _, effective, trainable in runs if trainable]
+    return Span(min(plain), max(plain), min(counted), max(counted))
 
 
 # -- to bytes ---------------------------------------------------------------------------------------------------
@@ -140,7 +161,7 @@ def pack(responses: Sequence[Response], runs: Runs) -> tuple[list[dict[str, Any]
     lengths: list[dict[str, Any]] = []
     prompts: list[bytes] = []
     texts: list[bytes] = []
-    rewound = bool(runs.timelines.any())
+    rewound = any(runs.timelines)
     for member, response in enumerate(responses):
         own: dict[str, Any] = {"n": response.response_ids.size, "runs": runs.bounds[member + 1] - runs.bounds[member]}
         if response.prompt_ids is not None:
@@ -151,11 +172,15 @@ def pack(responses: Sequence[Response], runs: Runs) -> tuple[list[dict[str, Any]
         if rewound and (timelines := runs.of_timelines(member)):
             own["timelines"] = timelines
         lengths.append(own)
-    ids = [response.response_ids.tobytes() for response in responses]
-    logprobs = [response.logprobs.tobytes() for response in responses]
-    masks = [response.loss_mask.tobytes() for response in responses]
-    pairs = np.stack([runs.versions, runs.lengths], axis=1).tobytes()
-    return lengths, b"".join([*prompts, *ids, *logprobs, pairs, *masks, *texts])
+    ids = [_contiguous(response.response_ids) for response in responses]
+    logprobs = [_contiguous(response.logprobs) for response in responses]
+    masks = [_contiguous(response.loss_mask) for response in responses]
+    return lengths, b"".join([*prompts, *ids, *logprobs, runs.as_bytes(), *masks, *texts])
+
+
+def _contiguous(array: NDArray[Any]) -> Any:
+    """What `join` takes without a copy in between."""
+    return array if array.flags.c_contiguous else array.tobytes()
 
 
 def _add_prompt(ids: bytes, prompts: list[bytes]) -> int:

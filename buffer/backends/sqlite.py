@@ -4,6 +4,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sqlalchemy.schema import CreateIndex
 
 from buffer import schema
 from buffer.backends.base import Backend, first_of
-from buffer.backends.checkpointer import Checkpointer
+from buffer.backends.checkpointer import Checkpointer, move
 from buffer.errors import BufferLockedError, DatabaseError
 
 _PAGE_SIZE = 32768
@@ -31,6 +32,7 @@ class SQLite(Backend):
         self._synchronous = synchronous
         self._lock = FileLock(self._path)
         self._checkpointer: Checkpointer | None = None
+        self._writing: sqlite3.Connection | None = None
         super().__init__(str(self._path))
 
     def connect(self, *, read_only: bool, pool_size: int = 1) -> Engine:
@@ -66,7 +68,10 @@ class SQLite(Backend):
             if not is_new:
                 self._stored_version(conn, to_migrate=True)
         # Only now: they change the file, and somebody else's is left as it was.
-        _apply(_driver(conn), file_settings(self._synchronous))
+        self._writing = _driver(conn)
+        _apply(self._writing, file_settings(self._synchronous))
+        # The checkpointer is there before; this is for where it is not.
+        _apply(self._writing, [f"wal_autocheckpoint = {2 * _CHECKPOINT_PAGES}"])
         with conn.begin():
             if is_new:
                 self.create(conn)
@@ -76,14 +81,17 @@ class SQLite(Backend):
 
     def committed(self) -> None:
         if self._checkpointer is None:
-            self._checkpointer = Checkpointer(lambda: _connect(self._path, "rw"))
+            self._checkpointer = Checkpointer(lambda: _connect(self._path, "rw"), _CHECKPOINT_PAGES)
             self._checkpointer.start()
-        self._checkpointer.committed()
+        if self._checkpointer.committed() and self._writing is not None:
+            # What was committed stays so, whatever this meets; the next commit meets it too, and says so.
+            with suppress(sqlite3.Error):
+                move(self._writing)
 
     def close(self) -> None:
         if self._checkpointer is not None:
             self._checkpointer.close()
-            self._checkpointer = None
+            self._checkpointer = self._writing = None
 
     def abandon(self, conn: Connection) -> None:
         # A COMMIT that failed (a full disk) may not have ended its transaction.

@@ -38,7 +38,7 @@ def test_what_was_committed_reaches_the_file_beside_an_open_writer(tmp_path: Pat
         connection.set_trace_callback(lambda _: began.release())
         return connection
 
-    checkpointer = Checkpointer(connect)
+    checkpointer = Checkpointer(connect, 1000)
     checkpointer.start()
     checkpointer.committed()
     assert began.acquire(timeout=30)
@@ -49,7 +49,7 @@ def test_what_was_committed_reaches_the_file_beside_an_open_writer(tmp_path: Pat
 
 def test_without_a_commit_nothing_is_moved(tmp_path: Path) -> None:
     writer = _written(tmp_path / "x.db")
-    checkpointer = Checkpointer(lambda: sqlite3.connect(tmp_path / "x.db", check_same_thread=False))
+    checkpointer = Checkpointer(lambda: sqlite3.connect(tmp_path / "x.db", check_same_thread=False), 1000)
     checkpointer.start()
     checkpointer.close()
     with pytest.raises(sqlite3.OperationalError, match="no such table"):
@@ -58,7 +58,7 @@ def test_without_a_commit_nothing_is_moved(tmp_path: Path) -> None:
 
 
 def test_where_the_file_cannot_be_opened_the_thread_ends_quietly(tmp_path: Path) -> None:
-    checkpointer = Checkpointer(lambda: sqlite3.connect(tmp_path / "no folder" / "x.db"))
+    checkpointer = Checkpointer(lambda: sqlite3.connect(tmp_path / "no folder" / "x.db"), 1000)
     checkpointer.start()
     checkpointer.committed()
     checkpointer.close()
@@ -80,7 +80,7 @@ class _EndsMeanwhile(threading.Event):
 
 def test_an_end_that_comes_with_a_commit_is_heard(tmp_path: Path) -> None:
     writer = _written(tmp_path / "x.db")
-    checkpointer = Checkpointer(lambda: sqlite3.connect(tmp_path / "x.db", check_same_thread=False))
+    checkpointer = Checkpointer(lambda: sqlite3.connect(tmp_path / "x.db", check_same_thread=False), 1000)
     checkpointer._end = _EndsMeanwhile(checkpointer._news)
     checkpointer.start()
     checkpointer.committed()
