@@ -106,7 +106,7 @@ class ReplayBuffer(Asking, Keeping, Sharing):
         for rollout in group.rollouts:
             rollout.dropped = NOTHING  # accounted for with this snapshot
         try:
-            await self._write(operations.put, now)
+            await self._write(operations.put, operations.Put(now))
         except Exception:
             for rollout, stored in zip(group.rollouts, now.rollouts, strict=False):  # not stored after all
                 rollout.dropped += stored.dropped

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from buffer.ahead import Preparable
 from buffer.errors import BufferClosedError, ReplayBufferError
 from buffer.operations import Operation
 from buffer.queries import Deltas, Transaction
@@ -31,6 +32,11 @@ class Request:
     argument: Any
     answer: "asyncio.Future[Any]"
     outcome: Any = None
+
+    @property
+    def size(self) -> int:
+        """Bytes that it will write, 0 where they are few."""
+        return self.argument.size if isinstance(self.argument, Preparable) else 0
 
 
 def transact(transactor: Transactor, batch: Sequence[Request], deltas: Deltas) -> list[Answer]:

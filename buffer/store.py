@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from sqlalchemy.exc import DBAPIError
 
+from buffer.ahead import Ahead, Preparable
 from buffer.backends import Backend
 from buffer.errors import BufferClosedError, DatabaseError
 from buffer.operations import Operation
@@ -23,6 +24,9 @@ from buffer.transactor import Transactor, pauses
 
 _GROUP_COMMIT = 64
 """Most requests in one transaction: bounds how long the first of them waits."""
+
+_MUCH = 2**21
+"""Bytes after which a transaction takes no more requests: those that follow are prepared while it is committed."""
 
 T = TypeVar("T")
 
@@ -78,6 +82,8 @@ class Writer:
         self._transactor, self._loop, self._on_commit = transactor, loop, on_commit
         self._tick, self._every, self._next_tick, self._leave = tick, every, math.inf, leave
         self._mailbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._ahead = Ahead()
+        transactor.while_committing = self._ahead.working
         # A daemon, or a buffer that was never closed would keep the program from ending. `_finish` runs at exit, while
         # threads still live: what was asked for before the program ends is written.
         self._thread = threading.Thread(target=self._run, name="millrace-writer", daemon=True)
@@ -96,6 +102,8 @@ class Writer:
             raise BufferClosedError("the buffer is closed; open it again with ReplayBuffer.open(url)")
         request = Request(operation, argument, self._loop.create_future())
         self._mailbox.put(request)
+        if isinstance(argument, Preparable):
+            self._ahead.add(argument)
         return request
 
     async def close(self) -> None:
@@ -115,6 +123,7 @@ class Writer:
         batch: list[Request] | None = None
         try:
             self._transactor.open()
+            self._ahead.start()
             self._next_tick = time.monotonic() + self._every if self._tick else math.inf
             self._post(resolve, [(self._opened, None, None)])
             while (batch := self._next_batch()) is not None:
@@ -124,6 +133,7 @@ class Writer:
             self._go()
         except BaseException as failure:  # noqa: BLE001 - the thread's last words go to those who wait
             error = failure
+        self._ahead.close()
         self._transactor.close()
         self._post(self._end, error, batch or [])
 
@@ -153,8 +163,8 @@ class Writer:
             return []
         if first is None:
             return None
-        batch = [first]
-        while len(batch) < _GROUP_COMMIT:
+        batch, size = [first], first.size
+        while len(batch) < _GROUP_COMMIT and size < _MUCH:
             try:
                 request = self._mailbox.get_nowait()
             except queue.Empty:
@@ -163,6 +173,7 @@ class Writer:
                 self._mailbox.put(None)
                 break
             batch.append(request)
+            size += request.size
         return batch
 
     def _until_tick(self) -> float | None:

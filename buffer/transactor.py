@@ -6,7 +6,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import NamedTuple, TypeVar
 
 from sqlalchemy import Connection
@@ -54,6 +54,8 @@ class Transactor:
         self.begun = False
         """Whether the last transaction had begun before it failed."""
         self._backend, self._producer, self._patience = backend, producer, patience
+        self.while_committing: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Entered for each commit: it lets the interpreter go."""
         self._engine = backend.connect(read_only=False)
         self._conn: Connection | None = None
         self._number = 0
@@ -85,12 +87,14 @@ class Transactor:
             done: tuple[R, Deltas] | None = None
             self.begun = False
             try:
-                with self._connection.begin():
+                with self._connection.begin() as transaction:
                     tx = self._begin()
                     result = work(tx)
                     tx.finish()
                     self._backend.finish(tx)
                     done = result, tx.deltas
+                    with self.while_committing():
+                        transaction.commit()
                 self._backend.committed()
                 return done
             except BaseException as error:  # noqa: BLE001 - it is raised again, unless it passes

@@ -27,7 +27,7 @@ from buffer.operations.running import (
     start,
 )
 from buffer.operations.sharing import TakeTogether, take_together
-from buffer.operations.storing import Checkpoint, checkpoint, put
+from buffer.operations.storing import Checkpoint, Put, checkpoint, put
 from buffer.operations.transfer import Restore, restore
 from buffer.queries import Transaction
 
@@ -46,6 +46,7 @@ __all__ = [
     "Operation",
     "Prune",
     "PrunedSlice",
+    "Put",
     "ResumeReport",
     "Restore",
     "Rewind",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from buffer import queries as q
+from buffer.ahead import Preparable
 from buffer.codec import EncodedGroup, GroupSnapshot, encode, encode_prefix
 from buffer.errors import IllegalTransitionError, LeaseLostError, UnknownGroupError
 from buffer.queries import Transaction
@@ -19,35 +20,73 @@ _ONLY_BY = {Status.RUNNING: "claim() or start()", Status.CONSUMED: "take()", Sta
 """Statuses that a `put` may not give: each comes with a record of its own."""
 
 
-def put(tx: Transaction, snapshots: Sequence[GroupSnapshot]) -> list[None]:
+class Put(Preparable):
+    """A group to be stored, and its rows once they are made: by `prepare`, on any thread and ahead of the operation, or by it."""
+
+    __slots__ = ("_encoded", "snapshot")
+
+    def __init__(self, snapshot: GroupSnapshot) -> None:
+        self.snapshot = snapshot
+        self.size = sum(_BYTES_A_TOKEN * rollout.response_ids.size for rollout in snapshot.rollouts)
+        self.taken = False
+        self._encoded: EncodedGroup | None = None
+
+    def prepare(self) -> bool:
+        """Make the rows, unless the operation has begun; what cannot be stored is refused there."""
+        if self.taken:
+            return False
+        try:
+            encoded = encode(self.snapshot)
+        except ValueError:
+            return False
+        # From here on the operation may change the snapshot: what was made before it began is whole.
+        if not self.taken:
+            self._encoded = encoded
+        return not self.taken
+
+    def encoded(self, tx: Transaction, timeline: int) -> EncodedGroup:
+        """The rows of a group that the database knows, its staleness counted as it is now, also where a rewind came meanwhile."""
+        e = self._take() or encode(self.snapshot)
+        return e if e.timeline == timeline else encode(self.snapshot, q.timeline(tx.conn))
+
+    def encoded_new(self, timeline: Timeline) -> EncodedGroup:
+        """The rows of a group that the database never saw: its tokens are of the weights that there are now."""
+        prepared = self._take()
+        numbers = {rollout.timeline.number for rollout in self.snapshot.rollouts}
+        if prepared is not None and numbers == {timeline.number}:
+            return prepared
+        for rollout in self.snapshot.rollouts:
+            if rollout.timeline.number < timeline.number:
+                rollout.timeline, rollout.timelines = timeline, np.full(rollout.versions.size, timeline.number, np.int32)
+        return encode(self.snapshot, timeline)
+
+    def _take(self) -> EncodedGroup | None:
+        """What was prepared before the operation began; done again after a rollback, it finds nothing, as the snapshot may be changed."""
+        again, self.taken = self.taken, True
+        prepared, self._encoded = self._encoded, None
+        return None if again else prepared
+
+
+_BYTES_A_TOKEN = 9
+"""Its id, its log-probability and its mask."""
+
+
+def put(tx: Transaction, puts: Sequence[Put]) -> list[None]:
     """Store what came of groups; groups that the database never saw are added and count as drawn."""
-    if len({s.group_id for s in snapshots}) < len(snapshots):
+    ids = [p.snapshot.group_id for p in puts]
+    if len(set(ids)) < len(puts):
         raise IllegalTransitionError("a group is stored twice at once")  # one by one, the second meets the first's result
-    stored = q.known(tx.conn, [s.group_id for s in snapshots])
-    known = [_encoded(tx, s, stored[s.group_id].timeline) for s in snapshots if s.group_id in stored]
-    new = [s for s in snapshots if s.group_id not in stored]
+    stored = q.known(tx.conn, ids)
+    known = [p.encoded(tx, stored[p.snapshot.group_id].timeline) for p in puts if p.snapshot.group_id in stored]
+    new = [p for p in puts if p.snapshot.group_id not in stored]
     if known:
         for e in known:
             _check_result(tx, e, stored[e.group_id])
         q.store_results(tx, known, stored)
     if new:
         timeline = q.timeline(tx.conn)
-        _add(tx, [encode(_sampled_on(timeline, s), timeline) for s in new])
-    return [None] * len(snapshots)
-
-
-def _encoded(tx: Transaction, snapshot: GroupSnapshot, timeline: int) -> EncodedGroup:
-    """The group, its staleness counted as it is now, also where a rewind came after it was handed out."""
-    e = encode(snapshot)
-    return e if e.timeline == timeline else encode(snapshot, q.timeline(tx.conn))
-
-
-def _sampled_on(timeline: Timeline, snapshot: GroupSnapshot) -> GroupSnapshot:
-    """A group that the database never saw: its tokens are of the weights that there are now."""
-    for rollout in snapshot.rollouts:
-        if rollout.timeline.number < timeline.number:
-            rollout.timeline, rollout.timelines = timeline, np.full(rollout.versions.size, timeline.number, np.int32)
-    return snapshot
+        _add(tx, [p.encoded_new(timeline) for p in new])
+    return [None] * len(puts)
 
 
 def _check_result(tx: Transaction, e: EncodedGroup, row: Any) -> None:

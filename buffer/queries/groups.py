@@ -10,14 +10,18 @@ from buffer import schema as t
 from buffer.amounts import NOTHING, Amount
 from buffer.codec import EncodedGroup, EncodedPrefix
 from buffer.errors import DuplicateGroupError
-from buffer.queries.dialects import Many, Upsert, reserve
+from buffer.queries.dialects import Insert, Many, Upsert, reserve
 from buffer.queries.standing import Standing, amount_in, require_rowcount
 from buffer.queries.transaction import INTERRUPTED, LEFT_OUT, RESTARTED, Transaction
 from buffer.status import Status
 
 # -- adding -----------------------------------------------------------------------------------------------------
 
-_INSERT_GROUP, _INSERT_PROMPT, _INSERT_MEMBER = Many(insert(t.groups)), Many(insert(t.prompts)), Many(insert(t.rollouts))
+_AMOUNT = ("tokens", "finished", "finished_tokens")
+_RESULT = ("min_version", "max_version", "oldest_version", "freshest_version", *_AMOUNT, "payload_bytes", "filter_reason")
+_NEW = ("group_id", "task_name", "status", "ready_seq", "consumed_seq", "created_at", "updated_at", "epoch", "position", "members")
+_INSERT_GROUP, _INSERT_MEMBER = Insert(t.groups, (*_NEW, *_RESULT)), Insert(t.rollouts, t.rollouts.c.keys())
+_INSERT_PROMPT = Many(insert(t.prompts))
 
 _TWICE = ("SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY", "SQLITE_CONSTRAINT_ROWID", "23505")
 """How the drivers say that a key is there already."""
@@ -80,8 +84,6 @@ def _named(encoded: Sequence[EncodedGroup]) -> str:
 
 # -- storing ----------------------------------------------------------------------------------------------------
 
-_AMOUNT = ("tokens", "finished", "finished_tokens")
-_RESULT = ("min_version", "max_version", "oldest_version", "freshest_version", *_AMOUNT, "payload_bytes", "filter_reason")
 _STORE_RESULT = Many(
     update(t.groups)
     .where(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from buffer import ReplayBuffer
+from buffer.backends import sqlite
 from buffer.backends.checkpointer import Checkpointer
 from tests.buffer.groups import a_group, put_all, url
 
@@ -64,6 +65,25 @@ def test_where_the_file_cannot_be_opened_the_thread_ends_quietly(tmp_path: Path)
     checkpointer.close()
 
 
+def test_when_the_log_is_long_the_writer_is_told_once_to_move_the_rest(tmp_path: Path) -> None:
+    writer, moved = _written(tmp_path / "x.db"), threading.Semaphore(0)
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(tmp_path / "x.db", isolation_level=None, check_same_thread=False)
+        connection.set_trace_callback(lambda _: moved.release())
+        return connection
+
+    checkpointer = Checkpointer(connect, most=1)
+    checkpointer.start()
+    assert not checkpointer.committed()
+    for _ in range(2):  # once as always, and once more since the log is long
+        assert moved.acquire(timeout=30)
+    checkpointer.close()
+    assert checkpointer.committed()
+    assert not checkpointer.committed()
+    writer.close()
+
+
 class _EndsMeanwhile(threading.Event):
     """An end that is said at the very moment when the thread has found that it was not."""
 
@@ -87,6 +107,22 @@ def test_an_end_that_comes_with_a_commit_is_heard(tmp_path: Path) -> None:
     checkpointer._thread.join(30)
     assert not checkpointer._thread.is_alive()
     writer.close()
+
+
+async def test_while_groups_are_put_the_log_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "_CHECKPOINT_PAGES", 32)  # 1 MiB
+    async with ReplayBuffer.open(url(tmp_path)) as buffer:
+        log = tmp_path / "run.db-wal"
+        n = largest = 0
+        before = b""
+        begun_anew = 0
+        while begun_anew < 3:
+            await put_all(buffer, [a_group(n := n + 1, tokens=10_000) for _ in range(4)])
+            largest = max(largest, log.stat().st_size)
+            salt = log.read_bytes()[16:24]  # of the log's header: another one whenever it begins anew
+            begun_anew, before = begun_anew + (salt != before), salt
+        assert largest < n * 4 * 10_000 * 9
+        assert (await buffer.audit()).ok
 
 
 async def test_the_thread_ends_with_the_buffer_and_leaves_no_log(tmp_path: Path) -> None:

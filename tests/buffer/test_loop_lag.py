@@ -28,7 +28,7 @@ async def test_counting_answers_while_a_long_write_is_under_way(tmp_path: Path) 
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         await draw(buffer, *range(3000), group_size=1)
         async with asyncio.TaskGroup() as tasks:
-            long = tasks.create_task(buffer._write(long_write, snapshot(a_group(10_000, tokens=100_000))))
+            long = tasks.create_task(buffer._write(long_write, operations.Put(snapshot(a_group(10_000, tokens=100_000)))))
             await asyncio.to_thread(under_way.wait, 60)
             put = tasks.create_task(buffer.put(a_group(10_001)))
             assert await buffer.count("math", "pending") == 3000

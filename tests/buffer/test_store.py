@@ -137,7 +137,7 @@ def test_a_loop_that_is_gone_does_not_keep_what_was_asked_for_from_being_stored(
         writer = _writer(url(tmp_path))
         await writer.start()
         for n in range(1, 10):
-            writer.submit(operations.put, snapshot(a_group(n)))
+            writer.submit(operations.put, operations.Put(snapshot(a_group(n))))
         return writer
 
     async def look(writer: Writer) -> int:
