@@ -6,7 +6,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import NamedTuple, TypeVar
 
 from sqlalchemy import Connection
@@ -87,14 +87,13 @@ class Transactor:
             done: tuple[R, Deltas] | None = None
             self.begun = False
             try:
-                with self._connection.begin() as transaction:
+                with ExitStack() as committing, self._connection.begin():
                     tx = self._begin()
                     result = work(tx)
                     tx.finish()
                     self._backend.finish(tx)
                     done = result, tx.deltas
-                    with self.while_committing():
-                        transaction.commit()
+                    committing.enter_context(self.while_committing())
                 self._backend.committed()
                 return done
             except BaseException as error:  # noqa: BLE001 - it is raised again, unless it passes
