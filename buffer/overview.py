@@ -16,6 +16,8 @@ from buffer.status import Status
 _MOST_TRANSITIONS = 10_000
 """Rates are of at most so many of the newest changes of a status: asking costs the same in a run of any length."""
 
+_FAILURES_SHOWN = 8
+
 _LEAST_SECONDS = 1.0
 
 
@@ -66,6 +68,17 @@ class RewindRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class FailureRecord:
+    """A group that failed or was filtered: when (seconds since 1970), which one, and why."""
+
+    at: float
+    task_name: str
+    group_id: int
+    status: Status
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class ProducerOverview:
     """A process that writes, and its lease.
 
@@ -98,6 +111,7 @@ class Overview:
         version: the policy's newest version that the database knows of; None where it knows of none.
         rewinds: the first first. Their number is that of the timeline.
         producers: processes that write or wrote last, with their leases.
+        failures: the last few groups that failed or were filtered, the last first; of late only.
         abandoned: running groups that none of these runs.
         rate_seconds: the seconds up to `at` that rates are counted over.
         last_change: when a group changed its status last, in seconds since 1970; None in an empty buffer.
@@ -117,6 +131,7 @@ class Overview:
     version: int | None
     rewinds: Sequence[RewindRecord]
     producers: Sequence[ProducerOverview]
+    failures: Sequence[FailureRecord]
     abandoned: int
     rate_seconds: float
     last_change: float | None
@@ -152,6 +167,7 @@ def overview(conn: Connection, window: float) -> Overview:
         version=version,
         rewinds=[RewindRecord(_real(row.at), _whole(row.step), _whole(row.fork)) for row in queries.rewinds(conn)],
         producers=producers,
+        failures=[_failure(row) for row in queries.newest_failures(conn, _FAILURES_SHOWN, _MOST_TRANSITIONS)],
         abandoned=sum(running.values()) - sum(producer.running for producer in producers),
         rate_seconds=seconds,
         last_change=last_change,
@@ -221,6 +237,10 @@ def _rates(conn: Connection, now: float, window: float) -> tuple[float, float | 
     seconds = max(_LEAST_SECONDS, min(window, now - _real(newest.oldest)))
     found = queries.changes_since(conn, now - seconds, _MOST_TRANSITIONS)
     return seconds, _real(newest.newest), {(row.task_name, row.target): row.n for row in found}
+
+
+def _failure(row: Any) -> FailureRecord:
+    return FailureRecord(_real(row.at), row.task_name, _whole(row.group_id), Status(row.target), row.reason)
 
 
 def _producer(row: Any, now: float, running: Mapping[str | None, int]) -> ProducerOverview:

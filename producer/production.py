@@ -13,13 +13,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tqdm import tqdm
-
 from agent_loop import AgentLoop
 from agent_loop.agent_loop import first_error
 from buffer import Account, ReplayBuffer, RolloutGroup, Status, TakePolicy
 from buffer.staleness import Level
 from producer.adaptive import AdaptiveLimit
+from producer.bars import Bars
 from producer.bound import is_ready
 from producer.errors import FailureBudgetError, ProducerError, StalledError
 from producer.flight import Flight, Rules
@@ -154,6 +153,7 @@ class Production:
         permits: Permitted | None = None,
     ) -> None:
         self._books, self._permits, self._refused = books, permits, False
+        self._bars: Bars | None = None
         self._buffer, self._plan, self._agent_loop, self._sampler, self._task_name = buffer, plan, agent_loop, sampler, task_name
         self._ahead = ahead
         self.max_in_flight = plan.max_in_flight
@@ -241,6 +241,8 @@ class Production:
         """So many are in flight now."""
         ledger, engine, now = self._books.ledger, self._agent_loop.engine, _now()
         ledger.rollouts(n, now)
+        if self._bars is not None:
+            self._bars.in_flight(n)
         if engine is not None and (load := engine.load()) is not None:
             ledger.load(load.running, load.waiting, load.preemptions, now)
         if self._permits is not None:
@@ -410,22 +412,25 @@ class Production:
         self.batch.wanted, self._idle = True, False
         self._changed.set()
         try:
-            with tqdm(total=self.batch.size, desc=self._task_name, unit="group", leave=False, disable=no_bar) as bar:
-                while (version := await self._handable(bar)) is None:
+            with Bars(self._task_name, self.batch.size, no_bar) as self._bars:
+                while (version := await self._handable(self._bars)) is None:
                     await self._news.wait()
         except BaseException:
             self.batch.wanted = False
             raise
+        finally:
+            self._bars = None
         return version
 
-    async def _handable(self, bar: "tqdm[None]") -> int | None:
+    async def _handable(self, bars: Bars) -> int | None:
         """The version now, if a batch can be handed out; what is too stale has expired by then."""
         self._news.clear()
         if self._ended:
             self.check()
             raise ProducerError(f"the production of task {self._task_name!r} was closed while somebody waited for a batch")
         version, completed = self.version, await self._count(Status.COMPLETED)
-        bar.update(min(completed, self.batch.size) - bar.n)
+        bars.completed(completed)
+        bars.in_flight(self._flight.members)
         if completed < self.batch.size:
             return None
         if self._plan.max_staleness is not None:

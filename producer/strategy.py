@@ -56,7 +56,7 @@ class ProduceStrategy(ABC):
             rollout much more than so many tokens; finished members of running groups are stored with it. None: not by tokens.
         checkpoint_seconds: likewise, of decoding. With None for both, running groups are stored when they end.
         policy: which completed groups are taken first; by default the oldest, with a bound that is waited for the stalest.
-        progress: show a bar of each batch; None shows it on a terminal only.
+        progress: show bars of each batch and of the rollouts in flight; None shows them on a terminal only.
     """
 
     def __init__(

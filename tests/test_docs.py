@@ -345,7 +345,7 @@ async def test_the_account_is_told_name_by_name(run: tuple[Path, ProducedBatch])
     undocumented = {"cohort", "untrained", "window"}  # what the bias of coverage is made of
     assert documented == {name for name in dir(account) if not name.startswith("_")} - undocumented
     page = (ROOT / "docs/reference/metrics.md").read_text()
-    reasons = page[page.index("Tokens are wasted for one of these reasons") :]
+    reasons = page[page.index("Tokens are wasted for one of these reasons") : page.index("What a killed process decoded")]
     assert re.findall(r"^\| `(\w+)` \|", reasons, re.MULTILINE) == list(account.wasted)
 
 
@@ -424,7 +424,7 @@ def test_commands_are_those_that_the_help_lists() -> None:
     assert headings == COMMANDS == re.findall(r"^  (\w+)", help_of().partition("Commands:")[2], re.MULTILINE)
 
 
-COMMANDS = ["status", "show", "query", "history", "audit", "export", "import", "prune", "migrate", "fork", "simulate"]
+COMMANDS = ["status", "metrics", "show", "query", "history", "audit", "export", "import", "prune", "migrate", "fork", "simulate"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

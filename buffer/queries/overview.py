@@ -44,7 +44,8 @@ def waiting_versions(conn: Connection) -> list[Row[Any]]:
 
 
 _t = t.transitions.c
-_newest = select(_t.group_id, _t.source, _t.target, _t.at).order_by(_t.transition_id.desc()).limit(bindparam("most")).subquery()
+_columns = (_t.transition_id, _t.group_id, _t.source, _t.target, _t.at, _t.reason)
+_newest = select(*_columns).order_by(_t.transition_id.desc()).limit(bindparam("most")).subquery()
 _at_work = _newest.c.target.in_([Status.COMPLETED.value, Status.CONSUMED.value]) & (
     func.coalesce(_newest.c.source, "") != Status.CONSUMED.value  # that would be a rewind
 )
@@ -67,6 +68,22 @@ def newest_changes(conn: Connection, most: int) -> Row[Any]:
 def changes_since(conn: Connection, since: float, most: int) -> list[Row[Any]]:
     """How many groups were generated to the end and consumed, among the `most` newest transitions: rows of task_name, target and n."""
     return list(conn.execute(_CHANGES, {"since": since, "most": most}))
+
+
+_useless = _newest.c.target.in_([Status.FAILED.value, Status.FILTERED.value])
+_FAILURES = (
+    select(_newest.c.at, _g.task_name, _newest.c.group_id, _newest.c.target, _newest.c.reason)
+    .select_from(_newest.join(t.groups, _g.group_id == _newest.c.group_id))
+    .where(_useless)
+    .order_by(_newest.c.transition_id.desc())
+    .limit(bindparam("shown"))
+)
+
+
+def newest_failures(conn: Connection, shown: int, most: int) -> list[Row[Any]]:
+    """Groups that failed or were filtered among the `most` newest transitions, the last first: rows of at, task_name, group_id,
+    target and reason."""
+    return list(conn.execute(_FAILURES, {"shown": shown, "most": most}))
 
 
 _TIMELINES = select(t.timelines.c.at, t.timelines.c.step, t.timelines.c.fork).order_by(t.timelines.c.timeline)

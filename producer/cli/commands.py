@@ -8,7 +8,7 @@ import typer
 
 from buffer import ReplayBuffer, RolloutGroup, Status, Transition
 from producer.cli import records
-from producer.cli.asking import AsJson, Url, console, look, name_of, print_json
+from producer.cli.asking import AsJson, Url, console, look, name_of, print_json, refuse
 from producer.cli.units import parse_seconds
 
 app = typer.Typer(
@@ -31,13 +31,18 @@ _MOST = 2**31
 def status(
     url: Url,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")] = False,
-    every: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How long to wait with --watch; 2 if not given.")] = 2.0,
+    live: Annotated[bool, typer.Option("--live", help="Fill the screen with it: tokens, waste, biases, failures too.")] = False,
+    every: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How long to wait between; 2 if not given.")] = 2.0,
     as_json: AsJson = False,
 ) -> None:
     """How the run stands: groups, steps, staleness, rates, leases."""
+    if live and (as_json or not console().is_terminal):
+        raise typer.BadParameter("it fills a terminal's screen; use --watch for what is none", param_hint="--live")
 
     async def show(buffer: ReplayBuffer) -> None:
-        if watch:
+        if live:
+            await _live(buffer, url, every)
+        elif watch:
             await _watch(buffer, url, every, as_json)
         else:
             _print_status(url, await records.status_of(buffer), as_json)
@@ -71,6 +76,36 @@ async def _watch(buffer: ReplayBuffer, url: str, seconds: float, as_json: bool) 
             else:
                 _print_status(url, found, as_json, indent=None)
             await asyncio.sleep(seconds)
+
+
+async def _live(buffer: ReplayBuffer, url: str, seconds: float) -> NoReturn:
+    """Until a signal ends it; the terminal then shows again what it did before."""
+    from rich.live import Live
+
+    from producer.cli.live_view import Pace, live_view
+
+    pace = Pace()
+    with Live(console=console(), screen=True, auto_refresh=False) as live:
+        while True:
+            found = await records.status_of(buffer)
+            pace.look(found)
+            live.update(live_view(name_of(url), found, pace), refresh=True)
+            await asyncio.sleep(seconds)
+
+
+@app.command()
+def metrics(url: Url, as_json: AsJson = False) -> None:
+    """How the run stands, as text for Prometheus."""
+    from producer.cli.prometheus import exposition, records_of
+
+    found = look(url, records.status_of)
+    if as_json:
+        print_json(records_of(found))
+        return
+    try:
+        print(exposition(found), end="")
+    except ImportError as error:
+        refuse(error)
 
 
 @app.command()

@@ -24,6 +24,7 @@ async def status_of(buffer: ReplayBuffer) -> Record:
         "drawn": sum(task.drawn for task in found.tasks.values()),
         "tasks": {name: asdict(task) | {"account": account_of(task.account)} for name, task in found.tasks.items()},
         "rewinds": [asdict(rewind) for rewind in found.rewinds],
+        "failures": [asdict(failure) for failure in found.failures],
         "producers": [{**asdict(one), "alive": _is_alive(one)} for one in found.producers],
     }
 

@@ -102,6 +102,18 @@ async def test_producers_are_told_with_what_they_run(buffer: ReplayBuffer) -> No
     assert 0 < one.expires_in <= 60
 
 
+async def test_what_failed_lately_is_told_with_its_reason(buffer: ReplayBuffer) -> None:
+    await put_all(buffer, [a_group(n) for n in range(1, 4)])
+    failed, filtered = a_group(10, S.FAILED), a_group(11, S.COMPLETED, task_name="code")
+    failed.rollouts[1].error = "TimeoutError: 30 s"
+    filtered.mark(S.FILTERED, reason="all equal")
+    await put_all(buffer, [failed, filtered])
+    found = [(f.task_name, f.group_id, f.status, f.reason) for f in (await buffer.overview()).failures]
+    assert found == [("code", 11, S.FILTERED, "all equal"), ("math", 10, S.FAILED, "TimeoutError: 30 s")]
+    await put_all(buffer, [a_group(20 + n, S.FAILED) for n in range(20)])
+    assert [f.group_id for f in (await buffer.overview()).failures] == list(range(39, 31, -1))
+
+
 async def test_running_groups_of_nobody_are_counted(tmp_path: Path) -> None:
     async with ReplayBuffer.open(url(tmp_path)) as buffer:
         await draw(buffer, 0, 1)
