@@ -160,7 +160,7 @@ def test_migrating_says_in_json_what_was_done(old: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stored", "remedy"), [("4", "install a newer Millrace"), ("0", "restore it from a copy"), ("x\x1b", "restore it")]
+    ("stored", "remedy"), [("999", "install a newer Millrace"), ("0", "restore it from a copy"), ("x\x1b", "restore it")]
 )
 def test_what_no_step_leads_from_is_refused(copy: Path, stored: str, remedy: str) -> None:
     with sqlite3.connect(copy) as connection:
