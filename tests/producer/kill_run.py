@@ -51,7 +51,7 @@ class Plan:
         keep_tokens: partial rollouts.
         max_staleness: of the strategies.
         checkpoint_tokens: of the strategies; None checkpoints no running group.
-        policy: which completed groups they take first, a key of `POLICIES`.
+        policy: which completed groups they take first where there is no bound, a key of `POLICIES`.
         future: of `resume`.
         lease: of the buffer. None is its default. With one, each process acts as one on a machine of its own: that it is dead
             is only known when its lease ends.
@@ -275,7 +275,7 @@ def _strategies(plan: Plan, buffer: ReplayBuffer) -> list[ProduceStrategy]:
         "max_staleness": plan.max_staleness,
         "checkpoint_tokens": plan.checkpoint_tokens,
         "checkpoint_seconds": None,
-        "policy": POLICIES[plan.policy](),
+        "policy": None if plan.max_staleness is not None else POLICIES[plan.policy](),  # a bound that is waited for has its own
     }
     sync = SyncProduceStrategy(buffer, **options)
     return [sync] if plan.over_issue is None else [AsyncProduceStrategy(buffer, staleness_threshold=plan.over_issue, **options), sync]
