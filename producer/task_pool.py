@@ -56,7 +56,12 @@ class TaskPool(Generic[T]):
         task.add_done_callback(ended)
 
     async def _run(self, key: Hashable, coroutine: Coroutine[Any, Any, T]) -> None:
-        result = await coroutine
+        try:
+            result = await coroutine
+        except (KeyboardInterrupt, SystemExit) as error:
+            # The task that it came to has ended the loop's run with it already. Raised by this one too, it would end the run
+            # in which everything else is being stored.
+            raise asyncio.CancelledError from error
         # Together, before anyone else runs: a task that is counted as running beside its own result is waited for in vain.
         self._running.pop(key)
         self._results.append(result)
