@@ -39,13 +39,16 @@ def drawn_by(conn: Connection, task_name: str, step: int) -> int | None:
     return max(found)[1] if found else None
 
 
+_OURS = (_g.status == bindparam("status"), _g.consumed_step.is_not(None), _g.task_name == bindparam("task"))
+_REACHED = select(_g.consumed_step).where(*_OURS, _g.consumed_step <= bindparam("step")).order_by(_g.consumed_step.desc()).limit(1)
+_NEWEST_OF_STEP = select(func.max(_g.group_id)).where(*_OURS, _g.consumed_step == bindparam("step"))
+
+
 def _last_batch(conn: Connection, task_name: str, status: Status, step: int) -> tuple[int, int] | None:
     """The last step up to `step` that has groups of the task in `status`, and the newest of these groups."""
-    ours = (_g.status == status.value, _g.consumed_step.is_not(None), _g.task_name == task_name)
-    reached = conn.scalar(select(_g.consumed_step).where(*ours, _g.consumed_step <= step).order_by(_g.consumed_step.desc()).limit(1))
-    if reached is None:
-        return None
-    return reached, conn.scalar(select(func.max(_g.group_id)).where(*ours, _g.consumed_step == reached)) or 0
+    ours = {"task": task_name, "status": status.value}
+    reached = conn.scalar(_REACHED, {**ours, "step": step})
+    return None if reached is None else (reached, conn.scalar(_NEWEST_OF_STEP, {**ours, "step": reached}) or 0)
 
 
 _PRUNED = select(t.tasks.c.pruned).where(t.tasks.c.task_name == bindparam("task"))

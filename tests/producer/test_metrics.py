@@ -9,7 +9,7 @@ import pytest
 
 from agent_loop import Completion, SamplingParams, SingleTurnAgentLoop
 from agent_loop.engines.simulated import SimulatedEngine
-from agent_loop.engines.simulated_policy import lognormal_lengths
+from agent_loop.engines.simulated_policy import Request, lognormal_lengths
 from buffer import Account, ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.accounts import WASTE
 from buffer.amounts import Amount
@@ -232,3 +232,32 @@ def test_times_and_engine_use_are_those_of_a_simulated_run(tmp_path: Path, backg
     for one in metrics:
         assert one["produce/tokens_per_second"] * one["produce/period_seconds"] == pytest.approx(one["produce/tokens"])
         assert one["engine/tokens_per_second"] >= one["produce/tokens_per_second"]
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+def test_over_issuing_with_half_of_the_prompts_ten_times_slower_is_without_bias(tmp_path: Path, background: bool) -> None:
+    """Over 30 batches, though each is whole long before its slow prompts are."""
+
+    def slow_half(request: Request) -> int:
+        return 120 if request.prompt_ids[0] % 2 else 12
+
+    async def train() -> list[ProducedBatch]:
+        engine = SimulatedEngine(lengths=slow_half, slots=32, tokens_per_second=1.0)
+        async with InlineReplayBuffer.open(f"sqlite:///{tmp_path / 'run.db'}") as buffer, engine:
+            strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, max_staleness=4, progress=False)
+            loop, sampler, batches = loop_of(engine), sampler_of(buffer), list[ProducedBatch]()
+            async with Producer(strategy, loop, sampler, TASK) as producer:
+                for step in range(1, 31):
+                    one = producer.next_batch(8) if background else strategy.produce_batch(loop, sampler, 8, TASK, step=step)
+                    batches.append(await one)
+                    await engine.update_weights({"seed": step}, version=step)
+            assert (await buffer.audit(payloads=True)).ok
+            return batches
+
+    batches = run(train())
+    metrics, groups = batches[-1].metrics, [group for batch in batches for group in batch.groups]
+    slow = sum(group.rollouts[0].prompt_ids[0] % 2 for group in groups if group.rollouts[0].prompt_ids is not None)
+    assert abs(slow / len(groups) - 0.5) < 0.05
+    assert abs(metrics["run/length_bias"]) < 0.05
+    assert (metrics["run/coverage_bias"], metrics["run/overdue"], metrics["run/tokens_wasted"]) == (0.0, 0, 0)
+    assert all(batch.metrics["batch/staleness_max"] <= 4 for batch in batches)
