@@ -163,7 +163,7 @@ class Production:
         self._flight = self._new_flight()
         self._task: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
-        self._ended = self._idle = False
+        self._ended, self._idle = True, False
         self._expired_at: int | None = None
         self._handed_out_at: int | None = None
         self._warned_at: float | None = None
@@ -175,10 +175,18 @@ class Production:
         """Start, in a task of `tasks`; it never fails there: whoever wants a batch is told the error."""
         if not self._books.opened:
             self._books.open(await self._buffer.account(self._task_name))
-        self._ended, self._failure, self._flight = False, None, self._new_flight()
+        self._failure, self._flight = None, self._new_flight()
         self._opened.clear()
         self._task = tasks.create_task(self._live())
+        self._ended = False
+        self._task.add_done_callback(self._over)
         await self._opened.wait()
+
+    def _over(self, _: asyncio.Task[None]) -> None:
+        # By callback: a task that is cancelled before its first step runs no line of its own.
+        self._ended = True
+        self._opened.set()
+        self._news.set()
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
@@ -227,7 +235,7 @@ class Production:
 
     @property
     def ended(self) -> bool:
-        """Whether it runs no more."""
+        """Whether it runs no more, or does not run yet."""
         return self._ended
 
     def runs(self, agent_loop: AgentLoop, sampler: PromptSampler) -> bool:
@@ -265,9 +273,6 @@ class Production:
             self._record(self._flight.ended())
             if self._permits is not None:
                 self._permits.leave()
-            self._ended = True
-            self._opened.set()
-            self._news.set()
 
     async def _advance(self) -> None:
         """Count what ended, start what is wanted, and wait for the next thing that happens."""
@@ -392,7 +397,9 @@ class Production:
         )
         behind = self._left_behind(await self._buffer.oldest_versions(self._task_name)) if sum(left) else Counter()
         in_any_case = sum(n for oldest, n in behind.items() if oldest <= self.version - self._plan.max_staleness)
-        return max(min(wanted, bound - len(self.batch.resting)), in_any_case)
+        # In place of those that rest others run, or the batch would never be whole.
+        others = exact(load) if self.batch.resting and self.batch.wanted else 0
+        return max(min(wanted, bound - len(self.batch.resting)), in_any_case, others)
 
     @property
     def _holds_back(self) -> bool:
