@@ -3,10 +3,12 @@
 from producer.adaptive import AdaptiveLimit
 from producer.asynchronous import AsyncProduceStrategy
 from producer.background import Producer
+from producer.evaluation import EvaluationResult
 from producer.experience import make_experience
 from producer.filters import GroupFilter, all_of, pass_rate, zero_variance
-from producer.manager import TaskManager, TrainingTask
+from producer.manager import TaskManager
 from producer.members import RedundantMembers
+from producer.part import TrainingTask
 from producer.predict import LongestPredictedFirst, SimilarPredictedTogether, SortedWindows
 from producer.production import ProducedBatch
 from producer.prompts import PromptSampler, ReplayPromptSampler
@@ -18,6 +20,7 @@ from producer.watchdog import Watchdog
 __all__ = [
     "AdaptiveLimit",
     "AsyncProduceStrategy",
+    "EvaluationResult",
     "GroupFilter",
     "LongestPredictedFirst",
     "ProduceStrategy",

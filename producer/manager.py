@@ -3,47 +3,29 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from agent_loop import AgentLoop
 from agent_loop.agent_loop import first_error
-from agent_loop.sampling import whole
-from buffer import ReplayBuffer, RolloutGroup, Share, Status
+from agent_loop.engines.base import PauseMode, WeightSource
+from agent_loop.sampling import number, whole
+from buffer import ReplayBuffer, Share, Status
 from producer.errors import ProducerError
+from producer.evaluation import Evaluation, EvaluationResult
 from producer.merging import merged_metrics
 from producer.metrics import Metrics
+from producer.part import Part, TrainingTask
 from producer.permits import Permits
-from producer.production import ProducedBatch, Production
-from producer.prompts import PromptSampler
+from producer.pinning import Pins
+from producer.production import ProducedBatch
 from producer.shares import allot, checked_weights
-from producer.strategy import ProduceStrategy
 
 _log = logging.getLogger(__name__)
 
 Weights = Callable[[int, Mapping[str, float]], Mapping[str, float]]
 """The weights of a batch, from its step and the metrics of the batch before; a task that is left out keeps its weight."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingTask:
-    """A task of a `TaskManager`.
-
-    Attributes:
-        name: of the task, in the buffer too.
-        agent_loop: runs its groups.
-        sampler: draws them; no other task's.
-        strategy: decides; tasks may share one.
-        weight: of its share of each batch, in relation to the others; 0 has none.
-    """
-
-    name: str
-    agent_loop: AgentLoop
-    sampler: PromptSampler
-    strategy: ProduceStrategy
-    weight: float = 1.0
 
 
 class TaskManager:
@@ -83,8 +65,9 @@ class TaskManager:
         checked_weights({"evaluation": evaluation_weight})
         self._reweigh, self._evaluation_weight = weights, evaluation_weight
         self._permits = None if max_in_flight is None else Permits(max_in_flight)
-        self._parts = {task.name: _Part(buffer, task, self._permits) for task in tasks}
+        self._parts = {task.name: Part(buffer, task, self._permits) for task in tasks}
         self._group: asyncio.TaskGroup | None = None
+        self._pins, self._evaluating = Pins(), set[str]()
         self._busy = False
         self._metrics: Metrics = {}
         self._told_of_removed = False
@@ -140,6 +123,102 @@ class TaskManager:
             waiting = {str(status): n for status, n in counts.items() if n and status in _WAITING}
             if waiting:
                 _log.warning("task %r is not produced any more; these groups of it stay in the buffer: %s", name, waiting)
+
+    # -- versions of the policy ---------------------------------------------------------------------------------
+
+    async def evaluate(
+        self,
+        task_name: str,
+        rows: Sequence[Mapping[str, Any]],
+        agent_loop: AgentLoop,
+        *,
+        group_size: int = 1,
+        threshold: float = 0.5,
+        step: int | None = None,
+    ) -> EvaluationResult:
+        """Run all `rows` at one version of the weights, beside training: await it in a task of your own.
+
+        Every token of it is of the version in the result. `update_weights` of this manager waits until it is finished; where the
+        weights are updated in another way meanwhile, what was sampled before that runs again. Its groups are stored under
+        `task_name`, consumed at `step`, and are in no batch. One that was broken off, by a crash too, is gone on with by the
+        next call: what the weights of now have sampled is kept.
+
+        Args:
+            task_name: the evaluation's own.
+            rows: the prompts, as a dataset has them; the same each time an evaluation that was broken off is gone on with.
+            agent_loop: runs its groups; with sampling parameters of its own, say.
+            group_size: rollouts a prompt.
+            threshold: the score from which on a rollout passes, for `pass_at`.
+            step: at which it is consumed; by default one more than the last step of any task. A rewind to before it gives it back:
+                evaluating again at the same weights then samples nothing.
+
+        Raises:
+            ValueError: no prompts, other prompts than those of the evaluation that is open, or a name that is a training task's.
+            DatasetError: a bad row.
+            ProducerError: every prompt failed, or the weights were updated all the time.
+            EngineDeadError, ResumeRequiredError: see `ProduceStrategy.produce_batch`.
+        """
+        self._check_evaluation(task_name, rows, group_size)
+        agent_loop.check_initialised()
+        permits = None if self._permits is None else self._permits.account(self._evaluation_weight, group_size)
+        async with self._one_evaluation(task_name), self._pins.held():
+            step = max(await self._buffer.last_step() + 1, await self._buffer.next_step(task_name)) if step is None else step
+            await self._buffer.check_take(task_name, step)
+            evaluation = Evaluation(self._buffer, agent_loop, task_name, rows, group_size, permits)
+            return await evaluation.run(step, number("threshold", threshold))
+
+    def _check_evaluation(self, task_name: str, rows: Sequence[Mapping[str, Any]], group_size: int) -> None:
+        if not task_name or not isinstance(task_name, str) or task_name in self._tasks:
+            raise ValueError(f"task_name={task_name!r} is no name for an evaluation; give one, which is no training task's")
+        if not rows:
+            raise ValueError("rows is empty; an evaluation needs prompts")
+        if whole("group_size", group_size) < 1:
+            raise ValueError(f"group_size={group_size} makes no group; it must be 1 or more")
+
+    @asynccontextmanager
+    async def _one_evaluation(self, task_name: str) -> AsyncGenerator[None]:
+        if task_name in self._evaluating:
+            raise ProducerError(f"the evaluation {task_name!r} runs already; await it first")
+        self._evaluating.add(task_name)
+        try:
+            yield
+        finally:
+            self._evaluating.discard(task_name)
+
+    @asynccontextmanager
+    async def update_weights(
+        self, source: WeightSource | None = None, version: int | None = None, *, mode: PauseMode = "keep"
+    ) -> AsyncGenerator[None]:
+        """Hold production and pause the tasks' engines while the block updates the weights; evaluations under way end before it.
+
+        Args:
+            source: loaded into each engine before the block, with `version`; None leaves the update to the block.
+            version: of `source`; by default one more than the engine's.
+            mode: what becomes of responses in flight, see `Producer.update_weights`.
+        """
+        if mode not in get_args(PauseMode):
+            raise ValueError(f"mode={mode!r:.40} is unknown; choose among {get_args(PauseMode)}")
+        engines = list(dict.fromkeys(task.agent_loop.engine for task in self._tasks.values() if task.agent_loop.engine is not None))
+        if not engines:
+            raise ProducerError("no task has an engine whose weights could be updated")
+        async with self._pins.updating(), AsyncExitStack() as stack:
+            await self._hold(stack, mode)
+            for engine in engines:
+                await engine.pause(mode)
+                stack.push_async_callback(engine.resume)
+            if source is not None:
+                for engine in engines:
+                    await engine.update_weights(source, engine.version + 1 if version is None else version)
+            yield
+
+    async def _hold(self, stack: AsyncExitStack, mode: PauseMode) -> None:
+        """No group starts until the stack is left. With "abort" those that run were stopped, with "wait" they have ended."""
+        live = [part.live for part in self._parts.values() if part.live is not None]
+        for production in live:
+            await stack.enter_async_context(production.held())
+        async with asyncio.TaskGroup() as tasks:
+            for production in live if mode != "keep" else ():
+                tasks.create_task(production.stop() if mode == "abort" else production.drained())
 
     # -- batches ------------------------------------------------------------------------------------------------
 
@@ -218,125 +297,22 @@ class TaskManager:
                 return _merged(done, shares, counts, _now() - began, {part.version for part in parts.values()})
             # Else another process has taken some of them.
 
-    async def _fill(self, parts: Mapping["_Part", int]) -> None:
+    async def _fill(self, parts: Mapping[Part, int]) -> None:
         """Wait until all parts are whole, at the version of now."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 for part, size in parts.items():
-                    tasks.create_task(part.fill(size, self._group))
+                    tasks.create_task(self._fill_one(part, size))
         except BaseExceptionGroup as errors:
             error = first_error(errors)
             raise error from error.__cause__
 
+    async def _fill_one(self, part: Part, size: int) -> None:
+        await self._pins.settled()
+        await part.fill(size, self._group)
+
 
 _WAITING = (Status.PENDING, Status.RUNNING, Status.COMPLETED, Status.INTERRUPTED, Status.EXPIRED)
-
-
-class _Part:
-    """One task as the manager runs it: its production, from batch to batch where the strategy keeps what runs.
-
-    Attributes:
-        task: what it was given.
-        version: of the policy when its part of the batch was found whole.
-    """
-
-    def __init__(self, buffer: ReplayBuffer, task: TrainingTask, permits: Permits | None) -> None:
-        self.task, self.version = task, 0
-        self._buffer = buffer
-        self._permits = None if permits is None else permits.account(task.weight, task.sampler.group_size)
-        self._production: Production | None = None
-
-    @property
-    def production(self) -> Production:
-        assert self._production is not None
-        return self._production
-
-    @property
-    def live(self) -> Production | None:
-        return self._production if self._production is not None and not self._production.ended else None
-
-    @property
-    def is_as_found(self) -> bool:
-        """Whether the policy is that at which the part was whole."""
-        return self.production.version == self.version
-
-    def weigh(self, weight: float) -> None:
-        if self._permits is not None:
-            self._permits.weight = weight
-
-    def check(self, size: int, *, owned: bool) -> None:
-        task = self.task
-        task.strategy.check_produce(task.agent_loop, task.sampler, size)
-        if task.strategy.in_flight == "keep" and not owned:
-            raise ProducerError(
-                f"the strategy of task {task.name!r} keeps what runs, which needs an owner: use `async with TaskManager(...) as manager`"
-            )
-
-    async def fill(self, size: int, owner: asyncio.TaskGroup | None) -> None:
-        """Wait until the part is whole; what else runs is stopped, or kept."""
-        try:
-            if self.task.strategy.in_flight == "keep":
-                assert owner is not None
-                await self._fill_and_keep(size, owner)
-            else:
-                await self._fill_and_stop(size)
-        except Exception as error:
-            error.add_note(f"This happened in task {self.task.name!r}.")
-            raise
-        finally:
-            if self.task.strategy.in_flight == "keep" and self.live is None:
-                self._production = None
-
-    async def _fill_and_stop(self, size: int) -> None:
-        production = self._production = self._new(size, ahead=False) if self._production is None else self._production
-        production.batch.size = size
-        found = False
-        try:
-            while not found:
-                async with production.running():
-                    self.version = await production.whole(no_bar=self.task.strategy.no_bar)
-                found = self.is_as_found
-        finally:
-            if not found:
-                self._production = None
-
-    async def _fill_and_keep(self, size: int, owner: asyncio.TaskGroup) -> None:
-        if self._production is not None and self._production.ended:
-            failed, self._production = self._production, None
-            failed.check()
-        if self._production is None:
-            self._production = self._new(size, ahead=True)
-            await self._production.open(owner)
-        self._production.batch.size = size
-        self.version = await self._production.whole(no_bar=self.task.strategy.no_bar)
-
-    def _new(self, size: int, *, ahead: bool) -> Production:
-        task = self.task
-        return Production(
-            self._buffer,
-            task.strategy.plan,
-            task.agent_loop,
-            task.sampler,
-            task.name,
-            size,
-            ahead=ahead,
-            books=task.strategy.books(task.name),
-            permits=self._permits,
-        )
-
-    async def before_take(self) -> Any:
-        return await self.production.before_take()
-
-    def handed_out(self, taken: Sequence[RolloutGroup], before: Any, step: int, began: float) -> ProducedBatch:
-        production = self.production
-        if self.task.strategy.in_flight != "keep":
-            self._production = None
-        return production.handed_out(taken, before, step, self.version, began)
-
-    async def close(self) -> None:
-        production, self._production = self._production, None
-        if production is not None:
-            await production.close()
 
 
 def _merged(

@@ -319,25 +319,35 @@ async def test_keeping_needs_an_owner_and_what_cannot_be_is_refused(buffer: Repl
 
 
 class Counting(SimulatedEngine):
-    """Knows the most requests that were ever in flight."""
+    """Knows the most requests that were ever in flight, and answers none before there are 8 once."""
 
-    most = 0
+    def __init__(self) -> None:
+        super().__init__(lengths=lognormal_lengths(8, 1.0, longest=60))
+        self.now = self.most = 0
+        self.eight = asyncio.Event()
 
     async def generate(self, *arguments: Any, **named: Any) -> Any:
-        self.most = max(self.most, len(self._requests) + 1)
-        return await super().generate(*arguments, **named)
+        self.now += 1
+        self.most = max(self.most, self.now)
+        if self.most >= 8:
+            self.eight.set()
+        try:
+            await self.eight.wait()
+            return await super().generate(*arguments, **named)
+        finally:
+            self.now -= 1
 
 
 @pytest.mark.parametrize("in_flight", ["interrupt", "keep"])
 async def test_all_tasks_together_have_no_more_in_flight_than_allowed_and_use_it_all(buffer: ReplayBuffer, in_flight: Any) -> None:
-    async with Counting(lengths=lognormal_lengths(8, 1.0, longest=60)) as engine:
+    async with Counting() as engine:
         strategies = [AsyncProduceStrategy(buffer, staleness_threshold=1.0, in_flight=in_flight, max_staleness=1) for _ in range(3)]
-        tasks = [a_task(buffer, engine, name, n + 1, strategy=strategies[n], group_size=n + 2) for n, name in enumerate("abc")]
+        tasks = [a_task(buffer, engine, name, n + 1, strategy=strategies[n]) for n, name in enumerate("abc")]
         async with TaskManager(buffer, tasks, max_in_flight=9) as manager:
             for step in range(1, 6):
                 assert len((await asyncio.wait_for(manager.produce_batch(6), 60)).groups) == 6
                 await engine.update_weights({"seed": step}, step)
-    assert 7 <= engine.most <= 9
+    assert engine.most == 8  # no group of 2 more has room
 
 
 async def test_a_bound_below_a_group_is_refused(buffer: ReplayBuffer) -> None:
