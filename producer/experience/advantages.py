@@ -5,15 +5,16 @@ order), and gives float64 of that length. Rollouts without a reward get 0 and ta
 rewards are all equal gets exactly 0, and so does the single scored member of a group.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Rewards = Sequence[float | None] | NDArray[np.floating]
+from producer.experience.groups import Groups, Rewards, divide
+from producer.experience.pass_at_k import pass_at_k
+
 Scale = Literal["group", "batch", "none"]
 AdvantageFn = Callable[[Rewards, ArrayLike], NDArray[np.float64]]
 
@@ -28,15 +29,11 @@ def grpo(rewards: Rewards, group_ids: ArrayLike, *, scale: Scale = "group", ddof
     """
     if scale not in get_args(Scale):
         raise ValueError(f"unknown scale {scale!r}; known are {get_args(Scale)}")
-    if ddof not in (0, 1) or eps < 0:
-        raise ValueError(f"ddof={ddof} must be 0 or 1, and eps={eps} 0 or more")
-    groups = _Groups.of(rewards, group_ids)
-    centred = groups.centred()
+    _check(ddof, eps)
+    groups = Groups.of(rewards, group_ids)
     if scale == "none":
-        return centred
-    std = groups.std(centred, ddof) if scale == "group" else groups.batch_std(ddof)
-    # Where nothing varies the numerator is exactly 0, and with eps = 0 the denominator too.
-    return np.divide(centred, std + eps, out=np.zeros(centred.shape, np.float64), where=centred != 0)
+        return groups.centred()
+    return divide(groups.centred(), (groups.std(ddof) if scale == "group" else groups.batch_std(ddof)) + eps)
 
 
 def dr_grpo(rewards: Rewards, group_ids: ArrayLike) -> NDArray[np.float64]:
@@ -46,13 +43,56 @@ def dr_grpo(rewards: Rewards, group_ids: ArrayLike) -> NDArray[np.float64]:
 
 def rloo(rewards: Rewards, group_ids: ArrayLike) -> NDArray[np.float64]:
     """r - mean of the others: REINFORCE leave-one-out (Ahmadian et al. 2024), which is n / (n - 1) times (r - mean)."""
-    groups = _Groups.of(rewards, group_ids)
+    groups = Groups.of(rewards, group_ids)
     counts = groups.counts[groups.index].astype(np.float64)
     factor: NDArray[np.float64] = counts / np.maximum(counts - 1, 1)
     return groups.centred() * factor
 
 
-ESTIMATORS: Mapping[str, AdvantageFn] = MappingProxyType({"grpo": grpo, "drgrpo": dr_grpo, "dr_grpo": dr_grpo, "rloo": rloo})
+def opo(rewards: Rewards, group_ids: ArrayLike, lengths: ArrayLike) -> NDArray[np.float64]:
+    """r - the group's mean weighted by length: on-policy optimal baseline (Hao et al. 2025, arXiv 2505.23585, eq. 5).
+
+    Args:
+        lengths: trained tokens of each rollout. A group without any is compared with its least reward.
+    """
+    weights = np.asarray(lengths, dtype=np.float64).reshape(-1)
+    groups = Groups.of(rewards, group_ids)
+    if weights.shape != groups.values.shape or not (weights >= 0).all():
+        raise ValueError(f"lengths {weights!r:.100} for {groups.values.size} rewards; give each rollout its length, 0 or more")
+    return groups.centred(weights)
+
+
+def gdpo(
+    parts: ArrayLike, group_ids: ArrayLike, weights: ArrayLike | None = None, *, ddof: int = 1, eps: float = 1e-4
+) -> NDArray[np.float64]:
+    """Each part of the reward is normalised within its group, they are added up, and the sum is scaled by its deviation over the batch.
+
+    Group reward-decoupled normalisation (Liu et al. 2026, arXiv 2601.05242); TRL's `normalize_then_sum`. The sum's mean
+    over the batch is 0 already, and is not taken off again: its rounding would move groups whose parts are all equal.
+
+    Args:
+        parts: (N, K), NaN where a rollout lacks a part, which then adds nothing. A rollout without any part gets 0.
+        weights: (K,), of the normalised parts; 1 each if not given.
+    """
+    _check(ddof, eps)
+    table = np.asarray(parts, dtype=np.float64)
+    if table.ndim != 2 or table.shape[1] == 0:
+        raise ValueError(f"parts of shape {table.shape}; give one column a part, at least one")
+    by_part = np.ones(table.shape[1]) if weights is None else np.asarray(weights, dtype=np.float64)
+    if by_part.shape != table.shape[1:] or not np.isfinite(by_part).all():
+        raise ValueError(f"weights {by_part!r:.100} for {table.shape[1]} parts; give each a finite weight")
+    columns = [grpo(column, group_ids, ddof=ddof, eps=eps) for column in table.T]
+    total = np.stack(columns, axis=1) @ by_part
+    scored = ~np.isnan(table).all(axis=1)
+    n = int(scored.sum())
+    std = float(np.std(total[scored], ddof=ddof)) if n > ddof else 0.0
+    return divide(total, np.full(total.shape, std + eps))
+
+
+ESTIMATORS: Mapping[str, AdvantageFn] = MappingProxyType(
+    {"grpo": grpo, "drgrpo": dr_grpo, "dr_grpo": dr_grpo, "rloo": rloo, "pass_at_k": pass_at_k}
+)
+"""Those that need nothing but rewards and groups."""
 
 
 def estimator(advantage: str | AdvantageFn) -> AdvantageFn:
@@ -66,59 +106,9 @@ def estimator(advantage: str | AdvantageFn) -> AdvantageFn:
 
 def zero_variance(rewards: Rewards, group_ids: ArrayLike) -> float:
     """The fraction of groups whose rewards are all equal, and which thus teach nothing; of those that have a reward. 0 if none has."""
-    groups = _Groups.of(rewards, group_ids)
-    largest = np.zeros(groups.counts.size)
-    np.maximum.at(largest, groups.index, groups.above_least)
-    known = groups.counts > 0
-    return float(np.mean(largest[known] == 0)) if known.any() else 0.0
+    return Groups.of(rewards, group_ids).zero_variance
 
 
-@dataclass(frozen=True)
-class _Groups:
-    """Rewards by group. `above_least` (N,) is each reward minus the least of its group, 0 where there is no reward.
-
-    Means are taken of these differences: they are exactly 0 where all are equal, in any precision, while the mean of
-    equal numbers need not be that number. And a constant added to all rewards is gone before anything is summed.
-    """
-
-    values: NDArray[np.float64]  # (N,) NaN without a reward
-    index: NDArray[np.intp]  # (N,) 0 .. number of groups - 1
-    scored: NDArray[np.bool_]  # (N,)
-    counts: NDArray[np.intp]  # (groups,) members with a reward
-    above_least: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, rewards: Rewards, group_ids: ArrayLike) -> "_Groups":
-        values = np.array(rewards, dtype=np.float64).reshape(-1)
-        ids = np.asarray(group_ids).reshape(-1)
-        if values.shape != ids.shape:
-            raise ValueError(f"{values.size} rewards came with {ids.size} group ids; give one a rollout")
-        if np.isinf(values).any():
-            at = int(np.argmax(np.isinf(values)))
-            raise ValueError(f"reward {at} is {values[at]}; rewards are finite, or None where there is none")
-        unique, index = np.unique(ids, return_inverse=True)
-        scored = ~np.isnan(values)
-        least = np.full(unique.size, np.inf)
-        np.minimum.at(least, index[scored], values[scored])
-        above = np.zeros_like(values)
-        above[scored] = values[scored] - least[index[scored]]
-        return cls(values, index, scored, np.bincount(index[scored], minlength=unique.size), above)
-
-    def sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(groups,) sums over the members with a reward."""
-        return np.bincount(self.index[self.scored], weights=values[self.scored], minlength=self.counts.size).astype(np.float64)
-
-    def centred(self) -> NDArray[np.float64]:
-        """(N,) r - mean of the group; 0 without a reward."""
-        means = self.sums(self.above_least) / np.maximum(self.counts, 1)
-        return np.where(self.scored, self.above_least - means[self.index], 0.0)
-
-    def std(self, centred: NDArray[np.float64], ddof: int) -> NDArray[np.float64]:
-        """(N,) standard deviation of each member's group; 0 for a group of one."""
-        stds: NDArray[np.float64] = np.sqrt(self.sums(centred**2) / np.maximum(self.counts - ddof, 1))
-        return stds[self.index]
-
-    def batch_std(self, ddof: int) -> NDArray[np.float64]:
-        """(N,) standard deviation of all rewards, the same everywhere; 0 for a batch of one."""
-        known = self.values[self.scored]
-        return np.full(self.values.shape, np.std(known, ddof=ddof) if known.size > ddof else 0.0)
+def _check(ddof: int, eps: float) -> None:
+    if ddof not in (0, 1) or not eps >= 0:
+        raise ValueError(f"ddof={ddof} must be 0 or 1, and eps={eps} 0 or more")

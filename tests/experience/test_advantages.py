@@ -7,12 +7,30 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike, NDArray
 
-from producer.experience.advantages import AdvantageFn, dr_grpo, estimator, grpo, rloo, zero_variance
+from producer.experience.advantages import AdvantageFn, dr_grpo, estimator, gdpo, grpo, opo, rloo, zero_variance
+from producer.experience.groups import Rewards
+from producer.experience.pass_at_k import pass_at_k
 
 TWO_GROUPS = [0.0, 1, 0, 1, 1, 0, 0, 0]
 IDS = [0, 0, 0, 0, 1, 1, 1, 1]
-ESTIMATORS: list[AdvantageFn] = [grpo, dr_grpo, rloo]
+
+
+def best_of_two(rewards: Rewards, group_ids: ArrayLike) -> NDArray[np.float64]:
+    return pass_at_k(rewards, group_ids, 2)
+
+
+def gdpo_of_one_part(rewards: Rewards, group_ids: ArrayLike) -> NDArray[np.float64]:
+    return gdpo(np.array(rewards, np.float64)[:, None], group_ids)
+
+
+def opo_of_equal_lengths(rewards: Rewards, group_ids: ArrayLike) -> NDArray[np.float64]:
+    return opo(rewards, group_ids, [7] * len(rewards))
+
+
+ESTIMATORS: list[AdvantageFn] = [grpo, dr_grpo, rloo, best_of_two, gdpo_of_one_part, opo_of_equal_lengths]
+BY_GROUP: list[AdvantageFn] = [grpo, dr_grpo, rloo, best_of_two, opo_of_equal_lengths]
 
 group_rewards = st.lists(st.integers(-40, 40).map(lambda n: n / 8), min_size=1, max_size=7)
 batches = st.lists(group_rewards, min_size=1, max_size=5)
@@ -66,6 +84,9 @@ def test_o32_equal_rewards_give_exactly_zero(size: int, dtype: type[np.floating]
         grpo(rewards, ids, scale="batch", eps=0.0),
         dr_grpo(rewards, ids),
         rloo(rewards, ids),
+        opo(rewards, ids, np.arange(size)),
+        pass_at_k(rewards, ids, 2),
+        gdpo(np.stack([rewards, rewards], axis=1), ids, eps=0.0),
     ):
         assert values.tolist() == [0.0] * size
 
@@ -108,12 +129,20 @@ def test_grpo_is_free_of_the_scale_of_rewards(batch: list[list[float]], factor: 
 
 @pytest.mark.parametrize("advantage", ESTIMATORS)
 @given(batch=batches)
-def test_each_group_has_mean_zero_and_its_own_answer(advantage: AdvantageFn, batch: list[list[float]]) -> None:
+def test_each_group_has_mean_zero(advantage: AdvantageFn, batch: list[list[float]]) -> None:
+    rewards, ids = flat(batch)
+    values = advantage(rewards, ids)
+    for number in set(ids):
+        assert abs(values[np.array(ids) == number].mean()) < 1e-12
+
+
+@pytest.mark.parametrize("advantage", BY_GROUP)
+@given(batch=batches)
+def test_a_shard_of_whole_groups_has_the_answers_of_the_batch(advantage: AdvantageFn, batch: list[list[float]]) -> None:
     rewards, ids = flat(batch)
     values = advantage(rewards, ids)
     for number, group in enumerate(batch):
         members = values[np.array(ids) == number]
-        assert abs(members.mean()) < 1e-12
         np.testing.assert_allclose(members, advantage(group, [0] * len(group)), atol=1e-12)
 
 
@@ -122,6 +151,34 @@ def test_rloo_compares_each_with_the_mean_of_the_others(rewards: list[float]) ->
     assume(max(rewards) > min(rewards))
     expected = [reward - np.mean(rewards[:at] + rewards[at + 1 :]) for at, reward in enumerate(rewards)]
     np.testing.assert_allclose(rloo(rewards, [0] * len(rewards)), expected, rtol=1e-9, atol=1e-6)
+
+
+def test_o15_opo_weighs_the_baseline_by_length() -> None:
+    np.testing.assert_allclose(opo([1, 0, 1], [0] * 3, [2, 3, 5]), [0.3, -0.7, 0.3])
+    # A group without a trained token has no weights; what is then given reaches no token.
+    assert opo([1, 0], [0, 0], [0, 0]).tolist() == [1.0, 0.0]
+
+
+def test_gdpo_adds_normalised_parts_and_scales_their_sum_over_the_batch() -> None:
+    first, second, ids = [0.0, 1, 0, 1], [10.0, 10, 30, 50], [0, 0, 1, 1]
+    total = grpo(first, ids) + 0.5 * grpo(second, ids)
+    expected = (total - total.mean()) / (total.std(ddof=1) + 1e-4)
+    np.testing.assert_allclose(gdpo(np.stack([first, second], axis=1), ids, [1, 0.5]), expected, atol=1e-12)
+
+
+def test_a_missing_part_adds_nothing_and_a_rollout_without_any_takes_no_part() -> None:
+    parts = np.array([[1.0, math.nan], [0, 2], [math.nan, math.nan], [0, 4]])
+    found = gdpo(parts, [0] * 4)
+    total = np.nan_to_num(grpo([1, 0, None, 0], [0] * 4)) + grpo([None, 2, None, 4], [0] * 4)
+    np.testing.assert_allclose(found, total / (total[[0, 1, 3]].std(ddof=1) + 1e-4))
+    assert found[2] == 0.0
+
+
+def test_gdpo_keeps_apart_what_a_sum_of_rewards_makes_equal() -> None:
+    parts, ids = np.array([[0.0, 1], [1, 0], [1, 1], [0, 0], [0, 0], [0, 0]]), [0, 0, 0, 0, 1, 1]
+    heavier = gdpo(parts, ids, [2.0, 1.0])
+    assert heavier[1] > heavier[0]
+    assert heavier[4:].tolist() == [0.0, 0.0]
 
 
 def test_zero_variance_is_a_fraction_of_the_groups_with_a_reward() -> None:
@@ -138,5 +195,11 @@ def test_bad_arguments_are_refused_with_their_value() -> None:
         grpo([1.0], [0], scale="groups")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ddof=2"):
         grpo([1.0], [0], ddof=2)
+    with pytest.raises(ValueError, match=r"lengths .* for 2 rewards"):
+        opo([1.0, 2.0], [0, 0], [1])
+    with pytest.raises(ValueError, match=r"parts of shape \(2,\)"):
+        gdpo([1.0, 2.0], [0, 0])
+    with pytest.raises(ValueError, match="for 2 parts"):
+        gdpo([[1.0, 2.0]], [0], [1.0])
     with pytest.raises(ValueError, match=r"'ppo'; known are .*'grpo'"):
         estimator("ppo")
