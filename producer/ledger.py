@@ -29,7 +29,7 @@ class BatchRecord:
     """What happened between two batches. Times are in seconds.
 
     Attributes:
-        period: since the batch before was handed out; of the first, since it was asked for.
+        period: since the batch before was handed out; of the first, since it was asked for, or something ran before.
         waited: from asking for this batch to its handing out.
         between: from the handing out of the batch before to asking for this one: training, mostly. None for the first.
         started: groups that were started.
@@ -106,6 +106,7 @@ class Ledger:
         self._since: dict[int, float] = {}
         self._in_flight, self._running, self._waiting = _Level(), _Level(), _Level()
         self._preemptions: tuple[int, int] | None = None  # at the batch before, and now
+        self._first: float | None = None
         self._last: float | None = None
 
     def started(self, group_id: int, at: float) -> None:
@@ -115,6 +116,7 @@ class Ledger:
 
     def rollouts(self, n: int, at: float) -> None:
         """So many rollouts are in flight from now on."""
+        self._first = at if self._first is None else self._first
         self._in_flight.set(n, at)
 
     def load(self, running: int, waiting: int, preemptions: int, at: float) -> None:
@@ -145,7 +147,7 @@ class Ledger:
 
     def handed_out(self, asked: float, at: float) -> BatchRecord:
         """The record of the batch that is handed out, and was asked for at `asked`; the next one begins."""
-        began = asked if self._last is None else self._last
+        began = self._last if self._last is not None else min(asked, asked if self._first is None else self._first)
         period = max(0.0, at - began)
         self._in_flight.set(self._in_flight.value, at)
         counted, self._counted = self._counted, _Counted()

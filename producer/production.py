@@ -271,6 +271,7 @@ class Production:
             self._failure = first_error(error) if isinstance(error, BaseExceptionGroup) else error
         finally:
             self._record(self._flight.ended())
+            self._rollouts(0)  # of those that an error ended nothing was told
             if self._permits is not None:
                 self._permits.leave()
 

@@ -67,6 +67,13 @@ def test_interrupted_groups_have_no_time_and_a_group_may_start_again() -> None:
     assert (record.group_seconds, record.started, record.reasons) == ([2.0], 2, {(S.FILTERED, "all_equal"): 1})
 
 
+def test_what_ran_before_the_first_batch_was_asked_for_is_in_its_period() -> None:
+    ledger = Ledger()
+    ledger.rollouts(4, at=1.0)
+    record = ledger.handed_out(asked=3.0, at=5.0)
+    assert (record.period, record.waited, record.between, record.in_flight) == (4.0, 2.0, None, 4.0)
+
+
 def test_no_time_is_no_division() -> None:
     record = Ledger().handed_out(asked=5.0, at=5.0)
     assert (record.period, record.in_flight, record.busy, record.engine) == (0.0, 0.0, 0.0, None)

@@ -10,6 +10,7 @@ import pytest
 from agent_loop import Completion, SamplingParams, SingleTurnAgentLoop
 from agent_loop.engines.simulated import SimulatedEngine
 from agent_loop.engines.simulated_policy import Request, lognormal_lengths
+from agent_loop.errors import EngineDeadError
 from buffer import Account, ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.accounts import WASTE
 from buffer.amounts import Amount
@@ -261,3 +262,22 @@ def test_over_issuing_with_half_of_the_prompts_ten_times_slower_is_without_bias(
     assert abs(metrics["run/length_bias"]) < 0.05
     assert (metrics["run/coverage_bias"], metrics["run/overdue"], metrics["run/tokens_wasted"]) == (0.0, 0, 0)
     assert all(batch.metrics["batch/staleness_max"] <= 4 for batch in batches)
+
+
+def test_after_an_engine_died_nothing_counts_as_in_flight(tmp_path: Path) -> None:
+    async def train() -> Metrics:
+        def engine(**options: Any) -> SimulatedEngine:
+            return SimulatedEngine(lengths=lambda request: 10, slots=4, tokens_per_second=1.0, **options)
+
+        def dies(request_id: str, attempt: int) -> Exception | None:
+            return EngineDeadError("gone") if "-3-" in request_id else None
+
+        async with InlineReplayBuffer.open(f"sqlite:///{tmp_path / 'run.db'}") as buffer, engine(fail=dies) as first, engine() as second:
+            strategy, sampler = SyncProduceStrategy(buffer, progress=False), sampler_of(buffer)
+            with pytest.raises(EngineDeadError):
+                await strategy.produce_batch(loop_of(first), sampler, 4, TASK)
+            await asyncio.sleep(1000.0)
+            return (await strategy.produce_batch(loop_of(second), sampler, 4, TASK)).metrics
+
+    metrics = run(train())
+    assert metrics["engine/in_flight_mean"] * metrics["produce/period_seconds"] < 8 * 40
