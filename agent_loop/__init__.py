@@ -5,7 +5,22 @@ Engines are imported from their own modules (`agent_loop.engines.vllm`, ...), so
 
 from agent_loop.agent_loop import AgentLoop
 from agent_loop.engines.base import Completion, Engine, EngineLoad
+from agent_loop.sampler import Sampler
+from agent_loop.sampler_registry import create_sampler, register_sampler
+from agent_loop.samples import SampledSequence, SampleResponse
 from agent_loop.sampling import SamplingParams
 from agent_loop.single_turn import SingleTurnAgentLoop
 
-__all__ = ["AgentLoop", "Completion", "Engine", "EngineLoad", "SamplingParams", "SingleTurnAgentLoop"]
+__all__ = [
+    "AgentLoop",
+    "Completion",
+    "Engine",
+    "EngineLoad",
+    "SampleResponse",
+    "SampledSequence",
+    "Sampler",
+    "SamplingParams",
+    "SingleTurnAgentLoop",
+    "create_sampler",
+    "register_sampler",
+]

@@ -113,6 +113,7 @@ READERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Awaitable[dict[str, Any]
     "README.md": training,
     "docs/how-to/choose-an-engine.md": tiny_model,
     "docs/how-to/export-and-replay.md": small_run,
+    "docs/how-to/sample-without-a-trainer.md": tiny_model,
     "docs/how-to/look-into-a-run.md": small_run,
     "docs/how-to/resume-a-run.md": small_run,
     "docs/how-to/simulate-a-run.md": small_run,

@@ -1,0 +1,298 @@
+"""`Sampler`: the batch face of any engine, for evaluation, scripts, notebooks and trainers of one's own."""
+
+import asyncio
+import hashlib
+import itertools
+import secrets
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from agent_loop.agent_loop import first_error
+from agent_loop.engines.base import Engine
+from agent_loop.errors import AgentLoopError, EngineClosedError, EngineDeadError, RequestRefusedError
+from agent_loop.loop_thread import LoopThread, call
+from agent_loop.rewards import GroupReward, Reward
+from agent_loop.sample_inputs import Input, Prompt, as_list, prompt_of, template_of
+from agent_loop.sample_scores import Judge
+from agent_loop.samples import SampledSequence, SampleResponse
+from agent_loop.sampling import SamplingParams, number, whole
+from agent_loop.single_turn import Tokenizer
+
+_NUMBERS = itertools.count()
+
+Result = TypeVar("Result")
+
+
+class Sampler:
+    """Draws completions from an engine: one or many inputs in, a `SampleResponse` for each out, in order.
+
+    `async with Sampler(engine)`, or `with Sampler(engine)` where nothing is async, opens the engine and closes it at the end.
+    Over an engine that is open already, use the sampler as it is.
+
+    Args:
+        engine: any.
+        tokenizer: encodes text and chats, and decodes responses; None where inputs are token ids and no text is wanted.
+        seed: of requests whose parameters bring none; None draws one.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None = None, *, seed: int | None = None) -> None:
+        if not isinstance(engine, Engine):
+            raise TypeError(f"engine={engine!r:.80} is no Engine; pass one, such as VLLMEngine(model)")
+        if tokenizer is not None and not hasattr(tokenizer, "decode"):
+            raise TypeError(f"tokenizer={tokenizer!r:.80} has no decode; pass a tokenizer of transformers, or one like it")
+        self.engine, self.tokenizer = engine, tokenizer
+        self._seed = secrets.randbits(62) if seed is None else whole("seed", seed)
+        self._drawn = itertools.count()
+        self._template: Any = None
+        self._thread: LoopThread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        with suppress(RuntimeError):
+            self._loop = asyncio.get_running_loop()
+
+    # Its life
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        await self.engine.open()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.engine.close()
+
+    def __enter__(self) -> Self:
+        self.open_sync()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close_sync()
+
+    def open_sync(self) -> None:
+        """Open the engine on an event loop of its own, on a thread; as `with` does, for notebooks, whose cells outlive no block."""
+        if self._thread is not None:
+            raise RuntimeError("this sampler is open already; close_sync() closes it")
+        thread = LoopThread()
+        try:
+            call(thread.loop, self.engine.open())
+        except BaseException:
+            thread.stop()
+            raise
+        self._thread, self._loop = thread, thread.loop
+
+    def close_sync(self) -> None:
+        """Close the engine and end the thread of `open_sync`; again does nothing."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            try:
+                call(thread.loop, self.engine.close())
+            finally:
+                self._loop = None
+                thread.stop()
+
+    # Sampling
+
+    async def sample(
+        self,
+        inputs: Input | Sequence[Input],
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        adapter_name: str = "",
+        *,
+        num_samples: int = 1,
+    ) -> list[SampleResponse]:
+        """Sample `num_samples` responses to each input, all at once.
+
+        Every request has a seed of its own, made from the seed of `sampling_params`, the input's number and the sample's; the very
+        first has that seed itself. Cancelling the call frees all its requests in the engine.
+
+        Args:
+            inputs: one or many of: token ids (list, array, or a row with `prompt_ids`), a chat (a list of messages, or a row with
+                `messages` and maybe `tools`), or a row with text as `prompt`. A row's `sampling` overrides the parameters.
+            sampling_params: an object, or a mapping of its fields; None takes the defaults.
+            adapter_name: "" is the model itself. No engine has adapters yet: any other name is refused.
+            num_samples: 1 or more.
+
+        Returns:
+            One response for each input, in order; `[]` for no inputs.
+
+        Raises:
+            RequestRefusedError: an input that can never succeed, named by its number, before anything is generated.
+            EngineError: a request failed; the others are cancelled.
+        """
+        if whole("num_samples", num_samples) < 1:
+            raise ValueError(f"num_samples={num_samples} asks for nothing; it must be 1 or more")
+        return [response for _, response in await self._sampled(inputs, sampling_params, adapter_name, num_samples)]
+
+    def sample_sync(
+        self,
+        inputs: Input | Sequence[Input],
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        adapter_name: str = "",
+        *,
+        num_samples: int = 1,
+    ) -> list[SampleResponse]:
+        """`sample` for callers that are not async.
+
+        It works inside `with` (or after `open_sync`), also where an event loop runs, as in a notebook: the engine has a loop on a
+        thread of its own. And it works from another thread than that of the event loop that opened the engine.
+
+        Raises:
+            RuntimeError: called on the engine's own event loop, which it would block for ever: await `sample` there.
+            EngineClosedError: no event loop has the engine open.
+        """
+        return self._sync(lambda: self.sample(inputs, sampling_params, adapter_name, num_samples=num_samples))
+
+    async def generate_from_prompts(
+        self,
+        prompts: str | Sequence[str],
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        adapter_name: str = "",
+        *,
+        num_samples: int = 1,
+    ) -> list[SampleResponse]:
+        """`sample` for text: each prompt is encoded as it is, without a chat template."""
+        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        for place, prompt in enumerate(listed):
+            if not isinstance(prompt, str):
+                raise RequestRefusedError(f"prompt {place} is {prompt!r:.60}, no text; sample() takes token ids and chats")
+        return await self.sample([{"prompt": prompt} for prompt in listed], sampling_params, adapter_name, num_samples=num_samples)
+
+    async def generate_and_score(
+        self,
+        inputs: Input | Sequence[Input],
+        reward: Reward | None = None,
+        sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        adapter_name: str = "",
+        *,
+        group_reward: GroupReward | None = None,
+        num_samples: int = 1,
+        reward_timeout: float = 60.0,
+    ) -> list[SampleResponse]:
+        """`sample`, and have each sequence judged; see `agent_loop.rewards`.
+
+        Rewards see a rollout as they do in training: `row` is the input's (so that answers beside the prompt are there), `text`,
+        `response_ids`, `finish_reason`. A sequence whose reward fails has no `score`, and says why in `error`; one that was
+        interrupted is not judged.
+
+        Args:
+            inputs: as of `sample`.
+            reward: gives the score of one sequence. Either this or `group_reward`.
+            sampling_params: as of `sample`.
+            adapter_name: as of `sample`.
+            group_reward: gives the scores of an input's finished sequences, in order.
+            num_samples: 1 or more.
+            reward_timeout: seconds for one judgement.
+        """
+        if (reward is None) == (group_reward is None):
+            raise ValueError("generate_and_score needs one judge; pass either reward or group_reward")
+        if number("reward_timeout", reward_timeout) <= 0:
+            raise ValueError(f"reward_timeout={reward_timeout} s leaves no time; it must be above 0")
+        if whole("num_samples", num_samples) < 1:
+            raise ValueError(f"num_samples={num_samples} asks for nothing; it must be 1 or more")
+        pairs = await self._sampled(inputs, sampling_params, adapter_name, num_samples)
+        return await Judge(reward, group_reward, reward_timeout).all(pairs)
+
+    def set_template(self, template: Any = None) -> None:
+        """Say how chats become token ids.
+
+        Args:
+            template: a jinja text, a class (made with the tokenizer) or an instance with `apply_chat_template`; None is the
+                tokenizer's own, which is the default.
+
+        Raises:
+            ValueError: it has no `apply_chat_template`, or needs a tokenizer where there is none.
+        """
+        self._template = None if template is None else template_of(template, self.tokenizer)
+
+    # Inside
+
+    def _sync(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        loop = self._loop
+        if loop is None or not loop.is_running():
+            raise EngineClosedError("no event loop has this sampler's engine open; use `with sampler:` around it, or open_sync()")
+        with suppress(RuntimeError):
+            if asyncio.get_running_loop() is loop:
+                loop = None
+        if loop is None:
+            raise RuntimeError("sample_sync would block the event loop that the engine runs on; `await sampler.sample(...)` here")
+        return call(loop, work())
+
+    async def _sampled(
+        self, inputs: Input | Sequence[Input], given: SamplingParams | Mapping[str, Any] | None, adapter_name: str, num_samples: int
+    ) -> list[tuple[Prompt, SampleResponse]]:
+        self._here()
+        if adapter_name:
+            name = type(self.engine).__name__
+            raise RequestRefusedError(f"unknown adapter {adapter_name!r}: {name} has none; leave adapter_name empty for the model itself")
+        params = given if isinstance(given, SamplingParams) else SamplingParams().overridden(given or {})
+        prompts = [self._prompt(place, one, params) for place, one in enumerate(as_list(inputs))]
+        seed = self._seed_of(next(self._drawn)) if params.seed is None else params.seed
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                calls = [
+                    tasks.create_task(self._respond(place, prompt, how, seed, num_samples)) for place, (prompt, how) in enumerate(prompts)
+                ]
+        except BaseExceptionGroup as errors:
+            error = first_error(errors)
+            raise error from error.__cause__
+        return [(prompt, call.result()) for (prompt, _), call in zip(prompts, calls, strict=True)]
+
+    def _here(self) -> None:
+        """The running loop is the engine's: what an engine awaits belongs to one loop."""
+        running = asyncio.get_running_loop()
+        if self._loop is not None and self._loop is not running and self._loop.is_running():
+            raise RuntimeError("the engine runs on another event loop than this; call sample_sync(), or open the engine on this one")
+        self._loop = running
+
+    def _prompt(self, place: int, given: Input, params: SamplingParams) -> tuple[Prompt, SamplingParams]:
+        """An input and its parameters, checked."""
+        try:
+            prompt = prompt_of(given, self.tokenizer, self._template)
+            how = params.overridden(prompt.row.get("sampling") or {})
+            return replace(prompt, ids=self.engine.check_request(prompt.ids, how)), how
+        except (RequestRefusedError, ValueError) as error:
+            raise (RequestRefusedError if type(error) is ValueError else type(error))(f"input {place}: {error}") from error
+
+    async def _respond(self, place: int, prompt: Prompt, params: SamplingParams, seed: int, num_samples: int) -> SampleResponse:
+        try:
+            own = seed if params.seed is None else params.seed
+            return SampleResponse(prompt.ids, await self._sequences(prompt, params, (own, place), num_samples))
+        except (EngineDeadError, EngineClosedError):
+            raise  # of all inputs
+        except AgentLoopError as error:
+            raise type(error)(f"input {place}: {error}") from error
+        except Exception as error:
+            error.add_note(f"input {place} of Sampler.sample")
+            raise
+
+    async def _sequences(
+        self, prompt: Prompt, params: SamplingParams, key: tuple[int, int], num_samples: int
+    ) -> tuple[SampledSequence, ...]:
+        """The responses to one input; what a sampler of another kind does otherwise."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                calls = [tasks.create_task(self._one(prompt, params, (*key, number))) for number in range(num_samples)]
+        except BaseExceptionGroup as errors:
+            error = first_error(errors)
+            raise error from error.__cause__
+        return tuple(call.result() for call in calls)
+
+    async def _one(self, prompt: Prompt, params: SamplingParams, key: tuple[int, int, int]) -> SampledSequence:
+        asked = params.of_request(params.max_tokens, _request_seed(*key))
+        completion = await self.engine.generate(prompt.ids, asked, request_id=f"sampler-{next(_NUMBERS)}")
+        return SampledSequence.of(completion, self._text(completion.token_ids.tolist()))
+
+    def _text(self, token_ids: list[int]) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _seed_of(self, call: int) -> int:
+        return _request_seed(self._seed, call, 0)
+
+
+def _request_seed(seed: int, place: int, sample: int) -> int:
+    """A seed of its own for each sample of each input; the very first keeps the given one."""
+    if place == sample == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/{place}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & 0x7FFF_FFFF_FFFF_FFFF
