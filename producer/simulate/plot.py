@@ -14,8 +14,13 @@ def check_plotting() -> None:
         raise ImportError("a plot needs matplotlib: pip install 'millrace[plot]', or ask for none with --no-plot") from error
 
 
-def plot(rows: Sequence[Compared], path: Path) -> None:
+def plot(rows: Sequence[Compared], path: Path, names: Sequence[str] | None = None) -> None:
     """Save a picture of speed-up, utilisation, staleness, waste and bias; its format follows the name's ending.
+
+    Args:
+        rows: one bar each.
+        path: where to.
+        names: of the rows; None: the strategies with their options.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -25,7 +30,7 @@ def plot(rows: Sequence[Compared], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [str(row.choice) for row in rows]
+    names = [str(row.choice) for row in rows] if names is None else list(names)
     panels = [
         ("speed-up over sync", [row.speed_up for row in rows]),
         ("utilisation", [row.outcome.utilisation for row in rows]),

@@ -21,6 +21,9 @@ from producer.strategy import ProduceStrategy
 
 TASK = "simulated"
 
+_FIRST_GROUP = 1
+"""The number of the first group of a database."""
+
 MakeStrategy = Callable[[ReplayBuffer], ProduceStrategy]
 MakeSampler = Callable[[list[dict[str, list[int]]], ReplayBuffer, int], PromptSampler]
 """(rows, buffer, group size) -> who draws prompts, in the order of the rows."""
@@ -32,7 +35,12 @@ def in_order(rows: list[dict[str, list[int]]], buffer: ReplayBuffer, group_size:
 
 
 def simulate(
-    scenario: Scenario, make_strategy: MakeStrategy, make_sampler: MakeSampler = in_order, *, folder: Path | None = None
+    scenario: Scenario,
+    make_strategy: MakeStrategy,
+    make_sampler: MakeSampler = in_order,
+    *,
+    folder: Path | None = None,
+    on_batch: Callable[[int], object] = lambda step: None,
 ) -> Outcome:
     """Run a strategy through a scenario; the same arguments give the same outcome, but for `computed`.
 
@@ -41,10 +49,11 @@ def simulate(
         make_strategy: gives the strategy, the one that production would use, for a buffer.
         make_sampler: who draws prompts.
         folder: where the run's database `run.db` is kept; None: it is thrown away.
+        on_batch: called with each step whose batch was handed out.
     """
     with tempfile.TemporaryDirectory(prefix="millrace-") as thrown_away:
         path = (folder or Path(thrown_away)) / "run.db"
-        return virtual_time.run(_run(scenario, make_strategy, make_sampler, f"sqlite:///{path.absolute()}"))
+        return virtual_time.run(_run(scenario, make_strategy, make_sampler, f"sqlite:///{path.absolute()}", on_batch))
 
 
 @dataclass(slots=True)
@@ -54,7 +63,9 @@ class _Tally:
     staleness: Counter[int] = field(default_factory=Counter)
 
 
-async def _run(scenario: Scenario, make_strategy: MakeStrategy, make_sampler: MakeSampler, url: str) -> Outcome:
+async def _run(
+    scenario: Scenario, make_strategy: MakeStrategy, make_sampler: MakeSampler, url: str, on_batch: Callable[[int], object]
+) -> Outcome:
     computed, loop = time.thread_time(), asyncio.get_running_loop()
     rows = [{"prompt_ids": [1 + number]} for number in range(scenario.lengths.prompts)]
     async with InlineReplayBuffer.open(url) as buffer, _engine(scenario) as engine, AsyncExitStack() as entered:
@@ -71,6 +82,7 @@ async def _run(scenario: Scenario, make_strategy: MakeStrategy, make_sampler: Ma
                 tally.tokens += sum(state.response_ids.size for state in group.rollouts)
             await engine.update_weights({"seed": step}, step)
             await buffer.commit(step, version=step)
+            on_batch(step)
         seconds, did = loop.time() - began, engine.statistics()
         await entered.aclose()
         account = await buffer.account(TASK)
@@ -104,15 +116,10 @@ class _LengthOf:
 
     def __init__(self, scenario: Scenario) -> None:
         self._lengths, self._members = scenario.lengths, scenario.group_size
-        self._first: int | None = None
 
     def __call__(self, request: Request) -> int:
         _, group_id, member = request.session.rsplit("-", 2)
         prompt = int(request.ids[0]) - 1
         # Prompts are drawn in their order, and groups are numbered as they are drawn.
-        epoch = (int(group_id) - FIRST_GROUP) // self._lengths.prompts
+        epoch = (int(group_id) - _FIRST_GROUP) // self._lengths.prompts
         return int(self._lengths.epoch(epoch, self._members)[prompt, int(member)])
-
-
-FIRST_GROUP = 1
-"""The number of the first group of a database."""
