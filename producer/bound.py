@@ -7,7 +7,7 @@ be too few for the groups that have to be in them.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def due(oldest: Mapping[int, int], version: int, max_staleness: int) -> list[int]:
@@ -25,7 +25,9 @@ Versions = Iterable[int] | Mapping[int, int]
 """Oldest versions of groups: one a group, or how many groups have which (a `Counter`)."""
 
 
-def is_ready(batch_size: int, completed: Versions, in_flight: Versions, version: int, max_staleness: int) -> bool:
+def is_ready(
+    batch_size: int, completed: Versions, in_flight: Versions, version: int, max_staleness: int, later: Sequence[int] | None = None
+) -> bool:
     """Whether to hand the batch of this version out now, the stalest first. Waiting ends: at the latest when nothing is in flight.
 
     With at most twice the batch on its way it comes to this: enough are completed, and none in flight is due. With more,
@@ -37,6 +39,7 @@ def is_ready(batch_size: int, completed: Versions, in_flight: Versions, version:
         in_flight: of each group that is not completed but will be: that runs, or was left behind and is continued.
         version: of the policy now.
         max_staleness: the bound.
+        later: sizes of the batches after this one, where they differ; None: all are of its size.
     """
     waiting, unfinished = Counter(completed), Counter(in_flight)
     if waiting.total() < batch_size:
@@ -44,7 +47,7 @@ def is_ready(batch_size: int, completed: Versions, in_flight: Versions, version:
     newest, left = _handed_out(waiting, batch_size)
     if all(oldest >= newest for oldest in unfinished):
         return True  # waiting cannot make the batch any staler
-    return _can_be_met(left + unfinished, batch_size, version, max_staleness)
+    return _can_be_met(left + unfinished, [batch_size] * max_staleness if later is None else later, version, max_staleness)
 
 
 def _handed_out(waiting: Counter[int], n: int) -> tuple[int, Counter[int]]:
@@ -59,12 +62,12 @@ def _handed_out(waiting: Counter[int], n: int) -> tuple[int, Counter[int]]:
     return newest, left
 
 
-def _can_be_met(left: Counter[int], batch_size: int, version: int, max_staleness: int) -> bool:
+def _can_be_met(left: Counter[int], later: Sequence[int], version: int, max_staleness: int) -> bool:
     """Whether, after the batch of `version`, the later ones have room for all before their deadlines."""
     demand = 0
     for oldest in sorted(left):
         demand += left[oldest]
         batches = max(0, oldest + max_staleness - version)
-        if demand > batches * batch_size:
+        if demand > sum(later[:batches]):
             return False
     return True

@@ -1,6 +1,7 @@
 """How many more groups to start? Pure decisions: no tasks, no storage."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agent_loop.sampling import whole
@@ -48,7 +49,15 @@ def groups_that_fit(max_in_flight: int, in_flight: int, group_size: int) -> int:
 # -- bounded staleness, without dropping ------------------------------------------------------------------------
 
 
-def bounded_issue(load: Load, staleness_threshold: float, max_staleness: int, *, left_behind: int = 0, updates_before: int = 0) -> int:
+def bounded_issue(
+    load: Load,
+    staleness_threshold: float,
+    max_staleness: int,
+    *,
+    left_behind: int = 0,
+    updates_before: int = 0,
+    coming: Sequence[int] | None = None,
+) -> int:
     """As many as may start so that all can be handed out within `max_staleness`; what was left behind first.
 
     A whole batch does not end it: what starts now is for the next one. With `producer.bound.is_ready` at each hand-out,
@@ -62,20 +71,24 @@ def bounded_issue(load: Load, staleness_threshold: float, max_staleness: int, *,
             they run or wait, and starting one adds nothing.
         updates_before: that come before the next batch is handed out. 0 while this version's batch is still to come, 1
             once it is handed out and the trainer works on it.
+        coming: sizes of the batches to come, the next first, where they differ; None: all are of the load's size.
     """
     unconsumed = load.completed + load.in_flight + left_behind
-    limit = bounded_limit(load.batch_size, staleness_threshold, max_staleness, updates_before=updates_before)
+    limit = bounded_limit(load.batch_size, staleness_threshold, max_staleness, updates_before=updates_before, coming=coming)
     return left_behind + max(0, limit - unconsumed)
 
 
-def bounded_limit(batch_size: int, staleness_threshold: float, max_staleness: int, *, updates_before: int = 0) -> int:
+def bounded_limit(
+    batch_size: int, staleness_threshold: float, max_staleness: int, *, updates_before: int = 0, coming: Sequence[int] | None = None
+) -> int:
     """The most groups that may be completed, in flight or left behind: what over-issuing allows, and the bound can use up.
 
     A group that starts at version V is handed out at V + `max_staleness` at the latest: with those before it in as many
     batches as come until then.
     """
     batches = max(0, max_staleness + 1 - updates_before)
-    return min(issue_limit(batch_size, staleness_threshold), batches * batch_size)
+    room = batches * batch_size if coming is None else sum(coming[:batches])
+    return min(issue_limit(batch_size, staleness_threshold), room)
 
 
 # -- tail batches -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`TaskManager`: batches of many tasks, shared out by weight, and evaluation beside their training."""
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -20,12 +21,16 @@ from producer.part import Part, TrainingTask
 from producer.permits import Permits
 from producer.pinning import Pins
 from producer.production import ProducedBatch
-from producer.shares import allot, checked_weights
+from producer.shares import allotments, checked_weights
 
 _log = logging.getLogger(__name__)
 
 Weights = Callable[[int, Mapping[str, float]], Mapping[str, float]]
 """The weights of a batch, from its step and the metrics of the batch before; a task that is left out keeps its weight."""
+
+
+_MOST_AHEAD = 64
+"""Batches after the next whose sizes are worked out, for what may be started ahead of them."""
 
 
 class TaskManager:
@@ -67,6 +72,7 @@ class TaskManager:
         self._permits = None if max_in_flight is None else Permits(max_in_flight)
         self._parts = {task.name: Part(buffer, task, self._permits) for task in tasks}
         self._group: asyncio.TaskGroup | None = None
+        self._horizon = min(_MOST_AHEAD, max(task.strategy.max_staleness or 0 for task in tasks))
         self._pins, self._evaluating = Pins(), set[str]()
         self._busy = False
         self._metrics: Metrics = {}
@@ -275,8 +281,11 @@ class TaskManager:
         if self._reweigh is not None:
             self._set_weights(self._reweigh(step, dict(self._metrics)))
         carried = {share.task_name: share.carried for share in await self._buffer.shares(before=step)}
-        allotment = allot(batch_size, self._weights, carried)
-        return [Share(name, self._weights[name], n, allotment.carried.get(name, 0.0)) for name, n in allotment.groups.items()]
+        coming = list(itertools.islice(allotments(batch_size, self._weights, carried), 1 + self._horizon))
+        for name, part in self._parts.items():
+            part.expects([allotment.groups[name] for allotment in coming])
+        now = coming[0]
+        return [Share(name, self._weights[name], n, now.carried.get(name, 0.0)) for name, n in now.groups.items()]
 
     async def _produced(self, shares: Sequence[Share], step: int, began: float) -> ProducedBatch:
         parts = {share.task_name: self._parts[share.task_name] for share in shares if share.groups}
@@ -291,11 +300,14 @@ class TaskManager:
                 continue  # The weights were updated while some waited for the others.
             policies = {name: part.production.policy for name, part in parts.items()}
             version = max(part.version for part in parts.values())
+            for part in self._parts.values():
+                part.passes()
             # Nothing is awaited after it: what is taken when the caller is cancelled would be consumed, and reach nobody.
             if taken := await self._buffer.take_together(shares, step=step, version=version, policies=policies):
                 done = {name: part.handed_out(taken[name], before[name], step, began) for name, part in parts.items()}
                 return _merged(done, shares, counts, _now() - began, {part.version for part in parts.values()})
-            # Else another process has taken some of them.
+            for part in self._parts.values():  # Another process has taken some of them.
+                part.expects()
 
     async def _fill(self, parts: Mapping[Part, int]) -> None:
         """Wait until all parts are whole, at the version of now."""

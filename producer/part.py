@@ -46,6 +46,7 @@ class Part:
         self._buffer = buffer
         self._permits = None if permits is None else permits.account(task.weight, task.sampler.group_size)
         self._production: Production | None = None
+        self._coming: Sequence[int] = ()
 
     @property
     def production(self) -> Production:
@@ -72,6 +73,17 @@ class Part:
             raise ProducerError(
                 f"the strategy of task {task.name!r} keeps what runs, which needs an owner: use `async with TaskManager(...) as manager`"
             )
+
+    def expects(self, coming: Sequence[int] | None = None) -> None:
+        """Parts of these sizes are to come, that of this batch first; None: those that it was told last."""
+        self._coming = self._coming if coming is None else coming
+        if self._production is not None:
+            self._production.expects(self._coming)
+
+    def passes(self) -> None:
+        """This batch is about to be taken."""
+        if self._production is not None:
+            self._production.passes()
 
     async def fill(self, size: int, owner: asyncio.TaskGroup | None) -> None:
         """Wait until the part is whole; what else runs is stopped, or kept."""
@@ -112,18 +124,13 @@ class Part:
         self.version = await self._production.whole(no_bar=self.task.strategy.no_bar)
 
     def _new(self, size: int, *, ahead: bool) -> Production:
-        task = self.task
-        return Production(
-            self._buffer,
-            task.strategy.plan,
-            task.agent_loop,
-            task.sampler,
-            task.name,
-            size,
-            ahead=ahead,
-            books=task.strategy.books(task.name),
-            permits=self._permits,
+        task, plan = self.task, self.task.strategy.plan
+        books = task.strategy.books(task.name)
+        production = Production(
+            self._buffer, plan, task.agent_loop, task.sampler, task.name, size, ahead=ahead, books=books, permits=self._permits
         )
+        production.expects(self._coming)
+        return production
 
     async def before_take(self) -> Any:
         return await self.production.before_take()

@@ -166,6 +166,7 @@ class Production:
         self._ended, self._idle = True, False
         self._expired_at: int | None = None
         self._handed_out_at: int | None = None
+        self._coming: Sequence[int] | None = None
         self._warned_at: float | None = None
         self._held_back = False
 
@@ -202,6 +203,18 @@ class Production:
             error = first_error(errors)
             raise error from error.__cause__
         self.check()
+
+    def expects(self, coming: Sequence[int]) -> None:
+        """Batches of these sizes are to come, the next first, one at each version; 0 where the task is passed over."""
+        self._coming = coming
+
+    def passes(self) -> None:
+        """The batch of this version is about to be taken, with groups of the task or without: what starts now is for later ones.
+
+        Before it is taken, not after: or groups would start in the room of those that are taken, and have a batch too few.
+        """
+        self.batch.wanted, self._handed_out_at = False, self.version
+        self._coming = None if self._coming is None else self._coming[1:]
 
     async def close(self) -> None:
         """Stop: what runs is interrupted and stored. An error on the way is told by `check`."""
@@ -395,6 +408,7 @@ class Production:
             self._plan.max_staleness,
             left_behind=sum(left),
             updates_before=int(not self.batch.wanted and self._handed_out_at == self.version),
+            coming=self._coming,
         )
         behind = self._left_behind(await self._buffer.oldest_versions(self._task_name)) if sum(left) else Counter()
         in_any_case = sum(n for oldest, n in behind.items() if oldest <= self.version - self._plan.max_staleness)
@@ -456,11 +470,14 @@ class Production:
         if completed.total() < self.batch.size or version != self.version:
             self._news.set()  # look again
             return False
-        return self._idle or is_ready(self.batch.size, completed, unfinished, version, self._plan.max_staleness)
+        return self._idle or is_ready(
+            self.batch.size, completed, unfinished, version, self._plan.max_staleness, None if self._coming is None else self._coming[1:]
+        )
 
     async def hand_out(self, step: int, version: int, began: float) -> ProducedBatch:
         """Take the batch that was found whole at `version`; `began` is when somebody wanted it, on the loop's clock."""
         before = await self.before_take()
+        self.passes()
         # Nothing is awaited after it: what is taken when the caller is cancelled would be consumed, and reach nobody.
         taken = await self._buffer.take(self._task_name, self.batch.size, step=step, version=version, policy=self._plan.policy)
         return self.handed_out(taken, before, step, version, began)

@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 
@@ -45,6 +45,14 @@ def allot(batch_size: int, weights: Mapping[str, float], carried: Mapping[str, f
         left = owed[name] - groups[name]
         heapq.heapreplace(line, _Unit(_not_begun(left, shares[name], batch_size), (1 - left) / shares[name], name))
     return Allotment(groups, {name: owed[name] + batch_size * shares[name] - groups[name] for name in owed})
+
+
+def allotments(batch_size: int, weights: Mapping[str, float], carried: Mapping[str, float]) -> Iterator[Allotment]:
+    """This batch and those to come, while its size and the weights stay; see `allot`."""
+    while True:
+        allotment = allot(batch_size, weights, carried)
+        yield allotment
+        carried = allotment.carried
 
 
 class _Unit(NamedTuple):

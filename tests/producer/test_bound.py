@@ -28,12 +28,21 @@ class Run:
     left_behind: dict[int, int] = field(default_factory=dict)
     completed: dict[int, int] = field(default_factory=dict)
     handed_out: set[int] = field(default_factory=set)
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def coming(self) -> list[int]:
+        """Sizes of the batches to come, at first those given, over and over; else all are alike."""
+        first = self.version + int(self.waits_for_update)
+        return [self.sizes[at % len(self.sizes)] if self.sizes else self.batch_size for at in range(first, first + 8)]
 
     def issue(self) -> None:
         """What was left behind goes on, with the version of its tokens; then fresh groups start."""
         load = Load(self.batch_size, len(self.completed), len(self.in_flight))
         updates = int(self.waits_for_update)
-        wanted = bounded_issue(load, self.threshold, self.max_staleness, left_behind=len(self.left_behind), updates_before=updates)
+        coming = self.coming if self.sizes else None
+        left = len(self.left_behind)
+        wanted = bounded_issue(load, self.threshold, self.max_staleness, left_behind=left, updates_before=updates, coming=coming)
         for _ in range(wanted):
             if self.left_behind:
                 group, oldest = self.left_behind.popitem()
@@ -41,7 +50,7 @@ class Run:
                 group, oldest, self.names = self.names, self.version, self.names + 1
             self.in_flight[group] = oldest
         unconsumed = len(self.completed) + len(self.in_flight)
-        assert unconsumed <= bounded_limit(self.batch_size, self.threshold, self.max_staleness)
+        assert self.sizes or unconsumed <= bounded_limit(self.batch_size, self.threshold, self.max_staleness)
 
     def complete(self) -> None:
         group = self.chance.choice(list(self.in_flight))
@@ -63,13 +72,15 @@ class Run:
     @property
     def ready(self) -> bool:
         unfinished = [*self.in_flight.values(), *self.left_behind.values()]
-        return not self.waits_for_update and is_ready(
-            self.batch_size, self.completed.values(), unfinished, self.version, self.max_staleness
-        )
+        size, *later = self.coming
+        versions = (self.version, self.max_staleness)
+        if self.waits_for_update or size == 0:
+            return not self.waits_for_update  # a batch of none is never waited for
+        return is_ready(size, self.completed.values(), unfinished, *versions, later if self.sizes else None)
 
     def hand_out(self) -> None:
-        batch = sorted(self.completed, key=lambda group: (self.completed[group], group))[: self.batch_size]
-        assert len(batch) == self.batch_size
+        batch = sorted(self.completed, key=lambda group: (self.completed[group], group))[: self.coming[0]]
+        assert len(batch) == self.coming[0]
         for group in batch:
             staleness = self.version - self.completed.pop(group)
             assert 0 <= staleness <= self.max_staleness
@@ -116,6 +127,13 @@ def test_no_group_exceeds_the_bound_nothing_is_dropped_and_there_is_no_deadlock(
     on_the_way = {*run.in_flight, *run.left_behind, *run.completed}
     assert run.handed_out | on_the_way == set(range(run.names))
     assert not run.handed_out & on_the_way
+
+
+@settings(max_examples=200, deadline=None)
+@given(runs, st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any), st.integers(0, 400))
+def test_nor_does_any_where_batches_differ_in_size_and_it_is_known_how(run: Run, sizes: list[int], steps: int) -> None:
+    run.sizes, run.batch_size = tuple(sizes), max(sizes)
+    test_no_group_exceeds_the_bound_nothing_is_dropped_and_there_is_no_deadlock.hypothesis.inner_test(run, steps)  # type: ignore[attr-defined]
 
 
 @settings(max_examples=200, deadline=None)

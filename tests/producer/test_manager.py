@@ -144,6 +144,43 @@ async def test_batches_come_one_after_the_other(buffer: ReplayBuffer) -> None:
         assert len(set(drawn)) == len(drawn)
 
 
+class SlowToHandOut(ReplayBuffer):
+    """What was taken arrives late, while production goes on."""
+
+    async def _hand_out(self, *arguments: Any) -> Any:
+        groups = await super()._hand_out(*arguments)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        return groups
+
+
+@pytest.mark.parametrize("weights", [{"a": 1}, {"a": 1, "b": 2}, {"a": 1, "b": 9}])
+@pytest.mark.parametrize("in_flight", ["interrupt", "keep"])
+async def test_within_a_bound_that_is_waited_for_nothing_expires_however_parts_vary(tmp_path: Path, in_flight: Any, weights: Any) -> None:
+    lengths = lognormal_lengths(8, 1.0, longest=60)
+    async with SlowToHandOut.open(f"sqlite:///{tmp_path}/run.db") as buffer, SimulatedEngine(lengths=lengths, slots=12) as engine:
+        strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, in_flight=in_flight, max_staleness=1)
+        async with TaskManager(buffer, [a_task(buffer, engine, name, weights[name], strategy=strategy) for name in weights]) as manager:
+            for step in range(1, 25):
+                batch = await manager.produce_batch(4, step)
+                assert batch.metrics["batch/staleness_max"] <= 1
+                await engine.update_weights({"seed": step}, step)
+        for name in weights:
+            assert not sum((await buffer.account(name)).wasted.values())
+
+
+@pytest.mark.parametrize("in_flight", ["interrupt", "keep"])
+async def test_nor_does_it_for_one_strategy_alone(tmp_path: Path, in_flight: Any) -> None:
+    lengths = lognormal_lengths(8, 1.0, longest=60)
+    async with SlowToHandOut.open(f"sqlite:///{tmp_path}/run.db") as buffer, SimulatedEngine(lengths=lengths, slots=12) as engine:
+        task = a_task(buffer, engine, "a")
+        async with AsyncProduceStrategy(buffer, staleness_threshold=1.0, in_flight=in_flight, max_staleness=1) as strategy:
+            for step in range(1, 25):
+                await strategy.produce_batch(task.agent_loop, task.sampler, 4, "a", step=step)
+                await engine.update_weights({"seed": step}, step)
+        assert not sum((await buffer.account("a")).wasted.values())
+
+
 # -- weights ---------------------------------------------------------------------------------------------------------
 
 
