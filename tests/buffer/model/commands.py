@@ -8,12 +8,14 @@ import numpy as np
 from hypothesis import strategies as st
 
 from buffer import DrawnRow, Fifo, FreshestFirst, Position, RolloutGroup, RolloutState, StalestFirst, Status
+from buffer.sharing import Share
 from buffer.status import CLAIMABLE, GROUP_WIDE
 from tests.buffer.groups import a_group, fill
 from tests.buffer.model.reference_copies import Model
 
 S = Status
-TASK = st.sampled_from(["math", "code"])
+TASKS = ["math", "code"]
+TASK = st.sampled_from(TASKS)
 STEP = st.integers(1, 7)
 VERSION = st.integers(0, 6)
 POLICY = st.sampled_from([None, Fifo(), StalestFirst(), FreshestFirst()])
@@ -196,6 +198,21 @@ def take(w: World) -> Command:
     return Command("take", (w.draw(TASK), w.draw(st.integers(0, 4))), options)
 
 
+def take_together(w: World) -> Command:
+    parts = [(w.draw(st.integers(0, 2)), task) for task in w.draw(st.permutations(TASKS))]
+    parts = parts if any(n for n, _ in parts) else [(1, TASKS[0])]
+    shares = [Share(task, float(n + 1), n, n / 8) for n, task in parts]
+    return Command("take_together", (shares,), {"step": w.model.next_step("math"), "version": w.draw(st.none() | VERSION)})
+
+
+def shares(w: World) -> Command:
+    return Command("shares", (), {"before": w.draw(st.integers(0, 9))})
+
+
+def shared_tasks(w: World) -> Command:
+    return Command("shared_tasks", ())
+
+
 def check_take(w: World) -> Command:
     return Command("check_take", (w.draw(TASK), w.draw(STEP)))
 
@@ -302,7 +319,7 @@ def history(w: World) -> Command:
 
 WRITING: Sequence[Maker] = [
     *(draw, claim, claim, start, release, checkpoint, put_result, put_result, put_new, put_over),
-    *(take, take, commit, resume, expire, prune, put_restored),
+    *(take, take, take_together, commit, resume, expire, prune, put_restored),
 ]
 """Each is one transaction, or none."""
 
@@ -325,10 +342,13 @@ RUNNING: Sequence[Maker] = [
     release,
     resume,
     take,
+    take_together,
 ]
 
 ASKING: Sequence[Maker] = [
     check_take,
+    shares,
+    shared_tasks,
     query,
     get,
     history,

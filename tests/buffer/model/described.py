@@ -19,6 +19,8 @@ def described(value: Any) -> Any:
     """Groups field by field, their arrays with types and bits; all else as it is."""
     if isinstance(value, list | tuple) and value and isinstance(value[0], RolloutGroup):
         return [described(group) for group in value]
+    if isinstance(value, dict):
+        return {key: described(of_key) for key, of_key in value.items()}
     if not isinstance(value, RolloutGroup):
         return value
     group = {"id": value.group_id, "task": value.task_name, "status": value.status, "step": value.consumed_step}

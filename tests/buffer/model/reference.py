@@ -27,6 +27,7 @@ from buffer.operations import DrawnRow
 from buffer.policies import TakePolicy
 from buffer.replay_buffer import DatasetCursor
 from buffer.rollout import Position
+from buffer.sharing import Share
 from buffer.staleness import Timeline
 from buffer.status import GROUP_WIDE, TRANSITIONS, member_status
 from tests.buffer.model.described import contents
@@ -55,7 +56,9 @@ class Known:
     step: int | None = None
     place: int | None = None  # in the order of first consumption
     crashes: int = 0
+    prompt: str = ""  # written once, when it was added
     pruned: bool = False
+    lengths_before: tuple[int, ...] = ()  # of its responses, when it was pruned
     amount: Amount = NOTHING  # when it was stored last
     history: list[Change] = field(default_factory=list)
 
@@ -98,6 +101,7 @@ class Reference:
         self.groups: dict[int, Known] = {}
         self.tasks: dict[str, Task] = {}
         self.steps: dict[int, int | None] = {}
+        self.shared: dict[int, list[Share]] = {}
         self.forks: tuple[int, ...] = ()
         self.last_id = self.ready = self.place = self.clock = self.rows_pruned_to = self.released = 0
         self.committed: int | None = None
@@ -115,6 +119,7 @@ class Reference:
         for known in other.groups.values():
             known.members, known.history = list(known.members), list(known.history)
         other.tasks = {name: copy.copy(task) for name, task in self.tasks.items()}
+        other.shared = dict(self.shared)
         other.steps, other.base, other.given_up = dict(self.steps), dict(self.base), dict(self.given_up)
         return other
 
@@ -170,6 +175,7 @@ class Reference:
 
     def add(self, group: RolloutGroup) -> Known:
         known = Known(group.group_id, group.task_name, group.status, [r.detached() for r in group.rollouts], group.position)
+        known.prompt = encode_prompt(known.members)
         known.ready, known.filter_reason = self.next_ready(), group.filter_reason
         known.count()
         self.give_up(known.task, group.status, known.members)
@@ -278,12 +284,16 @@ class Reference:
         if n == 0:
             return []
         self.refuse_final(step)
+        return self.consume(self.first(task_name, n, policy), step, version)
 
+    def first(self, task_name: str, n: int, policy: TakePolicy | None) -> list[Known]:
         def place(known: Known) -> tuple[int, ...]:
             by = {Fifo: 0, StalestFirst: self.oldest(known), FreshestFirst: -self.oldest(known)}[type(policy or Fifo())]
             return (LAST if known.place is None else known.place, by, known.ready)
 
-        taken = sorted(self.of_task(task_name, S.COMPLETED), key=place)[:n]
+        return sorted(self.of_task(task_name, S.COMPLETED), key=place)[:n]
+
+    def consume(self, taken: Sequence[Known], step: int, version: int | None) -> list[RolloutGroup]:
         for known in taken:
             self.note(known, S.CONSUMED, step=step)
             self.place += 1
@@ -291,6 +301,22 @@ class Reference:
         if taken:
             self.steps[step] = self.steps.get(step) if version is None else version
         return [self.load(known.group_id) for known in taken]
+
+    def take_together(self, shares: Sequence[Share], *, step: int, version: int | None = None) -> dict[str, list[RolloutGroup]]:
+        if self.needs_resume:
+            raise ResumeRequiredError
+        self.refuse_final(step)
+        parts = [self.first(share.task_name, share.groups, None) for share in shares]
+        if any(len(part) < share.groups for part, share in zip(parts, shares, strict=True)):
+            return {}
+        self.shared[step] = sorted(shares, key=lambda share: share.task_name)
+        return {share.task_name: self.consume(part, step, version) for part, share in zip(parts, shares, strict=True)}
+
+    def shares(self, *, before: int) -> list[Share]:
+        return self.shared.get(max((step for step in self.shared if step < before), default=-1), [])
+
+    def shared_tasks(self) -> list[str]:
+        return sorted({share.task_name for shares in self.shared.values() for share in shares})
 
     def refuse_final(self, step: int) -> None:
         if self.committed is not None and step <= self.committed:
@@ -330,6 +356,7 @@ class Reference:
             self.note(known, S.COMPLETED, reason=PROSE)
             known.step = None
         self.steps = {at: seen for at, seen in self.steps.items() if at <= step + 1}
+        self.shared = {at: shares for at, shares in self.shared.items() if at <= step}
         expired = 0
         if self.steps or any(known.versions for known in self.groups.values()):
             self.forks += (version,)
@@ -449,9 +476,10 @@ class Reference:
     def lengths_by_prompt(self, task_name: str) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
         for _, known in sorted(self.groups.items()):
-            lengths = [member.response_ids.size for member in known.members if member.finish_reason and member.response_ids.size]
+            sizes = known.lengths_before or [member.response_ids.size for member in known.members]
+            lengths = [size for member, size in zip(known.members, sizes, strict=True) if member.finish_reason and size]
             if known.task == task_name and lengths:
-                key = hashlib.blake2b(encode_prompt(known.members).encode(), digest_size=16).hexdigest()
+                key = hashlib.blake2b(known.prompt.encode(), digest_size=16).hexdigest()
                 found.setdefault(key, []).extend(lengths)
         return found
 

@@ -95,6 +95,7 @@ class Model(Reference):
         return PruneReport(len(gone), sum(gone.values()), dropped)
 
     def forget_payload(self, known: Known) -> None:
+        known.lengths_before = tuple(member.response_ids.size for member in known.members)
         for index, member in enumerate(known.members):
             kept = member.detached()
             kept.reset()
