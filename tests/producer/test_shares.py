@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -47,6 +48,24 @@ def test_it_is_a_function_of_its_arguments_and_not_of_their_order_or_scale(weigh
         one, carried = allot(size, weights, carried)
         other, turned = allot(size, {name: weights[name] * 4 for name in reversed(list(weights))}, turned)
         assert (one, carried) == (other, turned)
+
+
+def test_giving_to_whoever_is_owed_most_would_not_keep_all_within_1() -> None:
+    weights = {f"task {n}": 10.0 if n < 3 else 1.0 for n in range(33)}
+
+    def furthest(next_one: Callable[[dict[str, float]], str]) -> float:
+        owed, most = dict.fromkeys(weights, 0.0), 0.0
+        for _ in range(300):
+            name = next_one(owed)
+            owed = {other: owed[other] + weights[other] / 60 - (other == name) for other in weights}
+            most = max(most, *map(abs, owed.values()))
+        return most
+
+    def owed_most(owed: dict[str, float]) -> str:
+        return max(weights, key=lambda name: owed[name] + weights[name] / 60)
+
+    assert furthest(owed_most) > 1.16
+    assert furthest(lambda owed: next(name for name, n in allot(1, weights, owed).groups.items() if n)) < 1
 
 
 changing = st.lists(st.tuples(some_weights, st.integers(1, 12)), min_size=1, max_size=60)
