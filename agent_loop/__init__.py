@@ -4,7 +4,7 @@ Engines are imported from their own modules (`agent_loop.engines.vllm`, ...), so
 """
 
 from agent_loop.agent_loop import AgentLoop
-from agent_loop.engines.base import Completion, Engine, EngineLoad
+from agent_loop.engines.base import Capabilities, Completion, Engine, EngineLoad, TopTokens
 from agent_loop.sampler import Sampler
 from agent_loop.sampler_registry import create_sampler, register_sampler
 from agent_loop.samples import SampledSequence, SampleResponse
@@ -13,6 +13,7 @@ from agent_loop.single_turn import SingleTurnAgentLoop
 
 __all__ = [
     "AgentLoop",
+    "Capabilities",
     "Completion",
     "Engine",
     "EngineLoad",
@@ -21,6 +22,7 @@ __all__ = [
     "Sampler",
     "SamplingParams",
     "SingleTurnAgentLoop",
+    "TopTokens",
     "create_sampler",
     "register_sampler",
 ]

@@ -6,6 +6,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
+from agent_loop.beam_search import BeamSearchSampler
+from agent_loop.engines.base import Engine
 from agent_loop.sampler import Sampler
 
 ENTRY_POINTS = "millrace.samplers"
@@ -38,8 +40,8 @@ def create_sampler(name: str, *args: Any, **options: Any) -> Sampler:
     """A sampler by name; what it needs is imported now, and nothing is started: `async with` or `with` opens it.
 
     Args:
-        name: "simulated", "transformers", "vllm", or one that was registered, here or by an installed package.
-        args: of its factory; for "transformers" and "vllm" the model.
+        name: "simulated", "transformers", "vllm", "beam_search", or one that was registered, here or by an installed package.
+        args: of its factory; for "transformers" and "vllm" the model, for "beam_search" the engine.
         options: `tokenizer` and `template` of the sampler, others of the engine. By default the tokenizer is the model folder's.
 
     Raises:
@@ -105,4 +107,15 @@ def _tokenizer(model: Any) -> Any:
     return importlib.import_module("transformers").AutoTokenizer.from_pretrained(model)
 
 
-_BUILT_IN: dict[str, Callable[..., Sampler]] = {"simulated": _simulated, "transformers": _transformers, "vllm": _vllm}
+def _beam_search(engine: Engine, *, tokenizer: Any = None, template: Any = None, **options: Any) -> Sampler:
+    sampler = BeamSearchSampler(engine, tokenizer, **options)
+    sampler.set_template(template)
+    return sampler
+
+
+_BUILT_IN: dict[str, Callable[..., Sampler]] = {
+    "beam_search": _beam_search,
+    "simulated": _simulated,
+    "transformers": _transformers,
+    "vllm": _vllm,
+}

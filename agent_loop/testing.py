@@ -188,6 +188,90 @@ class EngineSuite(ABC):
         from_array = await engine.generate(np.array(prompt, np.int32), params, request_id="array")
         assert from_list.token_ids.tolist() == from_array.token_ids.tolist()
 
+    # --- scores, where the engine has them
+
+    async def test_scores_equal_the_reference_and_the_logprobs_of_what_was_sampled(self, engine: Engine) -> None:
+        prompt = self.prompts(engine, 1)[0]
+        response = (await engine.generate(prompt, self.long(max_tokens=24), request_id="scored")).token_ids.tolist()
+        if not engine.capabilities.score:
+            with pytest.raises(RequestRefusedError, match="score"):
+                await engine.score(prompt + response)
+            return
+        scores = await engine.score(np.array(prompt + response, np.int32), start=len(prompt))
+        assert (str(scores.dtype), scores.shape) == ("float32", (24,))
+        np.testing.assert_allclose(scores, await self.reference_logprobs(engine, prompt, response, 1.0), atol=self.tolerance)
+        from_second = await engine.score(prompt + response)
+        expected = await self.reference_logprobs(engine, prompt[:1], prompt[1:] + response, 1.0)
+        np.testing.assert_allclose(from_second, expected, atol=self.tolerance)
+
+    async def test_the_likeliest_tokens_come_first_with_their_logprobs(self, engine: Engine) -> None:
+        count, prompt = min(5, engine.capabilities.top_tokens), self.prompts(engine, 2)[1]
+        if not count:
+            with pytest.raises(RequestRefusedError, match="top_tokens"):
+                await engine.top_tokens(prompt, 1)
+            return
+        top = await engine.top_tokens(prompt, count)
+        assert (str(top.token_ids.dtype), str(top.logprobs.dtype), top.version) == ("int32", "float32", engine.version)
+        assert (np.diff(top.logprobs) <= 0).all()
+        assert len(set(top.token_ids.tolist())) == len(top.token_ids) == count
+        expected = [(await self.reference_logprobs(engine, prompt, [token], 1.0))[0] for token in top.token_ids.tolist()]
+        np.testing.assert_allclose(top.logprobs, expected, atol=self.tolerance)
+        greedy = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        assert (await engine.generate(prompt, greedy, request_id="greedy")).token_ids.tolist() == [top.token_ids[0]]
+
+    async def test_bad_scores_are_refused_with_the_value(self, engine: Engine) -> None:
+        if engine.capabilities.score:
+            too_long = [1] * engine.max_length
+            for ids, start, value in [
+                ([], 1, "empty"),
+                ([1], 1, "1 tokens"),
+                ([1, 1], 2, "2"),
+                ([1, -7], 1, "-7"),
+                (too_long, 1, "exceed"),
+            ]:
+                with pytest.raises(RequestRefusedError, match=value):
+                    await engine.score(ids, start=start)
+        for count in (0, engine.capabilities.top_tokens + 1):
+            with pytest.raises(RequestRefusedError, match=r"count=|top_tokens"):
+                await engine.top_tokens([1, 1], count)
+
+    async def test_scoring_beside_a_request_changes_none_of_its_tokens(self, engine: Engine) -> None:
+        if not engine.capabilities.score:
+            return
+        prompt = self.prompts(engine, 1)[0]
+        whole = await engine.generate(prompt, self.long(), request_id="whole")
+        async with asyncio.TaskGroup() as tasks:
+            call = await InFlight(tasks, engine, prompt, self.long(), "beside").seen(2)
+            scores = await engine.score(prompt + call.tokens, start=len(prompt))
+            assert (await engine.top_tokens(prompt, 1)).token_ids.size == 1
+        assert call.tokens == whole.token_ids.tolist()
+        np.testing.assert_allclose(scores, whole.logprobs[: scores.size], atol=self.tolerance)
+
+    async def test_a_score_asked_during_a_pause_comes_when_it_ends_at_the_latest(self, engine: Engine) -> None:
+        if not engine.capabilities.score:
+            return
+        prompt = self.prompts(engine, 4)[3]
+        expected = await engine.score(prompt)
+        async with asyncio.TaskGroup() as tasks:
+            before = tasks.create_task(engine.score(prompt))
+            await engine.pause("abort")
+            during = tasks.create_task(engine.score(prompt))
+            await self.opportunity(engine)
+            await engine.resume()
+        for scores in (before.result(), during.result()):
+            np.testing.assert_allclose(scores, expected, atol=self.tolerance)
+
+    async def test_scores_are_those_of_the_weights_in_force(self, engine: Engine) -> None:
+        if not engine.capabilities.score:
+            return
+        prompt = self.prompts(engine, 4)[3]
+        old = await engine.score(prompt)
+        async with self.weights_restored(engine) as version:
+            await engine.update_weights(self.new_weights(engine), version + 1)
+            assert not np.allclose(await engine.score(prompt), old, atol=self.tolerance)
+            assert (await engine.top_tokens(prompt, 1)).version == version + 1
+        np.testing.assert_allclose(await engine.score(prompt), old, atol=self.tolerance)
+
     # --- how a response ends
 
     async def test_max_tokens_ends_with_length(self, engine: Engine) -> None:

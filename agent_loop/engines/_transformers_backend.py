@@ -7,9 +7,9 @@ import asyncio
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -76,6 +76,8 @@ class Backend:
     def __init__(self, model: Any, size: CacheSize, listener: Listener) -> None:
         self.model = model
         self._was_training = bool(model.training)
+        self._attention = model.config._attn_implementation
+        self._listener = listener
         self._pause = ExitStack()
         self._held = False
         # One thread enters and leaves every pause: the library counts pauses by thread.
@@ -99,6 +101,10 @@ class Backend:
     async def put_weights(self, copies: Copies, then: Callable[[], None]) -> None:
         """Copy weights in place between two steps, and call `then` before the next; all of it, even when cancelled."""
         await self._on_control(self._put_weights, copies, then)
+
+    async def look(self, ids: list[int], read: Callable[[Any], Result]) -> tuple[Result, int]:
+        """What `read` makes of the logits [tokens, vocabulary] of one forward pass between two steps, and the version that gave them."""
+        return await self._on_control(self._look, ids, read)
 
     async def stop(self) -> None:
         """End the generation thread and give the model back as it was."""
@@ -163,6 +169,21 @@ class Backend:
         with nullcontext() if self._held else self._paused():
             copy_all(copies)
             then()
+
+    def _look(self, ids: list[int], read: Callable[[Any], Result]) -> tuple[Result, int]:
+        with nullcontext() if self._held else self._paused(), self._plain_attention(), torch.inference_mode():
+            logits = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits[0]
+            return read(logits), self._listener.version
+
+    @contextmanager
+    def _plain_attention(self) -> Iterator[None]:
+        """The attention that the model came with: that of the generation knows no sequence outside its cache."""
+        paged = self.model.config._attn_implementation
+        self.model.set_attn_implementation(self._attention)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(paged)
 
     def end(self) -> None:
         """Ask the generation thread to end, from any thread; does not wait."""

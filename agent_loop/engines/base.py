@@ -21,6 +21,8 @@ _FINISH_REASONS = get_args(FinishReason)
 WeightSource = str | Path | Mapping[str, Any] | Iterable[tuple[str, Any]]
 """Where new weights come from: a folder in Hugging Face's format, or a state dict (mapping or (name, tensor) pairs)."""
 
+_ONE_TOKEN = SamplingParams(max_tokens=1)
+
 OnTokens = Callable[["Completion"], None]
 """Called with the tokens that are new since the last call, as a piece of a completion; on the event loop.
 
@@ -79,6 +81,40 @@ class EngineLoad:
     preemptions: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine can do beyond what every engine must.
+
+    Attributes:
+        score: it has `score`.
+        top_tokens: the most that `top_tokens` gives; 0: it has none.
+    """
+
+    score: bool = False
+    top_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TopTokens:
+    """The likeliest next tokens after some context.
+
+    Attributes:
+        token_ids: (n,) int32, the likeliest first, of equally likely ones the lowest id.
+        logprobs: (n,) float32, natural log, at temperature 1 and without truncation.
+        version: `engine.version` that gave them.
+    """
+
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    version: int
+
+    @classmethod
+    def of(cls, token_ids: Iterable[int], logprobs: Iterable[float], version: int) -> "TopTokens":
+        """From pairs in any order."""
+        pairs = sorted(zip(logprobs, token_ids, strict=True), key=lambda pair: (-pair[0], pair[1]))
+        return cls(np.array([token for _, token in pairs], np.int32), np.array([logprob for logprob, _ in pairs], np.float32), version)
+
+
 class Engine(ABC):
     """An inference engine; an async context manager: `async with VLLMEngine(model) as engine`.
 
@@ -107,6 +143,11 @@ class Engine(ABC):
     @abstractmethod
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens after which the model ends its response."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this engine can do beyond what every engine must; the engine must be open."""
+        return Capabilities()
 
     @abstractmethod
     async def open(self) -> None:
@@ -147,6 +188,36 @@ class Engine(ABC):
 
         Cancelling the call frees the request in the engine.
         """
+
+    async def score(self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1) -> NDArray[np.float32]:
+        """Log-probabilities of given tokens, each after all before it.
+
+        At temperature 1 and without truncation, all under one version of the weights. It is no request: `interrupt` does not end it.
+        While the engine is paused it may wait for `resume`.
+
+        Args:
+            token_ids: prompt and response, at most `max_length - 1`.
+            start: the first token that is scored; `len(prompt)` for those of a response.
+
+        Returns:
+            (len(token_ids) - start,) float32, natural log.
+
+        Raises:
+            RequestRefusedError: this engine has no scores (see `capabilities`), bad ids, or no token after `start`.
+            EngineDeadError: the engine is gone.
+        """
+        raise RequestRefusedError(
+            f"{type(self).__name__} gives no log-probabilities of given tokens; use an engine with capabilities.score"
+        )
+
+    async def top_tokens(self, token_ids: Sequence[int] | NDArray[np.int32], count: int) -> TopTokens:
+        """The `count` likeliest next tokens after `token_ids`; otherwise as `score`.
+
+        Raises:
+            RequestRefusedError: bad ids, no room for a token more, or `count` is beyond `capabilities.top_tokens`.
+            EngineDeadError: the engine is gone.
+        """
+        raise RequestRefusedError(f"{type(self).__name__} does not tell likely tokens; use an engine with capabilities.top_tokens")
 
     @abstractmethod
     async def interrupt(self, request_ids: Collection[str] | None = None) -> None:
@@ -210,6 +281,19 @@ class Engine(ABC):
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
+
+    def check_score(self, token_ids: Sequence[int] | NDArray[np.int32], start: int) -> NDArray[np.int32]:
+        """`token_ids` as int32 for `score`, or `RequestRefusedError`."""
+        ids = self.check_request(token_ids, _ONE_TOKEN)
+        if not 1 <= whole("start", start) < ids.size:
+            raise RequestRefusedError(f"{start=} leaves nothing to score of {ids.size} tokens; it must be from 1 to {ids.size - 1}")
+        return ids
+
+    def check_top_tokens(self, token_ids: Sequence[int] | NDArray[np.int32], count: int) -> NDArray[np.int32]:
+        """`token_ids` as int32 for `top_tokens`, or `RequestRefusedError`."""
+        if not 1 <= whole("count", count) <= self.capabilities.top_tokens:
+            raise RequestRefusedError(f"{count=} likely tokens; this engine gives from 1 to {self.capabilities.top_tokens}")
+        return self.check_request(token_ids, _ONE_TOKEN)
 
     def check_request(self, prompt_ids: Sequence[int] | NDArray[np.int32], params: SamplingParams) -> NDArray[np.int32]:
         """`prompt_ids` as int32, or `RequestRefusedError` naming the value, the bound and what to do."""

@@ -15,7 +15,17 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.engines.base import Completion, Engine, EngineLoad, FinishReason, OnTokens, PauseMode, WeightSource
+from agent_loop.engines.base import (
+    Capabilities,
+    Completion,
+    Engine,
+    EngineLoad,
+    FinishReason,
+    OnTokens,
+    PauseMode,
+    TopTokens,
+    WeightSource,
+)
 from agent_loop.engines.simulated_batching import Batching
 from agent_loop.engines.simulated_clock import Alarm
 from agent_loop.engines.simulated_costs import CostModel, Statistics
@@ -352,6 +362,29 @@ class SimulatedEngine(Engine):
         finally:
             self._updates -= 1
             self._go_unless_held_up()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Scores, where the policy is a `TablePolicy`: no other has a distribution."""
+        return Capabilities(score=True, top_tokens=self.vocab_size) if isinstance(self.policy, TablePolicy) else Capabilities()
+
+    async def score(self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1) -> NDArray[np.float32]:
+        """See `Engine`. It takes no time and no slot."""
+        self._check_alive()
+        if not isinstance(self.policy, TablePolicy):
+            return await super().score(token_ids, start=start)
+        ids = self.check_score(token_ids, start)
+        return self.reference_logprobs(ids[:start].tolist(), ids[start:].tolist(), self._version).astype(np.float32)
+
+    async def top_tokens(self, token_ids: Sequence[int] | NDArray[np.int32], count: int) -> TopTokens:
+        """See `Engine`. It takes no time and no slot."""
+        self._check_alive()
+        if not isinstance(self.policy, TablePolicy):
+            return await super().top_tokens(token_ids, count)
+        ids = self.check_top_tokens(token_ids, count)
+        logprobs = self.policy.log_probs(ids.tolist(), self._weights, SamplingParams())
+        likeliest = np.argsort(-logprobs, kind="stable")[:count]
+        return TopTokens.of(likeliest.tolist(), logprobs[likeliest].tolist(), self._version)
 
     def reference_logprobs(
         self, prompt_ids: Sequence[int], response_ids: Sequence[int], version: int, params: SamplingParams | None = None

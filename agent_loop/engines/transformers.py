@@ -15,7 +15,17 @@ from transformers.utils import logging as library_logging
 from agent_loop.engines._transformers_backend import Backend, CacheSize, Sampled, death
 from agent_loop.engines._transformers_flight import Flight, StopStrings
 from agent_loop.engines._transformers_weights import plan_copies
-from agent_loop.engines.base import Completion, Engine, EngineLoad, FinishReason, OnTokens, PauseMode, WeightSource
+from agent_loop.engines.base import (
+    Capabilities,
+    Completion,
+    Engine,
+    EngineLoad,
+    FinishReason,
+    OnTokens,
+    PauseMode,
+    TopTokens,
+    WeightSource,
+)
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
 
@@ -263,6 +273,27 @@ class TransformersEngine(Engine):
         if not self._running:
             self._idle.set()
 
+    # Scores
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Scores, and as many likely tokens as there are."""
+        return Capabilities(score=True, top_tokens=self.vocab_size)
+
+    async def score(self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1) -> NDArray[np.float32]:
+        """See `Engine`. A forward pass of its own, between two steps of the generation, which stands still meanwhile."""
+        backend = self._live_backend()
+        ids = self.check_score(token_ids, start).tolist()
+        logprobs, _ = await backend.look(ids, lambda logits: _chosen(logits[start - 1 : -1], ids[start:]))
+        return np.array(logprobs, np.float32)
+
+    async def top_tokens(self, token_ids: Sequence[int] | NDArray[np.int32], count: int) -> TopTokens:
+        """See `Engine`. Done as `score`."""
+        backend = self._live_backend()
+        ids = self.check_top_tokens(token_ids, count).tolist()
+        (tokens, logprobs), version = await backend.look(ids, lambda logits: _likeliest(logits[-1], count))
+        return TopTokens.of(tokens, logprobs, version)
+
     # What the generation thread says, on the event loop
 
     def on_sampled(self, tokens: Sequence[Sampled]) -> None:
@@ -343,6 +374,18 @@ class TransformersEngine(Engine):
             copies = await asyncio.to_thread(plan_copies, backend.model, source)
             # The weights and their version change together, between two steps: a token's stamp is exact.
             await backend.put_weights(copies, lambda: setattr(self, "_version", version))
+
+
+def _chosen(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
+    """Log-probabilities of `tokens` under `logits` [tokens, vocabulary]."""
+    logprobs: list[float] = logits.float().log_softmax(-1).gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    return logprobs
+
+
+def _likeliest(logits: torch.Tensor, count: int) -> tuple[list[int], list[float]]:
+    """The likeliest tokens under `logits` [vocabulary]; of equally likely ones the lowest ids."""
+    logprobs, tokens = logits.float().log_softmax(-1).sort(descending=True, stable=True)
+    return tokens[:count].tolist(), logprobs[:count].tolist()
 
 
 def _length_of(model: Any) -> int:

@@ -1,6 +1,7 @@
 """vLLM in this process's care: `VLLMEngine` starts an engine process, speaks tokens with it and keeps its weights whole."""
 
 import asyncio
+import itertools
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -10,13 +11,26 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.engines.base import Completion, Engine, EngineLoad, FinishReason, OnTokens, PauseMode, WeightSource, piece_tokens
+from agent_loop.engines.base import (
+    Capabilities,
+    Completion,
+    Engine,
+    EngineLoad,
+    FinishReason,
+    OnTokens,
+    PauseMode,
+    TopTokens,
+    WeightSource,
+    piece_tokens,
+)
 from agent_loop.engines.checkpoint import Checkpoint, check_fits, read_checkpoint, write_checkpoint
 from agent_loop.engines.vllm_adapter import (
     checkpoint_of,
     eos_token_ids,
     fail_waiting,
+    look_params,
     obituary,
+    prompt_logprobs,
     quiet,
     start_engine,
     stop_engine,
@@ -90,6 +104,7 @@ class VLLMEngine(Engine):
         self._draining = False
         self._running: set[str] = set()
         self._held: dict[str, asyncio.Future[bool]] = {}
+        self._looks = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
         self._model: Checkpoint | None = None
@@ -286,6 +301,42 @@ class VLLMEngine(Engine):
         self._release(chosen & self._held.keys(), False)
         with self._translated():
             await llm.abort(list(chosen & self._running))
+
+    # Scores
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Scores, and as many likely tokens as the engine argument `max_logprobs` says (20, where it is not given)."""
+        most = int(self._alive().model_config.max_logprobs)
+        return Capabilities(score=True, top_tokens=self._vocab_size if most < 0 else min(most, self._vocab_size))
+
+    async def score(self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1) -> NDArray[np.float32]:
+        """See `Engine`. A prefill beside the other requests; the prefix cache is of no use to it."""
+        ids = self.check_score(token_ids, start).tolist()
+        output, _ = await self._look(ids, look_params())
+        return np.array(prompt_logprobs(output.prompt_logprobs, ids)[start - 1 :], np.float32)
+
+    async def top_tokens(self, token_ids: Sequence[int] | NDArray[np.int32], count: int) -> TopTokens:
+        """See `Engine`. One step beside the other requests, with the prefix cache."""
+        ids = self.check_top_tokens(token_ids, count).tolist()
+        output, version = await self._look(ids, look_params(likely_tokens=count))
+        told = output.outputs[0].logprobs
+        likely = dict(zip(told.token_ids, told.logprobs, strict=True))  # the sampled token is told twice
+        return TopTokens.of(likely.keys(), likely.values(), version)
+
+    async def _look(self, ids: list[int], params: Any) -> tuple[Any, int]:
+        """The answer to a request that is no rollout, and the version that gave it: asked again where a pause ended it, or weights
+        changed meanwhile, since parts of a long prompt are computed in several steps."""
+        from vllm.inputs.engine import tokens_input
+
+        while True:
+            version, name = self._version, f"millrace-look-{next(self._looks)}"
+            given = tokens_input(ids, cache_salt=str(version))
+            with self._translated():
+                async with aclosing(self._alive().generate(given, params, name)) as outputs:
+                    async for output in outputs:
+                        if output.outputs[0].finish_reason != "abort" and version == self._version:
+                            return output, version
 
     # Pauses
 

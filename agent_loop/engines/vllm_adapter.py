@@ -150,6 +150,30 @@ def vllm_params(params: SamplingParams, eos_token_ids: Collection[int], *, piece
     )
 
 
+def look_params(*, likely_tokens: int = 0) -> Any:
+    """A request that samples one token, and tells what it made of its prompt, or which next tokens are likely."""
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import SamplingParams as VLLMSamplingParams
+
+    return VLLMSamplingParams(
+        max_tokens=1,
+        temperature=0.0,  # vLLM reports log-probabilities at temperature 1 then
+        logprobs=likely_tokens,
+        prompt_logprobs=None if likely_tokens else 0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+    )
+
+
+def prompt_logprobs(given: Any, ids: Sequence[int]) -> list[float]:
+    """The log-probabilities of `ids` but the first, from vLLM's flat list of them."""
+    if list(given.token_ids) != list(ids[1:]):
+        raise EngineError(f"vLLM scored {len(given.token_ids)} tokens that are not the {len(ids) - 1} asked for")
+    return [float(logprob) for logprob in given.logprobs]
+
+
 def token_versions(spans: Sequence[Any] | None, count: int) -> list[int]:
     """One version a token from vLLM's spans `[start, end)`."""
     versions = [int(span.version) for span in spans or () for _ in range(span.start, span.end)]

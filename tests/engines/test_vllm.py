@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from agent_loop import Sampler
 from agent_loop.engines.base import Engine, EngineLoad, WeightSource
 from agent_loop.engines.checkpoint import Checkpoint
 from agent_loop.engines.vllm import VLLMEngine
@@ -61,8 +62,8 @@ def all_logprobs(model: Path, prompt_ids: Sequence[int], response_ids: Sequence[
     return torch.log_softmax(logits[len(prompt_ids) - 1 : -1] / temperature, -1)
 
 
-def chosen(logprobs: torch.Tensor, response_ids: Sequence[int]) -> NDArray[np.floating]:
-    return logprobs.gather(1, torch.tensor(response_ids)[:, None])[:, 0].numpy()
+def chosen(logprobs: torch.Tensor, response_ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.floating]:
+    return logprobs.gather(1, torch.as_tensor(response_ids, dtype=torch.int64)[:, None])[:, 0].numpy()
 
 
 def descendants() -> set[int]:
@@ -188,6 +189,27 @@ class TestVLLMEngine(EngineSuite):
             with pytest.raises(RequestRefusedError, match="same"):
                 await engine.generate([5, 6], LONG, request_id="same")
             await engine.interrupt()
+
+    async def test_a_sampler_over_it_gives_every_sample_tokens_of_its_own(self, engine: VLLMEngine) -> None:
+        sampler = Sampler(engine, AutoTokenizer.from_pretrained(self.models[0]))
+        params, chat = LONG.replace(max_tokens=8), [{"role": "user", "content": "What is 2 + 2?"}]
+        responses = await sampler.sample([chat, [5, 6]], params, num_samples=3)
+        from_a_thread = await asyncio.to_thread(sampler.sample_sync, [chat, [5, 6]], params, num_samples=3)
+        for response, again in zip(responses, from_a_thread, strict=True):
+            tokens = [sequence.token_ids.tolist() for sequence in response.sequences]
+            assert len({tuple(ids) for ids in tokens}) == 3
+            assert tokens == [sequence.token_ids.tolist() for sequence in again.sequences]
+            for sequence in response.sequences:
+                expected = chosen(
+                    all_logprobs(self.models[0], response.prompt_ids.tolist(), sequence.token_ids.tolist()), sequence.token_ids
+                )
+                np.testing.assert_allclose(sequence.logprobs, expected, atol=1e-3)
+
+    async def test_a_prompt_that_takes_several_steps_is_scored_whole(self, engine: VLLMEngine) -> None:
+        prompt = [3 + (7 * step) % 100 for step in range(510)]
+        expected = chosen(all_logprobs(self.models[0], prompt[:1], prompt[1:]), prompt[1:])
+        for scores in await asyncio.gather(*(engine.score(prompt) for _ in range(6))):  # more than one step takes
+            np.testing.assert_allclose(scores, expected, atol=1e-3)
 
     # --- weights
 

@@ -1,0 +1,164 @@
+"""Beam search over an engine that tells likely tokens: for evaluation; `create_sampler("beam_search", engine=...)`."""
+
+import asyncio
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+
+from agent_loop.agent_loop import first_error
+from agent_loop.engines.base import Completion, Engine, FinishReason, TopTokens
+from agent_loop.errors import RequestRefusedError
+from agent_loop.sample_inputs import Prompt
+from agent_loop.sampler import Sampler
+from agent_loop.samples import SampledSequence
+from agent_loop.sampling import SamplingParams, number, whole
+from agent_loop.single_turn import Tokenizer
+
+NOT_FOR_TRAINING = (
+    "beam search gives no training rollouts: beams are the likeliest responses, not samples of the policy, so what is estimated from them "
+    "is biased; train on an engine's own samples, and evaluate with beams"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Beam:
+    """A response on its way: a value a token."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    versions: tuple[int, ...] = ()
+    total: float = 0.0
+
+    def extended(self, token: int, logprob: float, version: int) -> "Beam":
+        """With a token more."""
+        total = self.total + logprob
+        return Beam((*self.token_ids, token), (*self.logprobs, logprob), (*self.versions, version), total)
+
+    def score(self, length_penalty: float) -> float:
+        """The log-probability of all tokens, by their number to the power of `length_penalty`."""
+        return self.total / math.pow(len(self.token_ids), length_penalty)
+
+    def at_best(self, length_penalty: float, longest: int) -> float:
+        """No continuation up to `longest` tokens scores above this: more tokens are certain at best, and it is monotonic in length."""
+        return max(self.total / math.pow(length, length_penalty) for length in (len(self.token_ids) + 1, longest))
+
+
+class Search:
+    """The beams of one input; pure: it is told the likely tokens of each step.
+
+    Args:
+        beams: how many go on, and how many finished ones are kept.
+        stops: tokens that finish a beam.
+        longest: tokens after which a beam is finished as it is.
+        length_penalty: see `Beam.score`.
+    """
+
+    def __init__(self, beams: int, stops: Collection[int], longest: int, length_penalty: float) -> None:
+        self._beams, self._stops, self._longest, self._penalty = beams, frozenset(stops), longest, length_penalty
+        self.running = [Beam()]
+        self.finished: list[tuple[Beam, FinishReason]] = []
+
+    @property
+    def needed(self) -> int:
+        """So many likely tokens of each beam are enough: beside those that stop, as many as can go on."""
+        return self._beams + len(self._stops)
+
+    def step(self, likely: Iterable[TopTokens]) -> None:
+        """Go on by a token, given the likely ones of each running beam, in order."""
+        ranked = sorted(
+            (
+                beam.extended(token, logprob, top.version)
+                for beam, top in zip(self.running, likely, strict=True)
+                for token, logprob in zip(top.token_ids.tolist(), top.logprobs.tolist(), strict=True)
+            ),
+            key=self._order,
+        )
+        # A beam may stop only if it is among those that would go on: else an unlikely EOS, cheap since it is short, would win.
+        self._finish([beam for beam in ranked[: self._beams] if beam.token_ids[-1] in self._stops], "stop")
+        self.running = [beam for beam in ranked if beam.token_ids[-1] not in self._stops][: self._beams]
+        if self.running and len(self.running[0].token_ids) == self._longest:
+            self._finish(self.running, "length")
+            self.running = []
+        if len(self.finished) == self._beams:
+            worst = self.finished[-1][0].score(self._penalty)
+            self.running = [beam for beam in self.running if beam.at_best(self._penalty, self._longest) > worst]
+
+    def _finish(self, beams: Iterable[Beam], reason: FinishReason) -> None:
+        self.finished += [(beam, reason) for beam in beams]
+        self.finished.sort(key=lambda ended: self._order(ended[0]))
+        del self.finished[self._beams :]
+
+    def _order(self, beam: Beam) -> tuple[float, tuple[int, ...]]:
+        return -beam.score(self._penalty), beam.token_ids
+
+
+class BeamSearchSampler(Sampler):
+    """Gives the likeliest responses instead of samples, the best first; deterministic.
+
+    The score of a response is its log-probability divided by its length to the power of `length_penalty`, and stands in `score`.
+    Responses are compared when they are finished: by EOS, a stop token, or `max_tokens`. The search goes on until no running beam can
+    come among the best any more. `num_samples` is at most `beams`; where there are fewer responses at all, fewer are given.
+
+    It is for evaluation only, and refused where an engine of an agent loop is wanted.
+
+    Args:
+        engine: with `capabilities.top_tokens` of `beams` and the number of stop tokens together.
+        tokenizer: as of `Sampler`.
+        beams: how many go on at each step, 1 or more.
+        length_penalty: 1 is the mean log-probability of a token, 0 the log-probability of all, more prefers longer responses.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None = None, *, beams: int = 4, length_penalty: float = 1.0) -> None:
+        super().__init__(engine, tokenizer, seed=0)
+        if whole("beams", beams) < 1:
+            raise ValueError(f"beams={beams} search nothing; it must be 1 or more")
+        self.beams, self.length_penalty = beams, number("length_penalty", length_penalty)
+
+    @property
+    def generate(self) -> NoReturn:
+        """Raises `TypeError`: an agent loop looks for this, and must not train on beams."""
+        raise TypeError(NOT_FOR_TRAINING)
+
+    async def _sequences(
+        self, prompt: Prompt, params: SamplingParams, key: tuple[int, int], num_samples: int
+    ) -> tuple[SampledSequence, ...]:
+        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.engine.eos_token_ids)
+        search = Search(self.beams, stops, params.max_tokens, self.length_penalty)
+        count = min(search.needed, self.engine.vocab_size)
+        self._check(params, num_samples, count)
+        while search.running:
+            search.step(await self._likely(prompt, search.running, count))
+        return tuple(self._sequence(beam, reason) for beam, reason in search.finished[:num_samples])
+
+    def _check(self, params: SamplingParams, num_samples: int, count: int) -> None:
+        if num_samples > self.beams:
+            raise RequestRefusedError(f"num_samples={num_samples} is more than beams={self.beams}; raise beams")
+        plain = SamplingParams(max_tokens=params.max_tokens, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos)
+        if params.replace(seed=None) != plain:
+            raise RequestRefusedError(
+                f"{params} does not fit beam search, which draws nothing: leave all but max_tokens, stop_token_ids, ignore_eos"
+            )
+        if count > (most := self.engine.capabilities.top_tokens):
+            raise RequestRefusedError(
+                f"beams={self.beams} need the {count} likeliest tokens of each step, and this engine tells {most}; use fewer beams, "
+                "or an engine that tells more (VLLMEngine: max_logprobs)"
+            )
+
+    async def _likely(self, prompt: Prompt, beams: list[Beam], count: int) -> list[TopTokens]:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                calls = [
+                    tasks.create_task(self.engine.top_tokens(np.concatenate([prompt.ids, np.array(beam.token_ids, np.int32)]), count))
+                    for beam in beams
+                ]
+        except BaseExceptionGroup as errors:
+            error = first_error(errors)
+            raise error from error.__cause__
+        return [call.result() for call in calls]
+
+    def _sequence(self, beam: Beam, reason: FinishReason) -> SampledSequence:
+        completion = Completion.of(beam.token_ids, beam.logprobs, beam.versions, reason)
+        return SampledSequence.of(completion, self._text(list(beam.token_ids)), beam.score(self.length_penalty))
