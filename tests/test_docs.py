@@ -46,7 +46,7 @@ from buffer import ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.schema import metadata
 from buffer.status import TRANSITIONS
 from producer import ProducedBatch, ReplayPromptSampler, SyncProduceStrategy
-from producer.experience import make_experience
+from producer.experience import KL, AdvantageConfig, Attached, make_experience
 from tests import postgres
 
 ROOT = Path(__file__).parent.parent
@@ -355,17 +355,38 @@ async def test_metrics_of_an_experience_are_those_it_has(run: tuple[Path, Produc
     lacking: list[dict[str, Any]] = [
         {"reward": None, "error": "it failed"},
         {"reward": None},
+        {"reward": float("nan")},
         {"prompt_ids": None},
         {"response_ids": None},
         {"loss_mask": [0, 0]},
     ]
-    rollouts = []
-    for index, fields in enumerate([{}, *lacking]):
-        whole = {"reward": 1.0, "score": 1.0, "prompt_ids": [1, 2], "response_ids": [3, 4], "loss_mask": [1, 1]} | fields
-        size = 2 if whole["response_ids"] else 0
-        arrays = {"logprobs": [-0.5] * size, "versions": [0] * size, "loss_mask": whole["loss_mask"][:size]}
-        rollouts.append(RolloutState(1, index, "default", Status.COMPLETED, **whole | arrays))
+    rollouts = [rollout_with(index, fields) for index, fields in enumerate([{}, *lacking])]
     assert documented == set(make_experience([RolloutGroup(1, rollouts)]).metrics)
+
+
+def rollout_with(index: int, fields: dict[str, Any]) -> RolloutState:
+    whole = {"reward": 1.0, "score": 1.0, "prompt_ids": [1, 2], "response_ids": [3, 4], "loss_mask": [1, 1]} | fields
+    size = 2 if whole["response_ids"] else 0
+    arrays = {"logprobs": [-0.5] * size, "versions": [0] * size, "loss_mask": whole["loss_mask"][:size]}
+    return RolloutState(1, index, "default", Status.COMPLETED, **whole | arrays)
+
+
+def test_metrics_of_a_configuration_are_those_it_adds() -> None:
+    documented = {name for row in table("reference/metrics.md", "With an `AdvantageConfig`") for name in code(row[0])}
+    groups = [RolloutGroup(1, [rollout_with(index, {"reward_parts": {"right": 1.0} if index else {}}) for index in range(4)])]
+    numbers = {f"default-1-{index}": [0.5, 0.5] for index in range(2)} | {"default-1-2": [float("nan")] * 2}
+    attached = Attached(reference=numbers, values=numbers, baselines={2: 0.0})
+    by_length = AdvantageConfig(shape=(lambda rewards, lengths, truncated: [float("nan"), 1.0, 2.0, 3.0],), reward_clip=(0, 1))
+    configs = [
+        (AdvantageConfig("rloo", kl=KL(0.1), clip=(-1, 1)), attached),
+        (AdvantageConfig("gae"), Attached(values=numbers)),
+        (AdvantageConfig("gdpo"), Attached()),
+        (by_length, Attached()),
+    ]
+    found = {name for config, beside in configs for name in make_experience(groups, advantage=config, attached=beside).metrics}
+    with pytest.raises(ValueError, match="no_baseline"):
+        make_experience(groups, advantage="remax", attached=attached)
+    assert documented == (found | {"left_out/no_baseline"}) - set(make_experience(groups).metrics)
 
 
 @pytest.mark.parametrize("name", list(metadata.tables))

@@ -1,5 +1,24 @@
 """From finished groups to what a training step takes: advantages, packing, loss reductions. Nothing here imports torch by itself."""
 
-from producer.experience.maker import Experience, make_experience
+from producer.experience.arrays import Experience
+from producer.experience.attached import Attached
+from producer.experience.config import KL, AdvantageConfig
+from producer.experience.kl import AdaptiveKL, kl_estimate
+from producer.experience.maker import make_experience
+from producer.experience.presets import preset
+from producer.experience.running import RunningMoments
+from producer.experience.shaping import Overlong, StopProperly
 
-__all__ = ["Experience", "make_experience"]
+__all__ = [
+    "KL",
+    "AdaptiveKL",
+    "AdvantageConfig",
+    "Attached",
+    "Experience",
+    "Overlong",
+    "RunningMoments",
+    "StopProperly",
+    "kl_estimate",
+    "make_experience",
+    "preset",
+]

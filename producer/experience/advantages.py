@@ -5,15 +5,13 @@ order), and gives float64 of that length. Rollouts without a reward get 0 and ta
 rewards are all equal gets exactly 0, and so does the single scored member of a group.
 """
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from producer.experience.groups import Groups, Rewards, divide
-from producer.experience.pass_at_k import pass_at_k
 
 Scale = Literal["group", "batch", "none"]
 AdvantageFn = Callable[[Rewards, ArrayLike], NDArray[np.float64]]
@@ -50,7 +48,7 @@ def rloo(rewards: Rewards, group_ids: ArrayLike) -> NDArray[np.float64]:
 
 
 def opo(rewards: Rewards, group_ids: ArrayLike, lengths: ArrayLike) -> NDArray[np.float64]:
-    """r - the group's mean weighted by length: on-policy optimal baseline (Hao et al. 2025, arXiv 2505.23585, eq. 5).
+    """r - the group's mean weighted by length: on-policy optimal baseline (Hao et al. 2025, arXiv 2505.23585).
 
     Args:
         lengths: trained tokens of each rollout. A group without any is compared with its least reward.
@@ -87,21 +85,6 @@ def gdpo(
     n = int(scored.sum())
     std = float(np.std(total[scored], ddof=ddof)) if n > ddof else 0.0
     return divide(total, np.full(total.shape, std + eps))
-
-
-ESTIMATORS: Mapping[str, AdvantageFn] = MappingProxyType(
-    {"grpo": grpo, "drgrpo": dr_grpo, "dr_grpo": dr_grpo, "rloo": rloo, "pass_at_k": pass_at_k}
-)
-"""Those that need nothing but rewards and groups."""
-
-
-def estimator(advantage: str | AdvantageFn) -> AdvantageFn:
-    """The estimator of that name, or the given function itself."""
-    if callable(advantage):
-        return advantage
-    if advantage not in ESTIMATORS:
-        raise ValueError(f"unknown advantage {advantage!r}; known are {sorted(ESTIMATORS)}, or pass a function of (rewards, group_ids)")
-    return ESTIMATORS[advantage]
 
 
 def zero_variance(rewards: Rewards, group_ids: ArrayLike) -> float:

@@ -35,7 +35,7 @@ def check_kl_estimator(estimator: str) -> None:
 
 @dataclass(frozen=True)
 class AdaptiveKL:
-    """A coefficient that holds the divergence near a target (Ziegler et al. 2019, section 2.2). A value: `updated` gives the next.
+    """A coefficient that holds the divergence near a target (Ziegler et al. 2019). A value: `updated` gives the next.
 
     Attributes:
         coef: of the divergence in the reward, now.

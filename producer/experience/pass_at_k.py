@@ -22,7 +22,7 @@ def pass_rate_at_k(n: int, correct: int, k: int) -> float:
 def pass_at_k(rewards: Rewards, group_ids: ArrayLike, k: int = 4) -> NDArray[np.float64]:
     """(E[best | member is among the k] - E[best]) / std[best], over all subsets of k members.
 
-    For rewards of 0 and 1 this is the closed form of pass@k training (Chen et al. 2025, arXiv 2508.10751, section 2.4); for others
+    For rewards of 0 and 1 this is the closed form of pass@k training (Chen et al. 2025, arXiv 2508.10751); for others
     it is the same expectation, and for k = 1 it is GRPO with the population's deviation. A group of k scored members
     or fewer has but one subset, or none, and gets 0.
     """

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
-from producer.experience.advantages import AdvantageFn, dr_grpo, estimator, gdpo, grpo, opo, rloo, zero_variance
+from producer.experience.advantages import AdvantageFn, dr_grpo, gdpo, grpo, opo, rloo, zero_variance
 from producer.experience.groups import Rewards
 from producer.experience.pass_at_k import pass_at_k
 
@@ -201,5 +201,3 @@ def test_bad_arguments_are_refused_with_their_value() -> None:
         gdpo([1.0, 2.0], [0, 0])
     with pytest.raises(ValueError, match="for 2 parts"):
         gdpo([[1.0, 2.0]], [0], [1.0])
-    with pytest.raises(ValueError, match=r"'ppo'; known are .*'grpo'"):
-        estimator("ppo")

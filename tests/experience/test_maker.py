@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from buffer.rollout import RolloutGroup, RolloutState
 from buffer.status import Status
-from producer.experience import Experience, make_experience
+from producer.experience import KL, AdvantageConfig, Attached, Experience, Overlong, RunningMoments, StopProperly, make_experience
+from producer.experience.config import ESTIMATORS
 
 
 def rollout(group_id: int, index: int, prompt: Sequence[int] | None, *parts: Sequence[int], reward: float | None = 0.0) -> RolloutState:
@@ -96,7 +97,8 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted() -> None:
     left_out = {name: value for name, value in made.metrics.items() if name.startswith("left_out/")}
     assert left_out == {
         "left_out/total": 5,
-        "left_out/no_reward": 2,
+        "left_out/no_reward": 1,
+        "left_out/reward_not_finite": 1,
         "left_out/no_response": 1,
         "left_out/no_trained_token": 1,
         "left_out/no_prompt_ids": 1,
@@ -146,6 +148,100 @@ def test_an_advantage_may_be_any_function() -> None:
     for wrong in (lambda rewards, ids: np.zeros(3), lambda rewards, ids: np.full(4, np.nan)):
         with pytest.raises(ValueError, match="must give 4 finite numbers"):
             make_experience(two_groups(), advantage=wrong)
+
+
+def attached_to(groups: Sequence[RolloutGroup]) -> Attached:
+    """A reference that gives each token 0.5 less than the policy, and a critic that expects a quarter of each token's number."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return Attached(
+        reference={one.rollout_id: np.where(one.loss_mask == 1, one.logprobs - 0.5, np.nan) for one in rollouts},
+        values={one.rollout_id: one.response_ids / 4 for one in rollouts},
+        baselines={group.group_id: 0.25 for group in groups},
+    )
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("budget", [None, 11])
+def test_every_estimator_makes_an_experience(name: str, budget: int | None) -> None:
+    groups = two_groups()
+    for rollout in [rollout for group in groups for rollout in group.rollouts]:
+        rollout.reward_parts = {"right": rollout.reward or 0.0, "short": float(rollout.response_ids.size)}
+    config = AdvantageConfig(name, k=1 if name == "pass_at_k" else None)
+    made = make_experience(groups, advantage=config, attached=attached_to(groups), token_budget=budget)
+    assert np.isfinite(made.advantages).all()
+    assert made.advantages.any()
+    assert not made.advantages[~made.loss_mask].any()
+    assert (made.returns is not None) == (ESTIMATORS[name].kind == "tokens")
+
+
+def test_what_is_attached_lies_at_the_trained_tokens() -> None:
+    groups = two_groups()
+    config = AdvantageConfig("gae", kl=KL(0.1), lam=1.0, whiten="none")
+    made = make_experience(groups, advantage=config, attached=attached_to(groups))
+    assert made.reference_logprobs is not None
+    assert made.values is not None
+    assert made.returns is not None
+    np.testing.assert_allclose(made.reference_logprobs[0], [0, 0, 0, -0.6, -0.61, 0, 0, -0.8], rtol=1e-6)
+    np.testing.assert_allclose(made.values[0], [0, 0, 0, 2.5, 2.75, 0, 0, 7.5])
+    # The divergence of 0.5 costs 0.05 a token; the environment's two tokens are skipped.
+    np.testing.assert_allclose(made.returns[0], [0, 0, 0, 0.85, 0.9, 0, 0, 0.95], rtol=1e-6)
+    np.testing.assert_allclose(made.advantages, made.returns - made.values, rtol=1e-6)
+    assert made.shift_values is not None
+    assert made.shift_returns is not None
+    assert made.shift_reference_logprobs is not None
+    assert made.shift_values[0].tolist() == [0, 0, 2.5, 2.75, 0, 0, 7.5, 0]
+    assert made.metrics["kl/token"] == pytest.approx(0.5)
+    assert made.metrics["kl/sequence"] == pytest.approx(3.5 / 4)
+    without = make_experience(groups)
+    assert (without.reference_logprobs, without.values, without.returns, without.shift_values) == (None,) * 4
+
+
+def test_rewards_are_shaped_clipped_and_normalised_in_this_order() -> None:
+    groups = two_groups()
+    groups[0].rollouts[0].finish_reason = "length"
+    config = AdvantageConfig("rloo", shape=(Overlong(limit=5, buffer=2), StopProperly(-3.0)), reward_clip=(-2.0, 0.25), normalise=True)
+    made = make_experience(groups, advantage=config, running=RunningMoments().updated([0.0]))
+    assert made.rewards.tolist() == [-2.0, 0.0, 0.25, 0.25]
+    assert made.metrics["reward/clipped"] == 0.75
+    assert made.running == RunningMoments().updated([0.0]).updated(made.rewards)
+    spread = 2.0 / made.running.std
+    assert made.advantages.max(axis=1).tolist() == pytest.approx([0, spread, 0, 0])
+    assert made.advantages[0, 3] == pytest.approx(-spread)
+    assert make_experience(two_groups()).running is None
+
+
+def test_lacking_what_the_configuration_needs_is_a_reason_or_an_error() -> None:
+    groups = two_groups()
+    with pytest.raises(ValueError, match=r"'gae' needs values; attach them"):
+        make_experience(groups, advantage="gae")
+    with pytest.raises(ValueError, match=r"needs log-probabilities of a reference"):
+        make_experience(groups, advantage=AdvantageConfig(kl=KL(0.1, "k2", "loss")))
+    with pytest.raises(ValueError, match=r"'no_reward_parts': 4"):
+        make_experience(groups, advantage="gdpo")
+    whole = attached_to(groups)
+    values = {"default-7-0": whole.values["default-7-0"], "default-7-1": [np.nan]}
+    made = make_experience(groups, advantage="gae", attached=Attached(values=values))
+    assert made.rollout_ids == ("default-7-0",)
+    assert (made.metrics["left_out/no_values"], made.metrics["left_out/values_not_finite"]) == (2, 1)
+    made = make_experience(groups, advantage="remax", attached=Attached(baselines={9: 0.0, 7: float("nan")}))
+    assert (made.rollout_ids, made.metrics["left_out/no_baseline"]) == (("default-9-0", "default-9-1"), 2)
+    with pytest.raises(ValueError, match=r"values of rollout default-7-0 has shape \(2,\) for 5 tokens"):
+        make_experience(groups, advantage="gae", attached=Attached(values={"default-7-0": [0, 0]}))
+
+
+def test_a_member_whose_divergence_is_not_known_has_no_part_in_the_baseline() -> None:
+    groups = [group(1, *(rollout(1, index, [1], [10], reward=float(index)) for index in range(3)))]
+    reference = {f"default-1-{index}": [-0.1] for index in (0, 2)}
+    made = make_experience(groups, advantage=AdvantageConfig("dr_grpo", kl=KL(0.1)), attached=Attached(reference=reference))
+    assert made.advantages[:, 1].tolist() == [-1.0, 1.0]
+    assert made.metrics["left_out/no_reference"] == 1
+
+
+def test_a_shape_that_gives_no_number_leaves_its_rollout_out() -> None:
+    config = AdvantageConfig("dr_grpo", shape=(lambda rewards, lengths, truncated: np.where(lengths == 5, np.nan, rewards),))
+    made = make_experience(two_groups(), advantage=config)
+    assert made.metrics["left_out/shaped_not_finite"] == 1
+    assert not made.advantages.any()  # the sibling that is left has nothing to be compared with
 
 
 def test_tensors_are_the_same_by_name() -> None:

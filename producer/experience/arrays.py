@@ -1,0 +1,111 @@
+"""`Experience`: the arrays of one batch, as a training step takes them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from producer.experience.losses import Reduction, token_weights
+from producer.experience.packing import IGNORED_LABEL, Layout
+from producer.experience.running import RunningMoments
+
+if TYPE_CHECKING:
+    import torch
+
+
+NO_VERSION = -1
+"""The version of tokens that are not trained on: of the prompt, of the environment, and padding."""
+
+
+@dataclass(frozen=True, eq=False)
+class Experience:
+    """One batch to train on. S sequences (prompt + response) lie in N rows of T tokens; `layout` knows where.
+
+    Padded, each row is a sequence. Packed, a row holds several, and is one micro-batch: give the model `position_ids`
+    (and `layout.cu_seqlens(row)` where it takes that) and *no* attention mask, with which it would let sequences see each other;
+    hence `attention_mask` is None then.
+
+    Values a token stand where the token stands in `input_ids`. A model's logits at position t predict token t + 1, so a loss
+    on logits takes the `shift_...` forms: `shift_mask[n, t]` is `loss_mask[n, t + 1]` within a sequence, and 0 at its last token.
+
+    Attributes:
+        input_ids: (N, T) int64.
+        attention_mask: (N, T) int64, 0 where padded; None when packed.
+        position_ids: (N, T) int64, from 0 in each sequence.
+        loss_mask: (N, T) bool, true for trained tokens: those of the response whose own mask is 1.
+        logprobs: (N, T) float32, of the policy that sampled the token; 0 outside the mask.
+        advantages: (N, T) float32, the rollout's advantage on each trained token; 0 outside the mask.
+        versions: (N, T) int32, of the policy that sampled the token; -1 outside the mask.
+        reference_logprobs: (N, T) float32, of the reference policy; 0 outside the mask; None where none were attached.
+        values: (N, T) float32, likewise, of the critic at the time of sampling.
+        returns: (N, T) float32, what a critic learns: with estimators of the kind "tokens", else None.
+        rewards: (S,) float64, as shaped and clipped.
+        group_ids: (S,) int64.
+        rollout_ids: S names.
+        metrics: flat, finite numbers for a tracker.
+        running: the moments of the run's rewards with this batch, for the next one and for the checkpoint; None without `normalise`.
+        layout: rows, lengths, cu_seqlens, seq_idx; `layout.unplace(array)` gives any (N, T) array back by sequence.
+    """
+
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.int64] | None
+    position_ids: NDArray[np.int64]
+    loss_mask: NDArray[np.bool_]
+    logprobs: NDArray[np.float32]
+    advantages: NDArray[np.float32]
+    versions: NDArray[np.int32]
+    reference_logprobs: NDArray[np.float32] | None
+    values: NDArray[np.float32] | None
+    returns: NDArray[np.float32] | None
+    rewards: NDArray[np.float64]
+    group_ids: NDArray[np.int64]
+    rollout_ids: tuple[str, ...]
+    metrics: dict[str, float]
+    layout: Layout
+    running: RunningMoments | None
+
+    @property
+    def shift_labels(self) -> NDArray[np.int64]:
+        """(N, T) the next token of the same sequence, -100 at its end and where padded; prompt tokens are not left out."""
+        return self.layout.shift(self.input_ids, IGNORED_LABEL)
+
+    @property
+    def shift_mask(self) -> NDArray[np.bool_]:
+        """(N, T) whether the logits here predict a trained token."""
+        return self.layout.shift(self.loss_mask, False)
+
+    @property
+    def shift_logprobs(self) -> NDArray[np.float32]:
+        """(N, T) `logprobs` of the token that the logits here predict."""
+        return self.layout.shift(self.logprobs, 0.0)
+
+    @property
+    def shift_advantages(self) -> NDArray[np.float32]:
+        """(N, T) `advantages` of the token that the logits here predict."""
+        return self.layout.shift(self.advantages, 0.0)
+
+    @property
+    def shift_reference_logprobs(self) -> NDArray[np.float32] | None:
+        """(N, T) `reference_logprobs` of the token that the logits here predict; None where there are none."""
+        return None if self.reference_logprobs is None else self.layout.shift(self.reference_logprobs, 0.0)
+
+    @property
+    def shift_values(self) -> NDArray[np.float32] | None:
+        """(N, T) `values` of the token that the logits here predict; None where there are none."""
+        return None if self.values is None else self.layout.shift(self.values, 0.0)
+
+    @property
+    def shift_returns(self) -> NDArray[np.float32] | None:
+        """(N, T) `returns` of the token that the logits here predict; None where there are none."""
+        return None if self.returns is None else self.layout.shift(self.returns, 0.0)
+
+    def shift_weights(self, reduction: Reduction = "token-mean", *, max_length: int | None = None) -> NDArray[np.float64]:
+        """(N, T) weights for which `(loss * weights).sum()` over all rows is the reduction; see `losses.token_weights`."""
+        return token_weights(self.shift_mask, self.layout.sequence, reduction, max_length=max_length)
+
+    def to_torch(self, device: "torch.device | str | None" = None) -> "dict[str, torch.Tensor]":
+        """The (N, T) arrays and their shifted forms by name, as tensors on `device`; a micro-batch is the same rows of each."""
+        from producer.experience.tensors import to_torch
+
+        return to_torch(self, device)
