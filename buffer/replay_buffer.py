@@ -139,7 +139,14 @@ class ReplayBuffer(Asking, Keeping, Sharing):
         self._progress.stored(asked)
 
     async def take(
-        self, task_name: str, n: int, *, step: int, version: int | None = None, policy: TakePolicy | None = None
+        self,
+        task_name: str,
+        n: int,
+        *,
+        step: int,
+        version: int | None = None,
+        policy: TakePolicy | None = None,
+        whole: bool = False,
     ) -> list[RolloutGroup]:
         """Up to `n` completed groups for training, from now on consumed at `step`.
 
@@ -149,6 +156,7 @@ class ReplayBuffer(Asking, Keeping, Sharing):
             step: of the trainer; it must lie behind the last committed one.
             version: of the policy now, kept for `resume`.
             policy: which first; `Fifo()` by default. Groups given back by a rewind always come first, in their old order.
+            whole: `n` groups, or none where fewer are completed.
 
         Raises:
             ResumeRequiredError: an earlier process consumed batches without committing them; call `resume` first.
@@ -163,7 +171,7 @@ class ReplayBuffer(Asking, Keeping, Sharing):
         self._check_resumed()
         if n == 0:
             return []
-        request = Take(task_name, n, step, args.whole_or_none("version", version), policy or Fifo())
+        request = Take(task_name, n, step, args.whole_or_none("version", version), policy or Fifo(), whole)
         return await self._hand_out(operations.take, request, operations.give_back)
 
     async def check_take(self, task_name: str, step: int) -> None:

@@ -11,6 +11,7 @@ from agent_loop.engines.base import Engine, PauseMode, WeightSource
 from agent_loop.sampling import whole
 from buffer import ReplayBuffer
 from producer.errors import ProducerError
+from producer.gate import Gate, paused
 from producer.production import ProducedBatch, Production
 from producer.prompts import PromptSampler
 from producer.strategy import ProduceStrategy
@@ -47,6 +48,7 @@ class Producer:
         self._strategy, self._agent_loop, self._sampler, self._task_name = strategy, agent_loop, sampler, task_name
         self._tasks: asyncio.TaskGroup | None = None
         self._production: Production | None = None
+        self._gate, self._updating = Gate(), asyncio.Lock()
         self._waited_for = False
 
     @property
@@ -92,6 +94,7 @@ class Producer:
                 *(self._buffer, self._strategy.plan, self._agent_loop, self._sampler, self._task_name, batch_size),
                 ahead=True,
                 books=self._strategy.books(self._task_name),
+                gate=self._gate,
             )
             await self._production.open(self._tasks)
         self._production.batch.size = batch_size
@@ -122,9 +125,7 @@ class Producer:
             step = await self._buffer.next_step(self._task_name) if step is None else step
             await self._buffer.check_take(self._task_name, step)
             await self.start(batch_size)
-            production = self._running()
-            version = await production.whole(no_bar=self._strategy.no_bar)
-            return await production.hand_out(step, version, began)
+            return await self._running().next_batch(step, began, no_bar=self._strategy.no_bar)
         finally:
             self._waited_for = False
             if self._production is not None and self._production.ended:
@@ -141,7 +142,7 @@ class Producer:
     ) -> AsyncGenerator[None]:
         """Hold production and pause the engine while the block updates the weights; go on after it, also where it raises.
 
-        No group starts meanwhile, and draws under way are waited for.
+        No group starts meanwhile, and draws under way are waited for. An update waits for the one before it.
 
         Args:
             source: loaded before the block, with `version`; None leaves the update to the block.
@@ -153,25 +154,19 @@ class Producer:
             raise ValueError(f"mode={mode!r:.40} is unknown; choose among {get_args(PauseMode)}")
         if (engine := self._engine) is None:
             raise ProducerError("this agent loop has no engine whose weights could be updated")
-        async with self._held(mode):
-            await engine.pause(mode)
-            try:
+        async with self._updating, self._held(mode), paused(engine, mode):
+            with self._gate.frozen():
                 if source is not None:
                     await engine.update_weights(source, engine.version + 1 if version is None else version)
                 yield
-            finally:
-                await engine.resume()
 
     @asynccontextmanager
     async def _held(self, mode: PauseMode) -> AsyncGenerator[None]:
         """No group starts in this block. With "abort" those that run were stopped, with "wait" they have ended."""
-        if self._production is None:
-            yield
-            return
-        async with self._production.held():
-            if mode == "abort":
+        async with self._gate.held():
+            if self._production is not None and mode == "abort":
                 await self._production.stop()
-            elif mode == "wait":
+            elif self._production is not None and mode == "wait":
                 await self._production.drained()
             yield
 

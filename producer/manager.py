@@ -15,6 +15,7 @@ from agent_loop.sampling import number, whole
 from buffer import ReplayBuffer, Share, Status
 from producer.errors import ProducerError
 from producer.evaluation import Evaluation, EvaluationResult
+from producer.gate import paused
 from producer.merging import merged_metrics
 from producer.metrics import Metrics
 from producer.part import Part, TrainingTask
@@ -210,8 +211,10 @@ class TaskManager:
         async with self._pins.updating(), AsyncExitStack() as stack:
             await self._hold(stack, mode)
             for engine in engines:
-                await engine.pause(mode)
-                stack.push_async_callback(engine.resume)
+                await stack.enter_async_context(paused(engine, mode))
+            for part in self._parts.values():
+                if part.live is not None:
+                    stack.enter_context(part.live.gate.frozen())
             if source is not None:
                 for engine in engines:
                     await engine.update_weights(source, engine.version + 1 if version is None else version)
@@ -221,7 +224,7 @@ class TaskManager:
         """No group starts until the stack is left. With "abort" those that run were stopped, with "wait" they have ended."""
         live = [part.live for part in self._parts.values() if part.live is not None]
         for production in live:
-            await stack.enter_async_context(production.held())
+            await stack.enter_async_context(production.gate.held())
         async with asyncio.TaskGroup() as tasks:
             for production in live if mode != "keep" else ():
                 tasks.create_task(production.stop() if mode == "abort" else production.drained())

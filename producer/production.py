@@ -22,6 +22,7 @@ from producer.bars import Bars
 from producer.bound import is_ready
 from producer.errors import FailureBudgetError, ProducerError, StalledError
 from producer.flight import Flight, Rules
+from producer.gate import Gate
 from producer.issue import Load, bounded_issue, exact, groups_that_fit, tail_batch
 from producer.metrics import Books, Metrics, batch_metrics, handing_out
 from producer.permits import Permitted
@@ -137,6 +138,7 @@ class Production:
         ahead: whether what runs when a batch is whole goes on running, for later ones.
         books: told of all that happens.
         permits: for rollouts in flight, shared with others; None asks nobody.
+        gate: held while no group may start; None makes one that nobody holds.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class Production:
         ahead: bool,
         books: Books,
         permits: Permitted | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self._books, self._permits, self._refused = books, permits, False
         self._bars: Bars | None = None
@@ -159,7 +162,7 @@ class Production:
         self.max_in_flight = plan.max_in_flight
         self.batch = Batch(batch_size)
         self._changed, self._news, self._opened = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._issuing = asyncio.Lock()
+        self.gate = Gate() if gate is None else gate
         self._flight = self._new_flight()
         self._task: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
@@ -178,6 +181,7 @@ class Production:
             self._books.open(await self._buffer.account(self._task_name))
         self._failure, self._flight = None, self._new_flight()
         self._opened.clear()
+        self.gate.on_change = self._changed.set
         self._task = tasks.create_task(self._live())
         self._ended = False
         self._task.add_done_callback(self._over)
@@ -226,19 +230,12 @@ class Production:
                 self._task.cancel()  # the second time it waits no longer for those that are slow to return
                 raise
 
-    @asynccontextmanager
-    async def held(self) -> AsyncGenerator[None]:
-        """No group starts in this block; draws under way are waited for before it."""
-        async with self._issuing:
-            yield
-        self._changed.set()
-
     async def stop(self) -> None:
         """Interrupt what runs and wait until it is stored; what is waited for goes on afterwards."""
         await self._flight.stop()
 
     async def drained(self) -> None:
-        """Wait until nothing runs; call it while production is held."""
+        """Wait until nothing runs; call it while its gate is held."""
         await self._flight.drained()
 
     def check(self) -> None:
@@ -293,16 +290,18 @@ class Production:
         self._changed.clear()
         self._record(self._flight.ended())
         self.batch.check_budget(self._plan.budget, self._task_name)
-        async with self._issuing:  # held while weights are updated; outcomes are counted when that is over
-            started = await self._issue()
-        if not started and not len(self._flight) and not self._refused:
-            self._idle = True
-            self._news.set()
+        if self.gate.is_open:
+            async with self.gate.starting():
+                started = await self._issue()
+            self._idle = not started and not len(self._flight) and not self._refused
+            if self._idle:
+                self._news.set()
         await self._next_change()
 
     async def _next_change(self) -> None:
         """Wait until a group or a member ends, or somebody wants something; where that takes too long, say so."""
         watchdog, flight = self._plan.watchdog, self._flight
+        watchdog = None if self.gate.is_frozen else watchdog
         due = None if watchdog is None else watchdog.due(flight.oldest_running(), flight.took, self._last_sign)
         try:
             async with asyncio.timeout_at(due):
@@ -316,8 +315,8 @@ class Production:
 
     @property
     def _last_sign(self) -> float | None:
-        """When the last group ended, or a stall was told of."""
-        signs = [at for at in (self._flight.last_end, self._warned_at) if at is not None]
+        """When the last group ended, what was frozen went on, or a stall was told of."""
+        signs = [at for at in (self._flight.last_end, self.gate.thawed_at, self._warned_at) if at is not None]
         return max(signs, default=None)
 
     def _stalled(self, stall: Stall) -> None:
@@ -474,13 +473,25 @@ class Production:
             self.batch.size, completed, unfinished, version, self._plan.max_staleness, None if self._coming is None else self._coming[1:]
         )
 
-    async def hand_out(self, step: int, version: int, began: float) -> ProducedBatch:
-        """Take the batch that was found whole at `version`; `began` is when somebody wanted it, on the loop's clock."""
+    async def next_batch(self, step: int, began: float, *, no_bar: bool | None = None) -> ProducedBatch:
+        """The next batch, as soon as it is whole; `began` is when somebody wanted it, on the loop's clock."""
+        while True:
+            version = await self.whole(no_bar=no_bar)
+            if (batch := await self.hand_out(step, version, began)) is not None:
+                return batch
+
+    async def hand_out(self, step: int, version: int, began: float) -> ProducedBatch | None:
+        """Take the batch that was found whole at `version`; None where it is not any more.
+
+        Then the weights were updated since, or another producer of the task was faster.
+        """
         before = await self.before_take()
+        if self.version != version:
+            return None
         self.passes()
         # Nothing is awaited after it: what is taken when the caller is cancelled would be consumed, and reach nobody.
-        taken = await self._buffer.take(self._task_name, self.batch.size, step=step, version=version, policy=self._plan.policy)
-        return self.handed_out(taken, before, step, version, began)
+        taken = await self._buffer.take(self._task_name, self.batch.size, step=step, version=version, policy=self._plan.policy, whole=True)
+        return self.handed_out(taken, before, step, version, began) if taken else None
 
     async def before_take(self) -> tuple[dict[Status, int], Account]:
         """What `handed_out` is to know of the task as it was before its groups were taken: counts and account."""

@@ -213,12 +213,11 @@ class ProduceStrategy(ABC):
         step = await self.buffer.next_step(task_name) if step is None else step
         await self.buffer.check_take(task_name, step)  # refused now, not after all the sampling
         fill = self._fill_and_keep if self.in_flight == "keep" else self._fill_and_stop
-        production, version = await fill(agent_loop, sampler, batch_size, task_name)
-        return await production.hand_out(step, version, began)
+        return await fill(agent_loop, sampler, batch_size, task_name, step, began)
 
     async def _fill_and_stop(
-        self, agent_loop: AgentLoop, sampler: PromptSampler, batch_size: int, task_name: str
-    ) -> tuple[Production, int]:
+        self, agent_loop: AgentLoop, sampler: PromptSampler, batch_size: int, task_name: str, step: int, began: float
+    ) -> ProducedBatch:
         """Run groups until a batch is whole, then stop the rest."""
         production = Production(
             self.buffer, self.plan, agent_loop, sampler, task_name, batch_size, ahead=False, books=self.books(task_name)
@@ -226,16 +225,16 @@ class ProduceStrategy(ABC):
         while True:
             async with production.running():
                 version = await production.whole(no_bar=self.no_bar)
-            if production.version == version:
-                return production, version
+            if (batch := await production.hand_out(step, version, began)) is not None:
+                return batch
 
     async def _fill_and_keep(
-        self, agent_loop: AgentLoop, sampler: PromptSampler, batch_size: int, task_name: str
-    ) -> tuple[Production, int]:
+        self, agent_loop: AgentLoop, sampler: PromptSampler, batch_size: int, task_name: str, step: int, began: float
+    ) -> ProducedBatch:
         """Wait until a batch is whole; the rest runs on."""
         production = await self._kept_production(agent_loop, sampler, batch_size, task_name)
         try:
-            return production, await production.whole(no_bar=self.no_bar)
+            return await production.next_batch(step, began, no_bar=self.no_bar)
         except BaseException:
             del self._kept[task_name]
             await production.close()

@@ -15,13 +15,14 @@ from buffer.status import Status
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """A wish for up to `limit` completed groups, consumed at `step`."""
+    """A wish for up to `limit` completed groups, consumed at `step`; with `whole` for all of them or none."""
 
     task_name: str
     limit: int
     step: int
     version: int | None
     policy: TakePolicy
+    whole: bool = False
 
 
 class Taken(list[int]):
@@ -50,6 +51,8 @@ def check_step(conn: Connection, step: int) -> None:
 def _take_one(tx: Transaction, request: Take) -> Taken:
     check_step(tx.conn, request.step)
     rows = q.first_completed(tx.conn, request.task_name, request.limit, request.policy)
+    if request.whole and len(rows) < request.limit:
+        return Taken()
     taken = Taken(row.group_id for row in rows)
     taken.number = q.consume(tx, rows, request.step, request.version)
     return taken

@@ -106,6 +106,13 @@ async def test_put_does_not_start_take_or_commit(buffer: ReplayBuffer, target: S
     assert ids(await buffer.query(status="completed")) == [1]
 
 
+async def test_a_whole_batch_is_taken_or_nothing(buffer: ReplayBuffer) -> None:
+    await put_all(buffer, [a_group(1), a_group(2)])
+    assert await buffer.take("math", 3, step=1, whole=True) == []
+    assert await buffer.count("math", Status.COMPLETED) == 2
+    assert ids(await buffer.take("math", 2, step=1, whole=True)) == [1, 2]
+
+
 async def test_a_consumed_group_cannot_be_put_back_behind_the_trainer(buffer: ReplayBuffer) -> None:
     await buffer.put(a_group(1))
     await buffer.take("math", 1, step=1)

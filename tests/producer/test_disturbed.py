@@ -9,9 +9,13 @@ import pytest
 
 from agent_loop.engines.base import Completion
 from agent_loop.engines.simulated import SimulatedEngine
+from agent_loop.engines.simulated_costs import CostModel
 from agent_loop.engines.simulated_policy import lognormal_lengths
-from buffer import ReplayBuffer, Status
-from producer import AsyncProduceStrategy, Producer, SyncProduceStrategy
+from agent_loop.errors import EngineError
+from buffer import ReplayBuffer, RolloutState, Status
+from buffer.inline import InlineReplayBuffer
+from producer import AsyncProduceStrategy, Producer, SyncProduceStrategy, Watchdog
+from producer.simulate import virtual_time
 from tests.producer.test_background import TASK, loop_of, offsets, producer_of, sampler_of
 from tests.producer.test_strategies import run_and_cancel
 
@@ -126,3 +130,131 @@ async def test_others_run_in_place_of_what_ended_early_whatever_the_bound(
             assert len(batch.groups) == 2
             await engine.update_weights({"seed": step}, step)
     assert (await buffer.counts(TASK))[Status.INTERRUPTED] + (await buffer.counts(TASK))[Status.COMPLETED] <= 4
+
+
+# -- between finding a batch whole and taking it ---------------------------------------------------------------------
+
+
+class Meanwhile(ReplayBuffer):
+    """Does something each time the counts are read, which is right before a batch is taken, `left` times."""
+
+    left = 0
+    meanwhile: Callable[[], Awaitable[Any]]
+
+    async def counts(self, task_name: str) -> dict[Status, int]:
+        if self.left:
+            self.left -= 1
+            await self.meanwhile()
+        return await super().counts(task_name)
+
+
+@pytest.mark.parametrize("producer", ["stop", "keep", "background"])
+async def test_weights_that_are_updated_right_before_a_batch_is_taken_count(url: str, producer: str) -> None:
+    async with Meanwhile(url) as buffer, SimulatedEngine(lengths=6) as engine:
+        buffer.meanwhile = lambda: engine.update_weights({"seed": 1}, engine.version + 1)
+        strategy = AsyncProduceStrategy(buffer, max_staleness=0, in_flight="keep" if producer == "keep" else "interrupt")
+        sampler, loop = sampler_of(buffer), loop_of(engine)
+        async with strategy, Producer(strategy, loop, sampler, TASK) as background:
+            for _ in range(3):
+                buffer.left = 1
+                asked = background.next_batch(2) if producer == "background" else strategy.produce_batch(loop, sampler, 2, TASK)
+                batch = await asyncio.wait_for(asked, 30)
+                assert [group.staleness(engine.version) for group in batch.groups] == [0, 0]
+
+
+async def test_two_producers_of_one_task_never_hand_out_less_than_a_batch(url: str) -> None:
+    async with Meanwhile(url) as buffer, SimulatedEngine(lengths=lognormal_lengths(8, 1.0, longest=60)) as engine:
+        others: list[int] = []
+
+        async def take() -> None:
+            others.extend(group.group_id for group in await buffer.take(TASK, 100, step=1))
+
+        buffer.meanwhile, buffer.left = take, 2
+        async with producer_of(buffer, engine) as producer:
+            batch = await asyncio.wait_for(producer.next_batch(4), 30)
+        assert len(batch.groups) == 4
+        assert len(others) >= 8
+        assert not set(others) & {group.group_id for group in batch.groups}
+
+
+# -- held ------------------------------------------------------------------------------------------------------------
+
+
+async def some_turns() -> None:
+    for _ in range(200):
+        await asyncio.sleep(0)
+
+
+async def test_pauses_and_updates_may_be_nested(buffer: ReplayBuffer) -> None:
+    async with SimulatedEngine(lengths=4) as engine, producer_of(buffer, engine) as producer, asyncio.timeout(30):
+        await producer.next_batch(2)
+        async with producer.paused(), producer.update_weights({"seed": 1}), producer.paused():
+            started = sum((await buffer.counts(TASK)).values())
+            await some_turns()
+            assert sum((await buffer.counts(TASK)).values()) == started
+        assert engine.version == 1
+        assert len((await producer.next_batch(2)).groups) == 2
+
+
+async def test_a_batch_that_becomes_whole_during_a_pause_wakes_whoever_waits(buffer: ReplayBuffer) -> None:
+    go = asyncio.Event()
+
+    async def reward(state: RolloutState) -> float:
+        await go.wait()
+        return 1.0
+
+    async with (
+        SimulatedEngine(lengths=4) as engine,
+        producer_of(buffer, engine, loop=loop_of(engine, reward=reward)) as producer,
+        asyncio.timeout(30),
+        asyncio.TaskGroup() as tasks,
+    ):
+        waiting = tasks.create_task(producer.next_batch(2))
+        await buffer.wait_for(TASK, Status.RUNNING, 4, timeout=20)
+        async with producer.paused():
+            go.set()
+            assert len((await waiting).groups) == 2
+
+
+async def test_production_that_begins_during_an_update_starts_nothing_before_its_end(buffer: ReplayBuffer) -> None:
+    async with SimulatedEngine(lengths=4) as engine, producer_of(buffer, engine) as producer, asyncio.TaskGroup() as tasks:
+        async with producer.update_weights({"seed": 1}):
+            waiting = tasks.create_task(producer.next_batch(2))
+            await some_turns()
+            await buffer.cursor(TASK)
+            assert sum((await buffer.counts(TASK)).values()) == 0
+            assert not waiting.done()
+        assert len((await asyncio.wait_for(waiting, 30)).groups) == 2
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+async def test_an_engine_that_hangs_or_fails_after_it_has_paused_goes_on(buffer: ReplayBuffer, hangs: bool) -> None:
+    class Half(SimulatedEngine):
+        async def pause(self, mode: Any = "abort") -> None:
+            await super().pause(mode)
+            if hangs:
+                await asyncio.Event().wait()
+            raise EngineError("some of the workers did not answer")
+
+    async with Half(lengths=4) as engine, producer_of(buffer, engine) as producer:
+        await producer.next_batch(2)
+        with pytest.raises(TimeoutError if hangs else EngineError):
+            async with asyncio.timeout(0.2), producer.update_weights({"seed": 1}):
+                raise AssertionError("unreachable")
+        for _ in range(3):
+            assert len((await asyncio.wait_for(producer.next_batch(2), 30)).groups) == 2
+
+
+def test_a_long_update_is_no_stall_and_the_silence_is_counted_from_its_end(url: str) -> None:
+    async def main() -> None:
+        costs = CostModel(tokens_per_second=10.0)
+        async with InlineReplayBuffer.open(url) as buffer, SimulatedEngine(lengths=300, costs=costs) as engine:
+            async with producer_of(buffer, engine, watchdog=Watchdog(first_seconds=60.0), on_stall="raise") as producer:
+                await producer.start(2)
+                await asyncio.sleep(10)
+                async with producer.update_weights({"seed": 1}):
+                    await asyncio.sleep(55)
+                batch = await producer.next_batch(2)
+            assert {tuple(set(state.versions.tolist())) for group in batch.groups for state in group.rollouts} == {(0, 1)}
+
+    virtual_time.run(main())

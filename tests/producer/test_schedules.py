@@ -1,4 +1,4 @@
-"""Over random schedules, in virtual time: nothing is lost or doubled, none is too stale, none starves, and no slot idles while work waits."""
+"""Over random schedules, in virtual time: nothing is lost or doubled, none too stale, none starves, no slot idles while work waits."""
 
 import asyncio
 import math
