@@ -284,7 +284,7 @@ _DONE = (Status.CONSUMED, Status.FAILED, Status.FILTERED)
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(schedule=schedules(early=st.just(0.0), tail=st.just((-1, 1)), redundant=st.just(False)))
+@given(schedule=schedules(early=st.just(0.0), failing=st.just(0.0), tail=st.just((-1, 1)), redundant=st.just(False)))
 def test_whenever_time_goes_on_as_much_is_in_flight_as_the_limits_allow(
     tmp_path_factory: pytest.TempPathFactory, schedule: Schedule
 ) -> None:
