@@ -10,6 +10,9 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from agent_loop.agent_loop import first_error
 from agent_loop.engines.base import Engine
 from agent_loop.errors import AgentLoopError, EngineClosedError, EngineDeadError, RequestRefusedError
@@ -100,6 +103,7 @@ class Sampler:
         adapter_name: str = "",
         *,
         num_samples: int = 1,
+        prompt_logprobs: bool = False,
     ) -> list[SampleResponse]:
         """Sample `num_samples` responses to each input, all at once.
 
@@ -112,6 +116,7 @@ class Sampler:
             sampling_params: an object, or a mapping of its fields; None takes the defaults.
             adapter_name: "" is the model itself. No engine has adapters yet: any other name is refused.
             num_samples: 1 or more.
+            prompt_logprobs: also score the prompts, which needs an engine with `capabilities.score`.
 
         Returns:
             One response for each input, in order; `[]` for no inputs.
@@ -122,7 +127,7 @@ class Sampler:
         """
         if whole("num_samples", num_samples) < 1:
             raise ValueError(f"num_samples={num_samples} asks for nothing; it must be 1 or more")
-        return [response for _, response in await self._sampled(inputs, sampling_params, adapter_name, num_samples)]
+        return [response for _, response in await self._sampled(inputs, sampling_params, adapter_name, num_samples, prompt_logprobs)]
 
     def sample_sync(
         self,
@@ -131,6 +136,7 @@ class Sampler:
         adapter_name: str = "",
         *,
         num_samples: int = 1,
+        prompt_logprobs: bool = False,
     ) -> list[SampleResponse]:
         """`sample` for callers that are not async.
 
@@ -141,7 +147,9 @@ class Sampler:
             RuntimeError: called on the engine's own event loop, which it would block for ever: await `sample` there.
             EngineClosedError: no event loop has the engine open.
         """
-        return self._sync(lambda: self.sample(inputs, sampling_params, adapter_name, num_samples=num_samples))
+        return self._sync(
+            lambda: self.sample(inputs, sampling_params, adapter_name, num_samples=num_samples, prompt_logprobs=prompt_logprobs)
+        )
 
     async def generate_from_prompts(
         self,
@@ -219,19 +227,27 @@ class Sampler:
         return call(loop, work())
 
     async def _sampled(
-        self, inputs: Input | Sequence[Input], given: SamplingParams | Mapping[str, Any] | None, adapter_name: str, num_samples: int
+        self,
+        inputs: Input | Sequence[Input],
+        given: SamplingParams | Mapping[str, Any] | None,
+        adapter_name: str,
+        num_samples: int,
+        prompt_logprobs: bool = False,
     ) -> list[tuple[Prompt, SampleResponse]]:
         self._here()
         if adapter_name:
             name = type(self.engine).__name__
             raise RequestRefusedError(f"unknown adapter {adapter_name!r}: {name} has none; leave adapter_name empty for the model itself")
+        if prompt_logprobs and not self.engine.capabilities.score:
+            raise RequestRefusedError(f"{type(self.engine).__name__} cannot score prompts; leave prompt_logprobs, or use another engine")
         params = given if isinstance(given, SamplingParams) else SamplingParams().overridden(given or {})
         prompts = [self._prompt(place, one, params) for place, one in enumerate(as_list(inputs))]
         seed = self._seed_of(next(self._drawn)) if params.seed is None else params.seed
         try:
             async with asyncio.TaskGroup() as tasks:
                 calls = [
-                    tasks.create_task(self._respond(place, prompt, how, seed, num_samples)) for place, (prompt, how) in enumerate(prompts)
+                    tasks.create_task(self._respond(place, prompt, how, seed, num_samples, prompt_logprobs))
+                    for place, (prompt, how) in enumerate(prompts)
                 ]
         except BaseExceptionGroup as errors:
             error = first_error(errors)
@@ -254,10 +270,13 @@ class Sampler:
         except (RequestRefusedError, ValueError) as error:
             raise (RequestRefusedError if type(error) is ValueError else type(error))(f"input {place}: {error}") from error
 
-    async def _respond(self, place: int, prompt: Prompt, params: SamplingParams, seed: int, num_samples: int) -> SampleResponse:
+    async def _respond(
+        self, place: int, prompt: Prompt, params: SamplingParams, seed: int, num_samples: int, prompt_logprobs: bool
+    ) -> SampleResponse:
         try:
             own = seed if params.seed is None else params.seed
-            return SampleResponse(prompt.ids, await self._sequences(prompt, params, (own, place), num_samples))
+            sequences = await self._sequences(prompt, params, (own, place), num_samples)
+            return SampleResponse(prompt.ids, sequences, await self._scored(prompt) if prompt_logprobs else None)
         except (EngineDeadError, EngineClosedError):
             raise  # of all inputs
         except AgentLoopError as error:
@@ -282,6 +301,10 @@ class Sampler:
         asked = params.of_request(params.max_tokens, _request_seed(*key))
         completion = await self.engine.generate(prompt.ids, asked, request_id=f"sampler-{next(_NUMBERS)}")
         return SampledSequence.of(completion, self._text(completion.token_ids.tolist()))
+
+    async def _scored(self, prompt: Prompt) -> NDArray[np.float32]:
+        """Log-probabilities of the prompt's tokens but the first: one alone has none."""
+        return await self.engine.score(prompt.ids) if prompt.ids.size > 1 else np.empty(0, np.float32)
 
     def _text(self, token_ids: list[int]) -> str | None:
         return None if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -48,7 +48,9 @@ class SampleResponse:
     Attributes:
         prompt_ids: (n,) int32, what the engine was given.
         sequences: as many as were asked for; beam search gives the best first.
+        prompt_logprobs: (n - 1,) float32, natural log, at temperature 1, of the prompt's tokens but the first; where they were asked for.
     """
 
     prompt_ids: NDArray[np.int32]
     sequences: tuple[SampledSequence, ...]
+    prompt_logprobs: NDArray[np.float32] | None = None

@@ -423,6 +423,13 @@ def test_names_listed_by_their_modules_exist() -> None:
             assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
 
 
+def test_engines_that_have_scores_are_those_of_the_code() -> None:
+    documented = {code(row[0])[0]: row[1] == "yes" for row in table("how-to/choose-an-engine.md", "Scores")}
+    listed = [(code(row[0])[0], code(row[1])[0]) for row in table("reference/api.md", "Engines")]
+    engines = [getattr(importlib.import_module(module), name) for module, name in listed]
+    assert documented == {engine.__name__: engine.score is not agent_loop.Engine.score for engine in engines}
+
+
 @pytest.mark.parametrize("module", [buffer.errors, agent_loop.errors, producer.errors], ids=lambda module: module.__name__)
 def test_every_error_is_listed_with_what_it_is(module: Any) -> None:
     documented = {code(row[0])[0]: set(code(row[1])) for row in table("reference/errors.md", f"`{module.__name__}`")}

@@ -81,6 +81,24 @@ async def test_a_chat_is_the_tokens_of_its_template(sampler: Sampler) -> None:
     assert len({tuple(response.sequences[0].token_ids.tolist()) for response in responses}) == 1
 
 
+async def test_prompts_are_scored_where_that_is_asked(sampler: Sampler) -> None:
+    prompts = [[5, 6, 7], [9]]
+    responses = await sampler.sample(prompts, SHORT, prompt_logprobs=True)
+    for prompt, response in zip(prompts, responses, strict=True):
+        assert response.prompt_logprobs is not None
+        # What the prompt's tokens would have been sampled with, one after the other.
+        tops = [await sampler.engine.top_tokens(prompt[:end], 512) for end in range(1, len(prompt))]
+        expected = [top.logprobs[top.token_ids == token][0] for top, token in zip(tops, prompt[1:], strict=True)]
+        np.testing.assert_allclose(response.prompt_logprobs, expected, atol=1e-4)
+    assert (await sampler.sample([5], SHORT))[0].prompt_logprobs is None
+
+
+async def test_prompts_are_not_scored_by_an_engine_that_cannot() -> None:
+    async with Sampler(SimulatedEngine(script=lambda prompt_ids: [7, 0])) as sampler:
+        with pytest.raises(RequestRefusedError, match="cannot score prompts"):
+            await sampler.sample([5], prompt_logprobs=True)
+
+
 async def test_interrupted_sequences_keep_their_tokens_and_say_so(sampler: Sampler) -> None:
     async with asyncio.TaskGroup() as tasks:
         call = tasks.create_task(sampler.sample([[5], [6]], SHORT.replace(max_tokens=400)))
