@@ -126,10 +126,11 @@ async def test_beside_training_an_update_of_the_weights_waits_for_it(buffer: Rep
 
 
 @pytest.mark.sqlite  # a response of 3000 tokens must outlast what the database does meanwhile
+@pytest.mark.parametrize("in_flight", ["keep", "interrupt"])
 @pytest.mark.parametrize("mode", ["keep", "abort", "wait"])
-async def test_weights_are_updated_while_all_tasks_are_in_flight(buffer: ReplayBuffer, mode: Any) -> None:
+async def test_weights_are_updated_while_all_tasks_are_in_flight(buffer: ReplayBuffer, mode: Any, in_flight: Any) -> None:
     async with Told(lengths=3000) as engine:
-        strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, in_flight="keep")
+        strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, in_flight=in_flight)
         async with manager_of(buffer, engine, strategy) as manager, asyncio.TaskGroup() as tasks:
             producing = tasks.create_task(manager.produce_batch(2))
             await engine.eight_asked.wait()
