@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from producer.experience.losses import Reduction, token_weights
+from producer.experience.losses import Reduction, Totals, token_weights
 from producer.experience.packing import IGNORED_LABEL, Layout
 from producer.experience.running import RunningMoments
 
@@ -100,9 +100,16 @@ class Experience:
         """(N, T) `returns` of the token that the logits here predict; None where there are none."""
         return None if self.returns is None else self.layout.shift(self.returns, 0.0)
 
-    def shift_weights(self, reduction: Reduction = "token-mean", *, max_length: int | None = None) -> NDArray[np.float64]:
+    @property
+    def totals(self) -> Totals:
+        """Trained tokens and sequences, to be added up over ranks that each have their own experience."""
+        return Totals(int(self.loss_mask.sum()), len(self.rollout_ids))
+
+    def shift_weights(
+        self, reduction: Reduction = "token-mean", *, max_length: int | None = None, totals: Totals | None = None
+    ) -> NDArray[np.float64]:
         """(N, T) weights for which `(loss * weights).sum()` over all rows is the reduction; see `losses.token_weights`."""
-        return token_weights(self.shift_mask, self.layout.sequence, reduction, max_length=max_length)
+        return token_weights(self.shift_mask, self.layout.sequence, reduction, max_length=max_length, totals=totals)
 
     def to_torch(self, device: "torch.device | str | None" = None) -> "dict[str, torch.Tensor]":
         """The (N, T) arrays and their shifted forms by name, as tensors on `device`; a micro-batch is the same rows of each."""

@@ -123,6 +123,16 @@ def test_a_log_probability_outside_the_mask_never_reaches_the_arrays() -> None:
     np.testing.assert_allclose(made.logprobs, [[0, -0.10, 0]])
 
 
+def test_weights_of_shards_add_up_to_the_whole() -> None:
+    groups = two_groups()
+    whole, shards = make_experience(groups), [make_experience([one], token_budget=9) for one in groups]
+    totals = shards[0].totals + shards[1].totals
+    assert totals == whole.totals
+    for reduction in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"):
+        found = sum((shard.shift_weights(reduction, totals=totals) * shard.shift_logprobs).sum() for shard in shards)
+        assert found == pytest.approx((whole.shift_weights(reduction) * whole.shift_logprobs).sum())
+
+
 def test_metrics_are_flat_and_finite() -> None:
     metrics = make_experience(two_groups(), token_budget=9).metrics
     assert metrics == pytest.approx(
