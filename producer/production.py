@@ -454,17 +454,20 @@ class Production:
         bars.in_flight(self._flight.members)
         if completed < self.batch.size:
             return None
-        if self._plan.max_staleness is not None:
+        if self._plan.max_staleness is None:
+            return version
+        oldest = await self._buffer.oldest_versions(self._task_name)
+        if any(at < version - self._plan.max_staleness for counted in oldest.values() for at in counted):
             await self._expire(version)
+            oldest = await self._buffer.oldest_versions(self._task_name)
             if await self._count(Status.COMPLETED) < self.batch.size:
                 self._changed.set()
                 return None
-        return version if not self._plan.waits or await self._in_time(version) else None
+        return version if not self._plan.waits or self._in_time(version, oldest) else None
 
-    async def _in_time(self, version: int) -> bool:
+    def _in_time(self, version: int, oldest: Mapping[Status, Mapping[int, int]]) -> bool:
         """Whether those that are not in this batch can be in later ones, before they are too stale."""
         assert self._plan.max_staleness is not None
-        oldest = await self._buffer.oldest_versions(self._task_name)
         completed, unfinished = _as_of(oldest[Status.COMPLETED], version), self._left_behind(oldest) + self._flight.oldest
         if completed.total() < self.batch.size or version != self.version:
             self._news.set()  # look again

@@ -341,6 +341,9 @@ class ReplayPromptSampler(PromptSampler):
     async def _claim(
         self, task_name: str, n: int, statuses: Sequence[Status], exclude: Collection[int], tail: Tail | None
     ) -> list[RolloutGroup]:
+        # Where the counts are in memory: claiming is a transaction, and mostly nothing is left behind.
+        if not self.buffer.shared and not sum([await self.buffer.count(task_name, status) for status in statuses]):
+            return []
         if tail is None:
             return await self.buffer.claim(task_name, n, statuses=statuses, exclude=exclude)
         if tail.now:
