@@ -29,9 +29,10 @@ def grpo(rewards: Rewards, group_ids: ArrayLike, *, scale: Scale = "group", ddof
         raise ValueError(f"unknown scale {scale!r}; known are {get_args(Scale)}")
     _check(ddof, eps)
     groups = Groups.of(rewards, group_ids)
+    centred = groups.centred()
     if scale == "none":
-        return groups.centred()
-    return divide(groups.centred(), (groups.std(ddof) if scale == "group" else groups.batch_std(ddof)) + eps)
+        return centred
+    return divide(centred, (groups.std(centred, ddof) if scale == "group" else groups.batch_std(ddof)) + eps)
 
 
 def dr_grpo(rewards: Rewards, group_ids: ArrayLike) -> NDArray[np.float64]:

@@ -59,9 +59,9 @@ class Groups:
             means = np.divide(self.sums(weights * self.above_least), total, out=np.zeros_like(total), where=total > 0)
         return np.where(self.scored, self.above_least - means[self.index], 0.0)
 
-    def std(self, ddof: int) -> NDArray[np.float64]:
-        """(N,) standard deviation of each member's group; 0 for a group of one."""
-        stds: NDArray[np.float64] = np.sqrt(self.sums(self.centred() ** 2) / np.maximum(self.counts - ddof, 1))
+    def std(self, centred: NDArray[np.float64], ddof: int) -> NDArray[np.float64]:
+        """(N,) standard deviation of each member's group, from what `centred()` gave; 0 for a group of one."""
+        stds: NDArray[np.float64] = np.sqrt(self.sums(centred**2) / np.maximum(self.counts - ddof, 1))
         return stds[self.index]
 
     def batch_std(self, ddof: int) -> NDArray[np.float64]:
