@@ -2,13 +2,17 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from buffer import ReplayBuffer, RolloutGroup, Status
 from buffer.errors import DatabaseError
-from tests.producer.kill_run import Plan, members
+from producer.shares import Allotment, allot
+from tests.producer.kill_plan import Plan
+from tests.producer.kill_told import members
 
 Rollout = tuple[int, int]
 """(group_id, index)"""
@@ -50,6 +54,8 @@ class Ledger:
         live: batches that are consumed now.
         undone: those with tokens of weights that the present process's rewind undid.
         expiring: by task the version that stale groups were last looked for with, in this process.
+        ever_undone: whether there ever were any.
+        updating: the step behind which the weights were being updated when the last process was killed.
         running, rewound, checkpoint: groups that run, groups consumed after the checkpoint, its step; all at the last look.
         said: how often each act was.
     """
@@ -69,6 +75,8 @@ class Ledger:
     checkpoint: int = 0
     committing: int = 0
     committed: int = 0
+    ever_undone: bool = False
+    updating: int | None = None
     opened: bool = False
     said: Counter[str] = field(default_factory=Counter)
 
@@ -89,9 +97,13 @@ class Ledger:
         assert line["step"] == self.checkpoint
         self.live = {batch for batch in self.live if batch[0] <= line["step"]}
         self.undone = {rollout for rollout, member in self.stored.items() if member.newest > line["step"]}
+        self.ever_undone |= bool(self.undone)
 
     def _resumed(self, line: dict[str, Any]) -> None:
         self.opened = True
+        if self.updating is not None:
+            self.said["rewound behind half an update"] += self.updating > line["step"] and line["rewound"] > 0
+            self.updating = None
         assert line["version"] == line["step"], "one update of the weights a step"
         assert line["rewound"] == self.rewound, "what was consumed after the checkpoint is given back, and nothing else"
         assert line["released"] == self.running, "what ran when the process was killed is interrupted, and nothing else"
@@ -146,8 +158,22 @@ class Ledger:
         self.taken[batch] = groups
         self.live.add(batch)
 
+    def _handed(self, line: dict[str, Any]) -> None:
+        bound = self.plan.max_staleness
+        assert bound is None or all(own is None or own <= bound for own in line["staleness"]), f"{line} exceeds the bound"
+
+    def _updating(self, line: dict[str, Any]) -> None:
+        self.updating = line["step"]
+
+    def _updated(self, line: dict[str, Any]) -> None:
+        self.updating = None
+
     def _expiring(self, line: dict[str, Any]) -> None:
         self.expiring[line["task"]] = line["version"]
+
+    def _expired(self, line: dict[str, Any]) -> None:
+        if self.plan.waits and self.plan.way != "manager" and not self.ever_undone:
+            assert line["n"] == 0, "what is waited for never gets too stale, where no weights were undone"
 
     def _committing(self, line: dict[str, Any]) -> None:
         self.committing = line["step"]
@@ -186,7 +212,17 @@ class Ledger:
             assert found[task][: len(acknowledged)] == acknowledged, "what was drawn is the group that it was"
         for task, drawn in rows.items():
             assert drawn == self.order[task][: len(drawn)], "each prompt is in one group, none is skipped, the order is that of the dataset"
+        self._check_ahead(groups)
         self.drawn = found  # a draw that was killed before it was acknowledged may have happened or not
+
+    def _check_ahead(self, groups: list[RolloutGroup]) -> None:
+        """What is drawn ahead to choose among is chosen among by the next process too; it does not draw as many more."""
+        if self.plan.order is None or self.plan.over_issue is None:
+            return
+        for task in self.plan.tasks:
+            at_once = ceil((1 + self.plan.over_issue) * (self.plan.total if self.plan.way == "manager" else task.batch_size))
+            waiting = sum(group.status is Status.PENDING and group.task_name == task.name for group in groups)
+            assert waiting <= 2 * at_once + 5, "a process chooses among what the one before it drew ahead"
 
     def _check_members(self, stored: dict[int, RolloutGroup]) -> None:
         for (group_id, index), member in self.stored.items():
@@ -213,12 +249,15 @@ class Ledger:
             if group.consumed_step is not None:
                 consumed.setdefault((group.consumed_step, group.task_name), []).append(group_id)
         for batch, groups in consumed.items():
-            assert len(groups) == self._batch_size(batch[1]), "a batch is taken whole"
+            assert len(groups) == self._batch_size(*batch), "a batch is taken whole"
             if batch in self.live:
                 assert set(groups) == set(self.taken[batch])
             else:
                 # Taken, and killed before it was told. It comes again too.
                 self.seen[batch] = set(groups)
+        if self.plan.way == "manager":
+            steps = Counter(step for step, _ in consumed)
+            assert all(n == len([share for share in self._shares(step).values() if share]) for step, n in steps.items()), "all or none"
 
     def _check_commits(self, groups: list[RolloutGroup]) -> None:
         archived = max((group.consumed_step or 0 for group in groups if group.status is Status.ARCHIVED), default=0)
@@ -263,10 +302,19 @@ class Ledger:
         return {group for batch in self.live for group in self.taken[batch]}
 
     def _members(self, group_id: int) -> list[Member]:
-        return [self.stored[group_id, index] for index in range(2)]
+        return [self.stored[group_id, index] for index in range(self.plan.members)]
 
-    def _batch_size(self, task_name: str) -> int:
+    def _batch_size(self, step: int, task_name: str) -> int:
+        if self.plan.way == "manager":
+            return self._shares(step)[task_name]
         return next(task.batch_size for task in self.plan.tasks if task.name == task_name)
+
+    def _shares(self, step: int) -> Mapping[str, int]:
+        """How the batch of a step is shared out in a run without kills."""
+        allotment = Allotment({}, {})
+        for _ in range(step):
+            allotment = allot(self.plan.total, self.plan.weights, allotment.carried)
+        return allotment.groups
 
     def _expires(self) -> bool:
         return self.plan.max_staleness is not None or self.plan.future == "expire"

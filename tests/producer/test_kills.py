@@ -22,17 +22,21 @@ from buffer import ReplayBuffer
 from tests import postgres
 from tests.buffer.groups import url
 from tests.producer.kill_ledger import Ledger, Row
-from tests.producer.kill_run import POLICIES, Plan, Task, as_arguments
+from tests.producer.kill_plan import POLICIES, Plan, Task, Way, as_arguments
 from tests.zygote import Moment, Zygote
 
 SEED = int(os.environ.get("KILLS_SEED", "0"))
 """Other runs, other moments. A failure names its own; moments are the same then as far as the machine's timing is."""
 
+AHEAD: tuple[Way, ...] = ("keep", "background", "manager")
+"""Ways in which groups run beyond their batch."""
+
 ACTS = [
     *("resuming", "resumed", "drawing", "drawn", "claiming", "claimed", "storing", "stored"),
-    *("taking", "taken", "saving", "saved", "committing", "committed"),
+    *("taking", "taken", "updating", "updated", "saving", "saved", "committing", "committed"),
 ]
 ROUNDS = {"sqlite": 6, "postgresql": 4}
+ROUNDS_AHEAD = {"sqlite": 3, "postgresql": 2}
 """At least: so many plans differ by their number."""
 
 EXPIRY = ["expiring", "expired"]
@@ -43,6 +47,7 @@ KILLS = {
     "sync": {"sqlite": 120, "postgresql": 30},
     "async": {"sqlite": 160, "postgresql": 40},
     "workers": {"sqlite": 24},
+    **{way: {"sqlite": 30, "postgresql": 8} for way in AHEAD},
 }
 LEAST = {"sqlite": 5, "postgresql": 1}
 """Of each act, in the rounds of a kind."""
@@ -74,6 +79,14 @@ def test_over_issuing_loses_nothing_and_does_nothing_twice(tmp_path: Path, zygot
     assert all(said[act] >= LEAST[backend] for act in ACTS + EXPIRY + CHECKPOINTS), said
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("way", AHEAD)
+def test_producing_ahead_loses_nothing_and_does_nothing_twice(tmp_path: Path, zygote: Zygote, backend: str, way: Way) -> None:
+    said = play(zygote, tmp_path, way, backend)  # cases 13, 14, 32
+    assert all(said[act] >= LEAST[backend] for act in ACTS + EXPIRY + CHECKPOINTS), said
+    assert backend == "postgresql" or said["rewound behind half an update"] > 0, said
+
+
 @pytest.mark.sqlite
 @pytest.mark.timeout(300)
 def test_rows_of_dataloaders_with_workers_come_in_their_order(tmp_path: Path, zygote_with_torch: Zygote, backend: str) -> None:
@@ -83,7 +96,8 @@ def test_rows_of_dataloaders_with_workers_come_in_their_order(tmp_path: Path, zy
 def play(zygote: Zygote, folder: Path, kind: str, backend: str) -> Counter[str]:
     """Rounds until enough processes were killed; how often each act was told."""
     said, done, number = Counter[str](), 0, 0
-    while done < KILLS[kind][backend] or number < ROUNDS[backend]:
+    rounds = (ROUNDS_AHEAD if kind in AHEAD else ROUNDS)[backend]
+    while done < KILLS[kind][backend] or number < rounds:
         chance = random.Random(f"{SEED}-{kind}-{number}")
         plan = a_plan(chance, kind, number)
         if backend == "postgresql":
@@ -110,7 +124,7 @@ def a_plan(chance: random.Random, kind: str, number: int) -> Plan:
         workers, rows_a_read = [(2, None), (2, 3), (0, 2)][number % 3]
         shuffled = replace(shuffled, workers=workers, rows_a_read=rows_a_read)
         return replace(plan, tasks=(shuffled, replace(ordered, workers=1, rows_a_read=2)), steps=4, over_issue=[None, 0.5][number % 2])
-    return replace(
+    plan = replace(
         plan,
         over_issue=chance.choice([0.5, 1.0, 2.0]),
         keep_tokens=chance.random() < 0.7,
@@ -119,6 +133,28 @@ def a_plan(chance: random.Random, kind: str, number: int) -> Plan:
         policy=chance.choice(list(POLICIES)),
         future=["keep", "keep", "keep", "expire"][number % 4],
     )
+    return plan if kind == "async" else a_plan_ahead(chance, plan, kind, number)
+
+
+def a_plan_ahead(chance: random.Random, plan: Plan, kind: str, number: int) -> Plan:
+    """Everything that strategies and samplers can be told, at random; what is checked by number comes in every few rounds."""
+    redundant = chance.choice([0, 0, 1])
+    return replace(
+        plan,
+        way=next(way for way in AHEAD if way == kind),
+        steps=5,
+        every=[2, 1, 3][number % 3],
+        max_staleness=[1, None, 2, 0][number % 4],
+        on_stale=chance.choice(["wait", "expire", "mask"]),
+        tail=chance.choice([(-1, 1), (0, 1), (2, 2)]),
+        redundant=redundant,
+        judged_together=not redundant and chance.random() < 0.3,
+        max_in_flight=chance.choice([None, 6]),
+        order=chance.choice([None, "longest", "windows"]),
+        mode=chance.choice(["keep", "abort", "wait"]),
+        tokens_per_second=chance.choice([None, 4000.0]),
+        update_seconds=0.003,
+    )
 
 
 def begin(zygote: Zygote, folder: Path, plan: Plan) -> Ledger:
@@ -126,7 +162,7 @@ def begin(zygote: Zygote, folder: Path, plan: Plan) -> Ledger:
     whole = folder / "whole"
     whole.mkdir(parents=True)
     plan, undisturbed = replace(plan, folder=str(folder), url=url(folder)), replace(plan, folder=str(whole), url=url(whole))
-    draws = 0 if plan.over_issue is None else 3 * plan.steps * max(task.batch_size for task in plan.tasks)
+    draws = 0 if plan.over_issue is None else 3 * plan.steps * max(task.batch_size for task in plan.tasks) + 40 * (plan.order is not None)
     order: dict[str, list[Row]] = {task.name: [] for task in plan.tasks}
     for line in zygote.start(**as_arguments(undisturbed), draws=draws).ended():
         if line["what"] == "drawn":
@@ -138,10 +174,17 @@ def play_round(zygote: Zygote, ledger: Ledger, chance: random.Random) -> int:
     """Start the run, kill it, look, and again until it ends by itself; the number of kills."""
     acts = ACTS + EXPIRY * (ledger.plan.max_staleness is not None) + CHECKPOINTS * (ledger.plan.checkpoint_tokens is not None)
     kills, at_start = 0, 0.03 if is_file(ledger.plan) else 0.15
-    while was_killed(zygote, ledger, Moment.any(chance, at_start=at_start, lines=60, whats=acts), chance.random() < 1 / 3):
+    while was_killed(zygote, ledger, a_moment(chance, ledger.plan, kills, at_start, acts), chance.random() < 1 / 3):
         kills += 1
     compare(ledger)
     return kills
+
+
+def a_moment(chance: random.Random, plan: Plan, kills: int, at_start: float, acts: list[str]) -> Moment:
+    """When to kill next. Where groups run ahead, each fourth time while weights are updated."""
+    if plan.way in AHEAD and kills % 4 == 3:
+        return Moment(chance.randint(1, 3), chance.random() * plan.update_seconds, "updating")
+    return Moment.any(chance, at_start=at_start, lines=60 if plan.way not in AHEAD else 120, whats=acts)
 
 
 def is_file(plan: Plan) -> bool:
