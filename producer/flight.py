@@ -149,6 +149,10 @@ class Flight:
         """Groups in flight that may have tokens of a version before `version`."""
         return [group_id for group_id, flying in self._flying.items() if flying.oldest < version]
 
+    def not_asked(self, group_ids: Collection[int]) -> list[int]:
+        """Those that were not told to stop yet."""
+        return [group_id for group_id in group_ids if group_id not in self._asked]
+
     def start(self, group: RolloutGroup, version: int) -> None:
         """Run a claimed group, with the policy now at `version`."""
         group_id, oldest = group.group_id, group.min_version
@@ -195,6 +199,8 @@ class Flight:
 
     async def interrupt(self, group_ids: Collection[int]) -> None:
         """Tell groups to stop where they are; their outcomes come. An engine that is gone has told them already."""
+        if not group_ids:
+            return
         self._asked.update(self._flying.keys() & group_ids)
         with suppress(TimeoutError, EngineDeadError, EngineClosedError):
             async with asyncio.timeout(self._timeout):

