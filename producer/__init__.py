@@ -9,8 +9,8 @@ from producer.filters import GroupFilter, all_of, pass_rate, zero_variance
 from producer.manager import TaskManager
 from producer.members import RedundantMembers
 from producer.part import TrainingTask
+from producer.plan import ProducedBatch
 from producer.predict import LongestPredictedFirst, SimilarPredictedTogether, SortedWindows
-from producer.production import ProducedBatch
 from producer.prompts import PromptSampler, ReplayPromptSampler
 from producer.replay import ReplaySource
 from producer.strategy import ProduceStrategy

@@ -12,7 +12,8 @@ from agent_loop.sampling import whole
 from buffer import ReplayBuffer
 from producer.errors import ProducerError
 from producer.gate import Gate, paused
-from producer.production import ProducedBatch, Production
+from producer.plan import ProducedBatch
+from producer.production import Production
 from producer.prompts import PromptSampler
 from producer.strategy import ProduceStrategy
 

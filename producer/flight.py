@@ -159,7 +159,7 @@ class Flight:
         members = sum(state.status is not Status.COMPLETED for state in group.rollouts)
         self._flying[group_id] = Flying(version if oldest is None else min(version, oldest), members, group, self._clock())
         self._change_members(members)
-        self._runner.unstored.add(group_id)
+        self._runner.begins(group_id)
         self._asked.discard(group_id)
         self._checkpoints.watch(group, lambda member: self._member_ended(group_id, member))
         self._pool.start(group_id, self._runner.run(group, self._checkpoints, self._asked))

@@ -21,7 +21,7 @@ from producer.metrics import Metrics
 from producer.part import Part, TrainingTask
 from producer.permits import Permits
 from producer.pinning import Pins
-from producer.production import ProducedBatch
+from producer.plan import ProducedBatch
 from producer.shares import allotments, checked_weights
 
 _log = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from agent_loop import AgentLoop
 from buffer import ReplayBuffer, RolloutGroup
 from producer.errors import ProducerError
 from producer.permits import Permits
-from producer.production import ProducedBatch, Production
+from producer.plan import ProducedBatch
+from producer.production import Production
 from producer.prompts import PromptSampler
 from producer.strategy import ProduceStrategy
 

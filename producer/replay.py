@@ -6,7 +6,7 @@ from agent_loop.sampling import whole
 from buffer import RecordedStep, ReplayBuffer, Status
 from producer.errors import ProducerError
 from producer.metrics import batch_statistics
-from producer.production import ProducedBatch
+from producer.plan import ProducedBatch
 
 
 class ReplaySource:

@@ -61,6 +61,11 @@ class GroupRunner:
         self._redundant = redundant
         self._surplus: dict[int, SurplusStop] = {}
 
+    def begins(self, group_id: int) -> None:
+        """The group was claimed for this runner, perhaps after it had been lost."""
+        self.unstored.add(group_id)
+        self._lost.pop(group_id, None)
+
     def lost(self, group_id: int, reason: str) -> None:
         """The group is another producer's by now: nothing is to be stored of it."""
         self._lost[group_id] = reason

@@ -18,7 +18,8 @@ from producer.flight import Rules
 from producer.issue import Load, check_tail_options
 from producer.members import RedundantMembers
 from producer.metrics import Books
-from producer.production import OnStale, OnStall, Plan, ProducedBatch, Production
+from producer.plan import OnStale, OnStall, Plan, ProducedBatch
+from producer.production import Production
 from producer.prompts import PromptSampler
 from producer.watchdog import Watchdog
 
