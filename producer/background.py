@@ -69,12 +69,15 @@ class Producer:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         tasks, self._tasks = self._tasks, None
         assert tasks is not None
+        production = self._production
         try:
             await self.close()
         except BaseException as stopped:
             await tasks.__aexit__(type(stopped), stopped, stopped.__traceback__)
             raise
         await tasks.__aexit__(None, None, None)
+        if kind is None and production is not None:
+            production.check()  # nobody asked for a batch since, and would never hear of it
 
     async def close(self) -> None:
         """Stop: what runs is interrupted and stored. The next batch that is asked for begins anew."""

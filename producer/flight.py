@@ -118,6 +118,11 @@ class Flight:
         return len(self._flying)
 
     @property
+    def failed(self) -> bool:
+        """Whether one of them raised: the others are being stored, and then the error leaves the block."""
+        return self._pool.failed
+
+    @property
     def members(self) -> int:
         """Rollouts that were started and have not ended."""
         return self._members

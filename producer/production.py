@@ -132,7 +132,8 @@ class Production:
     async def close(self) -> None:
         """Stop: what runs is interrupted and stored. An error on the way is told by `check`."""
         if self._task is not None:
-            self._task.cancel()
+            if not self._flight.failed:  # else it ends by itself, with the error
+                self._task.cancel()
             try:
                 await asyncio.wait([self._task])
             except asyncio.CancelledError:

@@ -22,6 +22,8 @@ class TaskPool(Generic[T]):
         self._group, self._on_change = asyncio.TaskGroup(), on_change
         self._running: dict[Hashable, asyncio.Task[None]] = {}
         self._results: list[T] = []
+        self.failed = False
+        """Whether a task raised: the others are being cancelled."""
 
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
@@ -62,6 +64,9 @@ class TaskPool(Generic[T]):
             # The task that it came to has ended the loop's run with it already. Raised by this one too, it would end the run
             # in which everything else is being stored.
             raise asyncio.CancelledError from error
+        except Exception:
+            self.failed = True
+            raise
         # Together, before anyone else runs: a task that is counted as running beside its own result is waited for in vain.
         self._running.pop(key)
         self._results.append(result)

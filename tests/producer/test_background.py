@@ -142,6 +142,25 @@ async def test_what_fails_while_nobody_waits_is_told_to_whoever_asks_next_and_on
             assert len((await producer.next_batch(4)).groups) == 4
 
 
+async def test_what_nobody_was_told_is_raised_when_the_producer_is_left(buffer: ReplayBuffer) -> None:
+    dead = False
+
+    def fail(request_id: str, attempt: int) -> Exception | None:
+        return EngineDeadError("fell off the bus") if dead else None
+
+    async with SimulatedEngine(lengths=4, fail=fail) as engine:
+        with pytest.raises(EngineDeadError, match="fell off the bus"):
+            async with producer_of(buffer, engine) as producer:
+                await producer.next_batch(2)
+                await buffer.wait_for(TASK, Status.COMPLETED, 4, timeout=20)
+                dead = True
+                await producer.next_batch(2)
+                await buffer.wait_for(TASK, Status.INTERRUPTED, timeout=20)
+                for _ in range(1000):
+                    await asyncio.sleep(0)
+    assert await buffer.count(TASK, Status.RUNNING) == 0
+
+
 async def test_a_budget_that_is_spent_ends_it_with_the_cause(buffer: ReplayBuffer) -> None:
     def rejects(group: Any) -> str:
         return "never good enough"
