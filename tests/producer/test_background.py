@@ -60,7 +60,7 @@ async def test_batches_come_one_after_the_other_and_every_prompt_is_in_one_group
     drawn = [offset for batch in batches for offset in offsets(batch)]
     assert len(drawn) == len(set(drawn)) == 15
     counts = await buffer.counts(TASK)
-    assert (counts[Status.RUNNING], counts[Status.PENDING]) == (0, 0)
+    assert counts[Status.RUNNING] == 0  # what it was just drawing may be pending
     assert sum(counts.values()) == max(group.position.offset for group in await buffer.query(limit=100) if group.position) + 1
 
 
