@@ -148,16 +148,18 @@ async def test_what_nobody_was_told_is_raised_when_the_producer_is_left(buffer: 
     def fail(request_id: str, attempt: int) -> Exception | None:
         return EngineDeadError("fell off the bus") if dead else None
 
+    async def leave_it_dying(engine: SimulatedEngine) -> None:
+        nonlocal dead
+        async with producer_of(buffer, engine) as producer:
+            await producer.next_batch(2)
+            await buffer.wait_for(TASK, Status.COMPLETED, 4, timeout=20)
+            dead = True
+            await producer.next_batch(2)
+            await buffer.wait_for(TASK, Status.INTERRUPTED, timeout=20)
+
     async with SimulatedEngine(lengths=4, fail=fail) as engine:
         with pytest.raises(EngineDeadError, match="fell off the bus"):
-            async with producer_of(buffer, engine) as producer:
-                await producer.next_batch(2)
-                await buffer.wait_for(TASK, Status.COMPLETED, 4, timeout=20)
-                dead = True
-                await producer.next_batch(2)
-                await buffer.wait_for(TASK, Status.INTERRUPTED, timeout=20)
-                for _ in range(1000):
-                    await asyncio.sleep(0)
+            await leave_it_dying(engine)
     assert await buffer.count(TASK, Status.RUNNING) == 0
 
 
