@@ -1,7 +1,7 @@
 """A plain discrete-event model of what order and bounds make of batches: `python -m benchmarks.scheduling_model`.
 
 It knows no event loop, no buffer and no strategy: responses of given lengths in slots of constant speed, and the rules. What the
-strategies reach is compared with it (`tests/simulate/test_model.py`), and docs/explanation/scheduling.md tells what it found.
+strategies reach is compared with it (`tests/simulate/test_plain_model.py`), and docs/explanation/scheduling.md tells what it found.
 
 Time is counted while the engine decodes; a pause of the whole engine at each update of the weights adds to it afterwards.
 """
