@@ -264,7 +264,10 @@ class Production:
         self._none_claimed.clear()
         try:
             groups = await self._sampler.sample_many(self._task_name, n, buffer=self._buffer, exclude=exclude, tail=self.batch.tail)
+            # While these were drawn one that ran may have ended early, been stored, and been offered: its outcome is there by now.
+            self._record(self._flight.ended())
             for group in groups:
+                self.batch.resting.discard(group.group_id)
                 self._books.ledger.started(group.group_id, _now())
                 self._flight.start(group, self.version)
         finally:
