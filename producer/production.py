@@ -266,10 +266,13 @@ class Production:
             groups = await self._sampler.sample_many(self._task_name, n, buffer=self._buffer, exclude=exclude, tail=self.batch.tail)
             # While these were drawn one that ran may have ended early, been stored, and been offered: its outcome is there by now.
             self._record(self._flight.ended())
+            before = self._flight.members
             for group in groups:
                 self.batch.resting.discard(group.group_id)
                 self._books.ledger.started(group.group_id, _now())
                 self._flight.start(group, self.version)
+            if self._held_back and self._flight.members - before < len(groups) * self._sampler.group_size:
+                self._changed.set()  # groups of which some members are whole left room for another one
         finally:
             self._none_claimed.set()
             if self._permits is not None:

@@ -19,7 +19,8 @@ class SurplusStop:
 
     def __init__(self, agent_loop: AgentLoop, group: RolloutGroup, redundant: RedundantMembers) -> None:
         self._agent_loop, self._group, self._redundant = agent_loop, group, redundant
-        self._completed = [state.index for state in group.rollouts if state.status is Status.COMPLETED]
+        # One that was left out stays so when its siblings run again, having expired: it is not among those that are enough.
+        self._completed = [state.index for state in group.rollouts if state.status is Status.COMPLETED and not state.left_out]
         self._enough = asyncio.Event()
         self._look()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,15 +79,16 @@ def test_giving_up_beams_early_loses_nothing(beams: int, penalty: float, weights
             ended: Ranked = []
             running: Ranked = [(0.0, ())]
             for length in range(1, 6):
-                grown = sorted(
-                    (cost - float(engine.reference_logprobs([4, *tokens], [token], 1)[0]), (*tokens, token))
-                    for cost, tokens in running
+                # In the search's own arithmetic: two orders of the same steps are equally likely, and a last bit must not rank them.
+                grown = [
+                    (total + float(np.float32(engine.reference_logprobs([4, *tokens], [token], 1)[0])), (*tokens, token))
+                    for total, tokens in running
                     for token in range(5)
-                )
-                ended += [(cost / length**penalty, tokens) for cost, tokens in grown[:beams] if tokens[-1] == 0]
-                running = [(cost, tokens) for cost, tokens in grown if tokens[-1] != 0][:beams]
-            ended += [(cost / 5**penalty, tokens) for cost, tokens in running]
-        ended.sort()
+                ]
+                grown.sort(key=lambda one: (-one[0] / math.pow(len(one[1]), penalty), one[1]))
+                ended += [one for one in grown[:beams] if one[1][-1] == 0]
+                running = [one for one in grown if one[1][-1] != 0][:beams]
+        ended = sorted(((-total / math.pow(len(tokens), penalty), tokens) for total, tokens in ended + running))
         assert [tuple(one.token_ids.tolist()) for one in response.sequences] == [tokens for _, tokens in ended[:beams]]
 
     asyncio.run(search())
