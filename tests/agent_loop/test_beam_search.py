@@ -78,7 +78,7 @@ def test_giving_up_beams_early_loses_nothing(beams: int, penalty: float, weights
             )
             ended: Ranked = []
             running: Ranked = [(0.0, ())]
-            for length in range(1, 6):
+            for _ in range(1, 6):
                 # In the search's own arithmetic: two orders of the same steps are equally likely, and a last bit must not rank them.
                 grown = [
                     (total + float(np.float32(engine.reference_logprobs([4, *tokens], [token], 1)[0])), (*tokens, token))
