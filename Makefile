@@ -36,6 +36,7 @@ lint: $(VENV)/lint.stamp  ## style, types and the floors between the packages
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: export VLLM_CPU_KVCACHE_SPACE ?= 1
 bench: $(VENV)/test.stamp  ## the benchmarks, each a table of ratios
 	for name in benchmarks/bench_*.py; do echo "== $$name"; $(BIN)/python -m benchmarks.$$(basename $$name .py) || exit 1; done
 
