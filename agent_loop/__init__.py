@@ -4,6 +4,7 @@ Engines are imported from their own modules (`agent_loop.engines.vllm`, ...), so
 """
 
 from agent_loop.agent_loop import AgentLoop
+from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import Capabilities, Completion, Engine, EngineLoad, TopTokens
 from agent_loop.sampler import Sampler
 from agent_loop.sampler_registry import create_sampler, register_sampler
@@ -12,6 +13,7 @@ from agent_loop.sampling import SamplingParams
 from agent_loop.single_turn import SingleTurnAgentLoop
 
 __all__ = [
+    "Adapter",
     "AgentLoop",
     "Capabilities",
     "Completion",

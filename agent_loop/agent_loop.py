@@ -43,6 +43,8 @@ class AgentLoop(ABC):
 
     Args:
         engine: which samples; None for a loop that calls something else.
+        adapter: the name of an adapter of the engine, which is then the policy: it samples, its version is stamped on the tokens, and
+            `self.engine` is `engine.with_adapter(adapter)`. It need not be there yet. None: the model itself.
         reward: gives the score of a finished rollout; None leaves it unscored.
         group_reward: in its place, gives the scores of a group's finished rollouts, in order; asked when all are finished.
         min_group_size: a rollout that failed for good fails its group, since that needs all its members; with this it is
@@ -58,6 +60,7 @@ class AgentLoop(ABC):
         engine: Engine | None = None,
         reward: Reward | None = None,
         *,
+        adapter: str | None = None,
         group_reward: GroupReward | None = None,
         min_group_size: int | None = None,
         sampling: SamplingParams | None = None,
@@ -74,7 +77,10 @@ class AgentLoop(ABC):
             raise ValueError(f"reward_timeout={reward_timeout} s leaves no time; it must be above 0")
         if number("back_off", back_off) < 0:
             raise ValueError(f"back_off={back_off} s is negative; it must be 0 or more")
-        self.engine, self.reward, self.group_reward = engine, reward, group_reward
+        if adapter is not None and engine is None:
+            raise ValueError(f"adapter={adapter!r:.60} needs an engine that has it; pass engine=")
+        self.engine = engine if engine is None or adapter is None else engine.with_adapter(adapter)
+        self.reward, self.group_reward = reward, group_reward
         self._min_group_size = min_group_size
         self.sampling = sampling or SamplingParams()
         self._reward_timeout, self._max_attempts, self._back_off = reward_timeout, max_attempts, back_off

@@ -123,14 +123,14 @@ class BeamSearchSampler(Sampler):
         raise TypeError(NOT_FOR_TRAINING)
 
     async def _sequences(
-        self, prompt: Prompt, params: SamplingParams, key: tuple[int, int], num_samples: int
+        self, engine: Engine, prompt: Prompt, params: SamplingParams, key: tuple[int, int], num_samples: int
     ) -> tuple[SampledSequence, ...]:
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.engine.eos_token_ids)
         search = Search(self.beams, stops, params.max_tokens, self.length_penalty)
         count = min(search.needed, self.engine.vocab_size)
         self._check(params, num_samples, count)
         while search.running:
-            search.step(await self._likely(prompt, search.running, count))
+            search.step(await _likely(engine, prompt, search.running, count))
         return tuple(self._sequence(beam, reason) for beam, reason in search.finished[:num_samples])
 
     def _check(self, params: SamplingParams, num_samples: int, count: int) -> None:
@@ -147,18 +147,17 @@ class BeamSearchSampler(Sampler):
                 "or an engine that tells more (VLLMEngine: max_logprobs)"
             )
 
-    async def _likely(self, prompt: Prompt, beams: list[Beam], count: int) -> list[TopTokens]:
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                calls = [
-                    tasks.create_task(self.engine.top_tokens(np.concatenate([prompt.ids, np.array(beam.token_ids, np.int32)]), count))
-                    for beam in beams
-                ]
-        except BaseExceptionGroup as errors:
-            error = first_error(errors)
-            raise error from error.__cause__
-        return [call.result() for call in calls]
-
     def _sequence(self, beam: Beam, reason: FinishReason) -> SampledSequence:
         completion = Completion.of(beam.token_ids, beam.logprobs, beam.versions, reason)
         return SampledSequence.of(completion, self._text(list(beam.token_ids)), beam.score(self.length_penalty))
+
+
+async def _likely(engine: Engine, prompt: Prompt, beams: list[Beam], count: int) -> list[TopTokens]:
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            contexts = [np.concatenate([prompt.ids, np.array(beam.token_ids, np.int32)]) for beam in beams]
+            calls = [tasks.create_task(engine.top_tokens(context, count)) for context in contexts]
+    except BaseExceptionGroup as errors:
+        error = first_error(errors)
+        raise error from error.__cause__
+    return [call.result() for call in calls]

@@ -25,5 +25,9 @@ class WeightUpdateError(EngineError):
     """New weights could not be put in force; the old weights and version still are."""
 
 
+class AdapterError(WeightUpdateError):
+    """An adapter could not be loaded; it is not there, and what was there still is."""
+
+
 class RewardError(AgentLoopError):
     """A reward function raised, took too long, or gave something that is not a finite number."""

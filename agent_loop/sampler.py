@@ -5,16 +5,17 @@ import hashlib
 import itertools
 import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agent_loop.agent_loop import first_error
-from agent_loop.engines.base import Engine
+from agent_loop.engines.adapters import Adapter
+from agent_loop.engines.base import Engine, WeightSource
 from agent_loop.errors import AgentLoopError, EngineClosedError, EngineDeadError, RequestRefusedError
 from agent_loop.loop_thread import LoopThread, call
 from agent_loop.rewards import GroupReward, Reward
@@ -104,6 +105,7 @@ class Sampler:
         *,
         num_samples: int = 1,
         prompt_logprobs: bool = False,
+        use_base_model: bool = False,
     ) -> list[SampleResponse]:
         """Sample `num_samples` responses to each input, all at once.
 
@@ -114,20 +116,23 @@ class Sampler:
             inputs: one or many of: token ids (list, array, or a row with `prompt_ids`), a chat (a list of messages, or a row with
                 `messages` and maybe `tools`), or a row with text as `prompt`. A row's `sampling` overrides the parameters.
             sampling_params: an object, or a mapping of its fields; None takes the defaults.
-            adapter_name: "" is the model itself. No engine has adapters yet: any other name is refused.
+            adapter_name: of an adapter of the engine, whose newest version samples all of this call. "" is the sampler's engine as it is.
             num_samples: 1 or more.
             prompt_logprobs: also score the prompts, which needs an engine with `capabilities.score`.
+            use_base_model: with every adapter off, whatever `adapter_name` says and the sampler's engine is made with.
 
         Returns:
             One response for each input, in order; `[]` for no inputs.
 
         Raises:
-            RequestRefusedError: an input that can never succeed, named by its number, before anything is generated.
+            RequestRefusedError: an input that can never succeed, named by its number, before anything is generated; or an adapter that is
+                not there.
             EngineError: a request failed; the others are cancelled.
         """
         if whole("num_samples", num_samples) < 1:
             raise ValueError(f"num_samples={num_samples} asks for nothing; it must be 1 or more")
-        return [response for _, response in await self._sampled(inputs, sampling_params, adapter_name, num_samples, prompt_logprobs)]
+        asked = Asked(adapter_name, use_base_model, num_samples, prompt_logprobs)
+        return [response for _, response in await self._sampled(inputs, sampling_params, asked)]
 
     def sample_sync(
         self,
@@ -137,6 +142,7 @@ class Sampler:
         *,
         num_samples: int = 1,
         prompt_logprobs: bool = False,
+        use_base_model: bool = False,
     ) -> list[SampleResponse]:
         """`sample` for callers that are not async.
 
@@ -147,9 +153,8 @@ class Sampler:
             RuntimeError: called on the engine's own event loop, which it would block for ever: await `sample` there.
             EngineClosedError: no event loop has the engine open.
         """
-        return self._sync(
-            lambda: self.sample(inputs, sampling_params, adapter_name, num_samples=num_samples, prompt_logprobs=prompt_logprobs)
-        )
+        options: dict[str, Any] = {"num_samples": num_samples, "prompt_logprobs": prompt_logprobs, "use_base_model": use_base_model}
+        return self._sync(lambda: self.sample(inputs, sampling_params, adapter_name, **options))
 
     async def generate_from_prompts(
         self,
@@ -158,13 +163,15 @@ class Sampler:
         adapter_name: str = "",
         *,
         num_samples: int = 1,
+        use_base_model: bool = False,
     ) -> list[SampleResponse]:
         """`sample` for text: each prompt is encoded as it is, without a chat template."""
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         for place, prompt in enumerate(listed):
             if not isinstance(prompt, str):
                 raise RequestRefusedError(f"prompt {place} is {prompt!r:.60}, no text; sample() takes token ids and chats")
-        return await self.sample([{"prompt": prompt} for prompt in listed], sampling_params, adapter_name, num_samples=num_samples)
+        rows = [{"prompt": prompt} for prompt in listed]
+        return await self.sample(rows, sampling_params, adapter_name, num_samples=num_samples, use_base_model=use_base_model)
 
     async def generate_and_score(
         self,
@@ -176,6 +183,7 @@ class Sampler:
         group_reward: GroupReward | None = None,
         num_samples: int = 1,
         reward_timeout: float = 60.0,
+        use_base_model: bool = False,
     ) -> list[SampleResponse]:
         """`sample`, and have each sequence judged; see `agent_loop.rewards`.
 
@@ -191,6 +199,7 @@ class Sampler:
             group_reward: gives the scores of an input's finished sequences, in order.
             num_samples: 1 or more.
             reward_timeout: seconds for one judgement.
+            use_base_model: as of `sample`.
         """
         if (reward is None) == (group_reward is None):
             raise ValueError("generate_and_score needs one judge; pass either reward or group_reward")
@@ -198,8 +207,22 @@ class Sampler:
             raise ValueError(f"reward_timeout={reward_timeout} s leaves no time; it must be above 0")
         if whole("num_samples", num_samples) < 1:
             raise ValueError(f"num_samples={num_samples} asks for nothing; it must be 1 or more")
-        pairs = await self._sampled(inputs, sampling_params, adapter_name, num_samples)
+        pairs = await self._sampled(inputs, sampling_params, Asked(adapter_name, use_base_model, num_samples))
         return await Judge(reward, group_reward, reward_timeout).all(pairs)
+
+    async def add_adapter(self, name: str, path: WeightSource, version: int | None = None, *, keep: int = 2) -> Adapter:
+        """Load a LoRA adapter into the engine, or a new version of one; see `Engine.add_adapter`. `sample` then takes its name."""
+        return await self.engine.add_adapter(name, path, version, keep=keep)
+
+    add_adapter_to_model = add_adapter
+
+    async def remove_adapter(self, name: str) -> None:
+        """Take all versions of an adapter out of the engine; see `Engine.remove_adapter`."""
+        await self.engine.remove_adapter(name)
+
+    def add_adapter_sync(self, name: str, path: WeightSource, version: int | None = None, *, keep: int = 2) -> Adapter:
+        """`add_adapter` for callers that are not async; as `sample_sync`."""
+        return self._sync(lambda: self.add_adapter(name, path, version, keep=keep))
 
     def set_template(self, template: Any = None) -> None:
         """Say how chats become token ids.
@@ -227,31 +250,27 @@ class Sampler:
         return call(loop, work())
 
     async def _sampled(
-        self,
-        inputs: Input | Sequence[Input],
-        given: SamplingParams | Mapping[str, Any] | None,
-        adapter_name: str,
-        num_samples: int,
-        prompt_logprobs: bool = False,
+        self, inputs: Input | Sequence[Input], given: SamplingParams | Mapping[str, Any] | None, asked: "Asked"
     ) -> list[tuple[Prompt, SampleResponse]]:
         self._here()
-        if adapter_name:
-            name = type(self.engine).__name__
-            raise RequestRefusedError(f"unknown adapter {adapter_name!r}: {name} has none; leave adapter_name empty for the model itself")
-        if prompt_logprobs and not self.engine.capabilities.score:
+        adapter = self.engine.check_adapter(asked.adapter_name) if asked.adapter_name else None
+        if asked.prompt_logprobs and not self.engine.capabilities.score:
             raise RequestRefusedError(f"{type(self.engine).__name__} cannot score prompts; leave prompt_logprobs, or use another engine")
         params = given if isinstance(given, SamplingParams) else SamplingParams().overridden(given or {})
         prompts = [self._prompt(place, one, params) for place, one in enumerate(as_list(inputs))]
         seed = self._seed_of(next(self._drawn)) if params.seed is None else params.seed
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                calls = [
-                    tasks.create_task(self._respond(place, prompt, how, seed, num_samples, prompt_logprobs))
-                    for place, (prompt, how) in enumerate(prompts)
-                ]
-        except BaseExceptionGroup as errors:
-            error = first_error(errors)
-            raise error from error.__cause__
+        # Held: one version samples and scores all of it, whatever is added meanwhile.
+        policy = self.engine.base_model if asked.use_base_model else self.engine
+        with nullcontext(policy) if adapter is None or asked.use_base_model else self.engine.hold_adapter(adapter) as engine:
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    calls = [
+                        tasks.create_task(self._respond(engine, place, prompt, how, seed, asked))
+                        for place, (prompt, how) in enumerate(prompts)
+                    ]
+            except BaseExceptionGroup as errors:
+                error = first_error(errors)
+                raise error from error.__cause__
         return [(prompt, call.result()) for (prompt, _), call in zip(prompts, calls, strict=True)]
 
     def _here(self) -> None:
@@ -271,12 +290,12 @@ class Sampler:
             raise (RequestRefusedError if type(error) is ValueError else type(error))(f"input {place}: {error}") from error
 
     async def _respond(
-        self, place: int, prompt: Prompt, params: SamplingParams, seed: int, num_samples: int, prompt_logprobs: bool
+        self, engine: Engine, place: int, prompt: Prompt, params: SamplingParams, seed: int, asked: "Asked"
     ) -> SampleResponse:
         try:
             own = seed if params.seed is None else params.seed
-            sequences = await self._sequences(prompt, params, (own, place), num_samples)
-            return SampleResponse(prompt.ids, sequences, await self._scored(prompt) if prompt_logprobs else None)
+            sequences = await self._sequences(engine, prompt, params, (own, place), asked.num_samples)
+            return SampleResponse(prompt.ids, sequences, await _scored(engine, prompt) if asked.prompt_logprobs else None)
         except (EngineDeadError, EngineClosedError):
             raise  # of all inputs
         except AgentLoopError as error:
@@ -286,31 +305,41 @@ class Sampler:
             raise
 
     async def _sequences(
-        self, prompt: Prompt, params: SamplingParams, key: tuple[int, int], num_samples: int
+        self, engine: Engine, prompt: Prompt, params: SamplingParams, key: tuple[int, int], num_samples: int
     ) -> tuple[SampledSequence, ...]:
         """The responses to one input; what a sampler of another kind does otherwise."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                calls = [tasks.create_task(self._one(prompt, params, (*key, number))) for number in range(num_samples)]
+                calls = [tasks.create_task(self._one(engine, prompt, params, (*key, number))) for number in range(num_samples)]
         except BaseExceptionGroup as errors:
             error = first_error(errors)
             raise error from error.__cause__
         return tuple(call.result() for call in calls)
 
-    async def _one(self, prompt: Prompt, params: SamplingParams, key: tuple[int, int, int]) -> SampledSequence:
+    async def _one(self, engine: Engine, prompt: Prompt, params: SamplingParams, key: tuple[int, int, int]) -> SampledSequence:
         asked = params.of_request(params.max_tokens, _request_seed(*key))
-        completion = await self.engine.generate(prompt.ids, asked, request_id=f"sampler-{next(_NUMBERS)}")
+        completion = await engine.generate(prompt.ids, asked, request_id=f"sampler-{next(_NUMBERS)}")
         return SampledSequence.of(completion, self._text(completion.token_ids.tolist()))
-
-    async def _scored(self, prompt: Prompt) -> NDArray[np.float32]:
-        """Log-probabilities of the prompt's tokens but the first: one alone has none."""
-        return await self.engine.score(prompt.ids) if prompt.ids.size > 1 else np.empty(0, np.float32)
 
     def _text(self, token_ids: list[int]) -> str | None:
         return None if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _seed_of(self, call: int) -> int:
         return _request_seed(self._seed, call, 0)
+
+
+class Asked(NamedTuple):
+    """What a call asks for, beside inputs and parameters."""
+
+    adapter_name: str
+    use_base_model: bool
+    num_samples: int
+    prompt_logprobs: bool = False
+
+
+async def _scored(engine: Engine, prompt: Prompt) -> NDArray[np.float32]:
+    """Log-probabilities of the prompt's tokens but the first: one alone has none."""
+    return await engine.score(prompt.ids) if prompt.ids.size > 1 else np.empty(0, np.float32)
 
 
 def _request_seed(seed: int, place: int, sample: int) -> int:

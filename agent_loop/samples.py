@@ -16,7 +16,7 @@ class SampledSequence:
     Attributes:
         token_ids: (n,) int32, the ending token included.
         logprobs: (n,) float32, natural log of the probability with which each token was sampled.
-        versions: (n,) int32, `engine.version` when each token was sampled.
+        versions: (n,) int32, `engine.version` when each token was sampled; under an adapter that of the adapter.
         finish_reason: "stop", "length", or "abort" where the engine was interrupted: the tokens so far.
         text: decoded from all ids at once, without special tokens; None where the sampler has no tokenizer.
         score: what the reward gave (`generate_and_score`); of beam search, the length-normalised log-probability. Else None.

@@ -10,56 +10,26 @@
         async def reference_logprobs(self, engine, prompt_ids, response_ids, temperature): ...
         def original_weights(self, engine): ...
         def new_weights(self, engine): ...
+        def adapter_sources(self, engine): ...  # these two where the engine declares adapters
+        async def adapted_logprobs(self, engine, adapter, source, prompt_ids, response_ids): ...
 
 The suite needs pytest-asyncio in "auto" mode. The engine is shared by the tests; each leaves it running, unpaused and with the
 original weights (at a higher version). No test sleeps: a request is known to be in flight by the first call of its `on_tokens`.
 """
 
 import asyncio
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from typing import get_args
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from agent_loop.engines.base import Completion, Engine, PauseMode, WeightSource
+from agent_loop.engines.base import Completion, Engine, PauseMode
 from agent_loop.errors import EngineClosedError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams
+from agent_loop.testing_adapters import AdapterSuite
+from agent_loop.testing_base import InFlight
 
 __all__ = ["EngineSuite", "InFlight"]
-
-
-class InFlight:
-    """One `generate` call as a task of `tasks`, with the pieces that `on_tokens` saw."""
-
-    def __init__(
-        self, tasks: asyncio.TaskGroup, engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, request_id: str
-    ) -> None:
-        self.pieces: list[Completion] = []
-        self._came = asyncio.Event()
-        self.task = tasks.create_task(engine.generate(prompt_ids, params, request_id=request_id, on_tokens=self._on_tokens))
-        # Whoever waits for tokens that never come is woken by the end of the call.
-        self.task.add_done_callback(lambda _: self._came.set())
-
-    def _on_tokens(self, piece: Completion) -> None:
-        self.pieces.append(piece)
-        self._came.set()
-
-    @property
-    def tokens(self) -> list[int]:
-        """The tokens seen so far."""
-        return [int(token) for piece in self.pieces for token in piece.token_ids]
-
-    async def seen(self, count: int = 1) -> "InFlight":
-        """Wait until `on_tokens` has shown `count` tokens; fails if the call ends before."""
-        while len(self.tokens) < count:
-            assert not self.task.done(), f"the request ended after {len(self.tokens)} tokens, before {count} were seen: {self.task}"
-            self._came.clear()
-            await self._came.wait()
-        return self
 
 
 class _InLargePieces:
@@ -74,75 +44,8 @@ class _InLargePieces:
         self.pieces.append(piece)
 
 
-class EngineSuite(ABC):
-    """Subclass it, name the class `Test...`, give a fixture `engine` that yields an open engine, and the methods below."""
-
-    tolerance: float = 1e-4
-    """Largest difference of a log-probability from the reference."""
-
-    long_tokens: int = 256
-    """Tokens of a request that must still be in flight when the test acts on it; raise it for a very fast engine."""
-
-    eos_temperature: float = 20.0
-    """Where 32 responses of `long_tokens` tokens surely hold an EOS; nearly uniform, which fits vocabularies up to a thousand or so."""
-
-    @abstractmethod
-    def make_engine(self) -> Engine:
-        """A further engine, not open: the suite opens and closes it."""
-
-    @abstractmethod
-    async def reference_logprobs(
-        self, engine: Engine, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float
-    ) -> NDArray[np.floating]:
-        """(len(response_ids),) teacher-forced log-probabilities at `temperature` under the original weights, by other means."""
-
-    @abstractmethod
-    def original_weights(self, engine: Engine) -> WeightSource:
-        """The weights that the engine was made with."""
-
-    @abstractmethod
-    def new_weights(self, engine: Engine) -> WeightSource:
-        """Weights different enough to change greedy output."""
-
-    def broken_weights(self, engine: Engine) -> WeightSource:
-        """Weights that cannot be loaded."""
-        return "no/such/folder/of/weights"
-
-    def prompts(self, engine: Engine, count: int) -> list[list[int]]:
-        """`count` different prompts without an EOS."""
-        usable = [token for token in range(min(engine.vocab_size, 200)) if token not in engine.eos_token_ids]
-        return [[usable[(7 * number + step * step) % len(usable)] for step in range(3 + number % 5)] for number in range(count)]
-
-    def long(self, **changes: object) -> SamplingParams:
-        """A seeded request that goes on for `long_tokens` tokens."""
-        return SamplingParams(max_tokens=self.long_tokens, ignore_eos=True, seed=11).replace(**changes)
-
-    async def many(self, engine: Engine, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], name: str) -> list[Completion]:
-        """All at once, results in order."""
-        async with asyncio.TaskGroup() as tasks:
-            requests = zip(prompts, params, strict=True)
-            calls = [tasks.create_task(engine.generate(ids, how, request_id=f"{name}-{n}")) for n, (ids, how) in enumerate(requests)]
-        return [call.result() for call in calls]
-
-    async def greedy(self, engine: Engine) -> list[list[int]]:
-        """What the weights in force say to four prompts."""
-        params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
-        return [one.token_ids.tolist() for one in await self.many(engine, self.prompts(engine, 4), [params] * 4, "greedy")]
-
-    async def opportunity(self, engine: Engine) -> None:
-        """Time in which an engine that should stand still would show that it does not; no test passes by its length."""
-        for _ in range(50):
-            await asyncio.sleep(0)
-        await engine.health()
-
-    @asynccontextmanager
-    async def weights_restored(self, engine: Engine) -> AsyncIterator[int]:
-        """Yield the version at the start; put the original weights back at the end, as a higher version."""
-        try:
-            yield engine.version
-        finally:
-            await engine.resume()
-            await engine.update_weights(self.original_weights(engine), engine.version + 1)
+class EngineSuite(AdapterSuite):
+    """Subclass it, name the class `Test...`, give a fixture `engine` that yields an open engine, and the methods of `Suite`."""
 
     # --- sampling
 

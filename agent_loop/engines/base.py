@@ -1,8 +1,10 @@
 """The engine's contract: prompt tokens in, sampled tokens with log-probabilities and versions out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -10,7 +12,8 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError, WeightUpdateError
+from agent_loop.engines.adapters import Adapter, Adapters, InUse
+from agent_loop.errors import AdapterError, EngineClosedError, EngineDeadError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams, whole
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -42,7 +45,7 @@ class Completion:
     Attributes:
         token_ids: int32, the sampled tokens, the ending one included.
         logprobs: float32, natural log of the probability with which each token was sampled.
-        versions: int32, `engine.version` when each token was sampled.
+        versions: int32, `engine.version` when each token was sampled; under an adapter that of the adapter.
         finish_reason: "stop" (EOS, a stop token or string), "length", or "abort" (interrupted: the tokens so far).
     """
 
@@ -88,10 +91,12 @@ class Capabilities:
     Attributes:
         score: it has `score`.
         top_tokens: the most that `top_tokens` gives; 0: it has none.
+        adapters: it has `add_adapter`, and `generate`, `score` and `top_tokens` take an adapter; requests of several run at once.
     """
 
     score: bool = False
     top_tokens: int = 0
+    adapters: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,7 +106,7 @@ class TopTokens:
     Attributes:
         token_ids: (n,) int32, the likeliest first, of equally likely ones the lowest id.
         logprobs: (n,) float32, natural log, at temperature 1 and without truncation.
-        version: `engine.version` that gave them.
+        version: `engine.version` that gave them; under an adapter that of the adapter.
     """
 
     token_ids: NDArray[np.int32]
@@ -165,6 +170,7 @@ class Engine(ABC):
         *,
         request_id: str,
         session_id: str | None = None,
+        adapter: str | Adapter | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
         """Sample one response.
@@ -175,6 +181,7 @@ class Engine(ABC):
             request_id: unique among the requests in flight; names it for `interrupt`.
             session_id: the same for all requests of one rollout, its turns and continuations; an engine may keep by it
                 what belongs together. None: the request stands alone.
+            adapter: the name of one, whose newest version samples the whole response, or the very `Adapter`. None: the model itself.
             on_tokens: sees new tokens as they come, for checkpoints; each token exactly once. Where the call fails or is
                 cancelled, it has seen all tokens but those that an engine elsewhere had not sent yet.
 
@@ -182,14 +189,16 @@ class Engine(ABC):
             The whole response, or after `interrupt` the tokens so far with finish reason "abort".
 
         Raises:
-            RequestRefusedError: an empty prompt, ids outside the vocabulary, or no room for `max_tokens`.
+            RequestRefusedError: an empty prompt, ids outside the vocabulary, no room for `max_tokens`, or an adapter that is not there.
             EngineDeadError: the engine is gone.
             EngineError: this request failed.
 
         Cancelling the call frees the request in the engine.
         """
 
-    async def score(self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1) -> NDArray[np.float32]:
+    async def score(
+        self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1, adapter: str | Adapter | None = None
+    ) -> NDArray[np.float32]:
         """Log-probabilities of given tokens, each after all before it.
 
         At temperature 1 and without truncation, all under one version of the weights. It is no request: `interrupt` does not end it.
@@ -198,23 +207,26 @@ class Engine(ABC):
         Args:
             token_ids: prompt and response, at most `max_length - 1`.
             start: the first token that is scored; `len(prompt)` for those of a response.
+            adapter: under which; as of `generate`.
 
         Returns:
             (len(token_ids) - start,) float32, natural log.
 
         Raises:
-            RequestRefusedError: this engine has no scores (see `capabilities`), bad ids, or no token after `start`.
+            RequestRefusedError: this engine has no scores (see `capabilities`), bad ids, no token after `start`, or an unknown adapter.
             EngineDeadError: the engine is gone.
         """
         raise RequestRefusedError(
             f"{type(self).__name__} gives no log-probabilities of given tokens; use an engine with capabilities.score"
         )
 
-    async def top_tokens(self, token_ids: Sequence[int] | NDArray[np.int32], count: int) -> TopTokens:
+    async def top_tokens(
+        self, token_ids: Sequence[int] | NDArray[np.int32], count: int, *, adapter: str | Adapter | None = None
+    ) -> TopTokens:
         """The `count` likeliest next tokens after `token_ids`; otherwise as `score`.
 
         Raises:
-            RequestRefusedError: bad ids, no room for a token more, or `count` is beyond `capabilities.top_tokens`.
+            RequestRefusedError: bad ids, no room for a token more, `count` is beyond `capabilities.top_tokens`, or an unknown adapter.
             EngineDeadError: the engine is gone.
         """
         raise RequestRefusedError(f"{type(self).__name__} does not tell likely tokens; use an engine with capabilities.top_tokens")
@@ -246,7 +258,8 @@ class Engine(ABC):
 
         Raises:
             ValueError: `version` is below the present one.
-            WeightUpdateError: the weights could not be loaded; the old ones and their version are still in force.
+            WeightUpdateError: the weights could not be loaded, or adapters are there, which were made for the old ones; the old weights
+                and their version are still in force.
             EngineDeadError: the engine is gone.
         """
         version = whole("version", version)
@@ -256,7 +269,8 @@ class Engine(ABC):
                 "count up at each update, and after a rewind to an older checkpoint make a new engine"
             )
         try:
-            await self._load_weights(source, version)
+            with self._adapters.barred():
+                await self._load_weights(source, version)
         except (WeightUpdateError, EngineDeadError, EngineClosedError):
             raise
         except Exception as error:
@@ -266,6 +280,106 @@ class Engine(ABC):
     @abstractmethod
     async def _load_weights(self, source: WeightSource, version: int) -> None:
         """Load `source`; on failure raise and leave the old weights in force."""
+
+    # Adapters
+
+    @cached_property
+    def _adapters(self) -> Adapters:
+        return Adapters(self._forget_adapter)
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Those that are loaded, in the order in which they came; also old versions that requests still use."""
+        return self._adapters.loaded
+
+    async def add_adapter(self, name: str, path: WeightSource, version: int | None = None, *, keep: int = 2) -> Adapter:
+        """Load a LoRA adapter, or a new version of one; requests that name it from now on have it.
+
+        A name and a version are one set of weights for ever. Requests in flight end with the version that they began with, and it stays
+        loaded for them; old versions stay loaded for whoever asks for the very `Adapter`, as far as `keep` says.
+
+        Args:
+            name: which adapter.
+            path: a folder in peft's format (`adapter_config.json`, `adapter_model.safetensors`); it is read now and not again.
+            version: above all that the name ever had; None counts up, from 0.
+            keep: how many versions of this name stay loaded, this one included: with a bound on staleness, that and one more.
+
+        Raises:
+            ValueError: a bound is crossed.
+            AdapterError: it could not be loaded. It is not there, and what was there still is.
+            RequestRefusedError: this engine has no adapters (see `capabilities`).
+            EngineDeadError: the engine is gone.
+        """
+        if not self.capabilities.adapters:
+            raise RequestRefusedError(f"{type(self).__name__} has no adapters as it is; use an engine with capabilities.adapters")
+        if whole("keep", keep) < 1:
+            raise ValueError(f"keep={keep} versions would forget the one that is added; it must be 1 or more")
+        with self._adapters.loading(name, version) as adapter:
+            try:
+                loaded = await self._load_adapter(adapter, path)
+            except (AdapterError, EngineDeadError, EngineClosedError):
+                raise
+            except Exception as error:
+                raise AdapterError(f"adapter {adapter} was not loaded: {error}") from error
+            self._adapters.add(adapter, loaded, keep)
+        return adapter
+
+    async def _load_adapter(self, adapter: Adapter, path: WeightSource) -> Any:
+        """Load it, and return what requests need of it; on failure, and cancelled, raise and leave nothing behind."""
+        raise NotImplementedError(f"{type(self).__name__} declares adapters and does not implement _load_adapter")
+
+    def _forget_adapter(self, adapter: Adapter, loaded: Any) -> None:  # noqa: B027  # most let it go by not holding it
+        """It was removed, or has become too old, and no request uses it any more; `loaded` is what `_load_adapter` returned."""
+
+    async def remove_adapter(self, name: str) -> None:
+        """Take all versions of an adapter away; requests in flight end with theirs, and no other finds it.
+
+        Raises:
+            RequestRefusedError: no adapter has this name; those that there are are named.
+        """
+        self._adapters.remove(name)
+
+    def adapter_version(self, name: str) -> int:
+        """The highest version that this adapter has had; 0 before there was one."""
+        return self._adapters.newest(name)
+
+    def check_adapter(self, adapter: str | Adapter) -> Adapter:
+        """The newest version of a name, or the very adapter, or `RequestRefusedError` naming those that are there."""
+        return self._adapters.find(adapter)
+
+    def using_adapter(self, adapter: str | Adapter | None) -> AbstractContextManager[InUse | None]:
+        """For an engine's own methods: a block in which an adapter stays loaded; None where it is None, the model itself.
+
+        Raises:
+            RequestRefusedError: there is no such adapter.
+        """
+        return self._adapters.using(adapter)
+
+    @property
+    def base_model(self) -> "Engine":
+        """This engine without an adapter: itself, unless it is one made by `with_adapter`."""
+        return self
+
+    def with_adapter(self, adapter: str | Adapter, *, keep: int = 2) -> "Engine":
+        """This engine with an adapter as its policy: an engine that samples and scores with it where none is named.
+
+        Its `version` is the adapter's, and its `update_weights` adds the adapter's next version, of which `keep` stay. So it is what an
+        agent loop that trains an adapter is given; that there is one yet is not asked for. See `AdaptedEngine`.
+        """
+        from agent_loop.engines.adapted import AdaptedEngine  # which is an Engine
+
+        return AdaptedEngine(self.base_model, adapter, keep=keep)
+
+    @contextmanager
+    def hold_adapter(self, adapter: str | Adapter) -> Iterator["Engine"]:
+        """`with_adapter`, of one version: that of now, which stays loaded in this block, whatever is added or removed meanwhile.
+
+        Raises:
+            RequestRefusedError: there is no such adapter.
+        """
+        engine = self.base_model
+        with engine.using_adapter(adapter) as used:
+            yield engine if used is None else engine.with_adapter(used.adapter)
 
     @abstractmethod
     async def health(self) -> None:

@@ -15,6 +15,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import (
     Capabilities,
     Completion,
@@ -31,7 +32,7 @@ from agent_loop.engines.simulated_clock import Alarm
 from agent_loop.engines.simulated_costs import CostModel, Statistics
 from agent_loop.engines.simulated_policy import FillerPolicy, Lengths, Policy, Request, Script, ScriptedPolicy
 from agent_loop.engines.simulated_request import InFlight
-from agent_loop.engines.simulated_table import TablePolicy, weights_seed
+from agent_loop.engines.simulated_table import TablePolicy, adapted_seed, weights_seed
 from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
 
@@ -54,7 +55,9 @@ class SimulatedEngine(Engine):
         pieces: whether `on_tokens` is called while a request runs, as often as it asks. False: only when the request ends or is ended,
             with all its tokens: a simulation of many requests has no use for more.
 
-    A response is a pure function of the engine's seed, the prompt, the sampling parameters and their seed (else the request id).
+    A response is a pure function of the engine's seed, the prompt, the sampling parameters and their seed (else the request id), the
+    weights and the adapter. An adapter shifts the distribution of a `TablePolicy`, as other weights do; a `script` says the same under
+    all of them.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class SimulatedEngine(Engine):
         self._max_length, self._pieces = max_length, pieces
         self._weights = 0
         self._weights_of = {0: 0}
+        self._adapter_seeds = dict[Adapter, int]()
         self._requests: dict[str, InFlight] = {}  # by id, those that have not ended
         self._calls: dict[int, InFlight] = {}  # by number, those whose `generate` has not returned
         self._held: dict[int, InFlight] = {}  # by number, those that came during a pause
@@ -165,6 +169,7 @@ class SimulatedEngine(Engine):
         *,
         request_id: str,
         session_id: str | None = None,
+        adapter: str | Adapter | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
         """See `Engine`."""
@@ -174,14 +179,15 @@ class SimulatedEngine(Engine):
             raise RequestRefusedError(f"stop={params.stop} needs decoded text, and a simulated engine has none; use stop_token_ids")
         if request_id in self._requests:
             raise RequestRefusedError(f"request {request_id!r} is in flight already; ids must be unique among those")
-        request = InFlight(next(self._numbers), what, params, on_tokens, asyncio.get_running_loop().create_future())
-        self._requests[request_id] = self._calls[request.number] = request
-        try:
-            self._arrive(request)
-            await request.ended
-            return request.result()
-        finally:
-            self._leave(request)
+        with self.using_adapter(adapter) as used:
+            request = InFlight(next(self._numbers), what, params, on_tokens, asyncio.get_running_loop().create_future(), used)
+            self._requests[request_id] = self._calls[request.number] = request
+            try:
+                self._arrive(request)
+                await request.ended
+                return request.result()
+            finally:
+                self._leave(request)
 
     def _arrive(self, request: InFlight) -> None:
         if self._paused:
@@ -253,7 +259,7 @@ class SimulatedEngine(Engine):
             self._batch.remove(request)
             request.end(outcome, self._version)
             if self.costs.prefix_cache_tokens and request.begun:
-                self._batch.remember(request.context())
+                self._batch.remember(request.context(), request.salt)
 
     # -- time
 
@@ -365,40 +371,69 @@ class SimulatedEngine(Engine):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Scores, where the policy is a `TablePolicy`: no other has a distribution."""
-        return Capabilities(score=True, top_tokens=self.vocab_size) if isinstance(self.policy, TablePolicy) else Capabilities()
+        """Adapters; and scores, where the policy is a `TablePolicy`: no other has a distribution."""
+        scores = isinstance(self.policy, TablePolicy)
+        return Capabilities(score=scores, top_tokens=self.vocab_size if scores else 0, adapters=True)
 
-    async def score(self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1) -> NDArray[np.float32]:
+    async def _load_adapter(self, adapter: Adapter, path: WeightSource) -> int:
+        """A simulated adapter is what simulated weights are: a mapping with an integer "seed", or any path."""
+        self._check_alive()
+        self._adapter_seeds[adapter] = seed = weights_seed(path)
+        return seed
+
+    async def score(
+        self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1, adapter: str | Adapter | None = None
+    ) -> NDArray[np.float32]:
         """See `Engine`. It takes no time and no slot."""
         self._check_alive()
         if not isinstance(self.policy, TablePolicy):
-            return await super().score(token_ids, start=start)
-        ids = self.check_score(token_ids, start)
-        return self.reference_logprobs(ids[:start].tolist(), ids[start:].tolist(), self._version).astype(np.float32)
+            return await super().score(token_ids, start=start, adapter=adapter)
+        ids, which = self.check_score(token_ids, start), None if adapter is None else self.check_adapter(adapter)
+        return self.reference_logprobs(ids[:start].tolist(), ids[start:].tolist(), self._version, adapter=which).astype(np.float32)
 
-    async def top_tokens(self, token_ids: Sequence[int] | NDArray[np.int32], count: int) -> TopTokens:
+    async def top_tokens(
+        self, token_ids: Sequence[int] | NDArray[np.int32], count: int, *, adapter: str | Adapter | None = None
+    ) -> TopTokens:
         """See `Engine`. It takes no time and no slot."""
         self._check_alive()
         if not isinstance(self.policy, TablePolicy):
-            return await super().top_tokens(token_ids, count)
-        ids = self.check_top_tokens(token_ids, count)
-        logprobs = self.policy.log_probs(ids.tolist(), self._weights, SamplingParams())
+            return await super().top_tokens(token_ids, count, adapter=adapter)
+        ids, which = self.check_top_tokens(token_ids, count), None if adapter is None else self.check_adapter(adapter)
+        logprobs = self.policy.log_probs(ids.tolist(), self._seed_under(self._version, which), SamplingParams())
         likeliest = np.argsort(-logprobs, kind="stable")[:count]
-        return TopTokens.of(likeliest.tolist(), logprobs[likeliest].tolist(), self._version)
+        return TopTokens.of(likeliest.tolist(), logprobs[likeliest].tolist(), self._version if which is None else which.version)
 
     def reference_logprobs(
-        self, prompt_ids: Sequence[int], response_ids: Sequence[int], version: int, params: SamplingParams | None = None
+        self,
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        version: int,
+        params: SamplingParams | None = None,
+        adapter: Adapter | None = None,
     ) -> NDArray[np.float64]:
-        """(len(response_ids),) float64: log-probability of each response token under `version`; needs a `TablePolicy`."""
+        """(len(response_ids),) float64: log-probability of each response token; needs a `TablePolicy`.
+
+        Args:
+            prompt_ids: what comes before the response.
+            response_ids: what is scored.
+            version: of the model's weights.
+            params: of the distribution; None is temperature 1 without truncation.
+            adapter: on top of the weights, one that is there or was.
+        """
         if not isinstance(self.policy, TablePolicy):
             raise TypeError(f"{type(self.policy).__name__} has no distribution to take log-probabilities from")
         if version not in self._weights_of:
             raise ValueError(f"version={version} was never in force; known are {sorted(self._weights_of)}")
+        weights = self._seed_under(version, adapter)
         context, logprobs = [int(token) for token in prompt_ids], []
         for token in map(int, response_ids):
-            logprobs.append(self.policy.log_probs(context, self._weights_of[version], params or SamplingParams())[token])
+            logprobs.append(self.policy.log_probs(context, weights, params or SamplingParams())[token])
             context.append(token)
         return np.array(logprobs, np.float64)
+
+    def _seed_under(self, version: int, adapter: Adapter | None) -> int:
+        weights = self._weights_of[version]
+        return weights if adapter is None else adapted_seed(weights, self._adapter_seeds[adapter])
 
 
 def _costs(costs: CostModel | None, slots: int | None, tokens_per_second: float | None) -> CostModel:

@@ -21,12 +21,15 @@ State = Literal["out", "waiting", "prefilling", "decoding"]
 
 
 class Job:
-    """One request in the batch; `decoded` tokens of its response are counted, those since `_begun` are not yet."""
+    """One request in the batch; `decoded` tokens of its response are counted, those since `_begun` are not yet.
 
-    __slots__ = ("_base", "_begun", "_due", "_target", "decoded", "number", "prompt", "state")
+    `salt` tells apart what must not share a prefix, such as requests of two adapters.
+    """
 
-    def __init__(self, number: int, prompt: NDArray[np.int32]) -> None:
-        self.number, self.prompt = number, prompt
+    __slots__ = ("_base", "_begun", "_due", "_target", "decoded", "number", "prompt", "salt", "state")
+
+    def __init__(self, number: int, prompt: NDArray[np.int32], salt: int = 0) -> None:
+        self.number, self.prompt, self.salt = number, prompt, salt
         self.decoded = 0
         self.state: State = "out"
         self._due = self._base = self._begun = 0
@@ -98,7 +101,7 @@ class Batching(Generic[J]):
         return job
 
     def _begin(self, job: J, context: int) -> None:
-        cached = self._prefixes.take(job.prompt)
+        cached = self._prefixes.take(job.prompt, job.salt)
         self._cached += cached
         self._prefilled += context - cached
         job._target, job._base, job._begun = -1, job.decoded, 0
@@ -156,9 +159,9 @@ class Batching(Generic[J]):
             job.decoded = decoded
         return job.decoded
 
-    def remember(self, ids: NDArray[np.int32]) -> None:
-        """Context that was computed: a later prompt that begins with it needs no prefill for that."""
-        self._prefixes.put(ids)
+    def remember(self, ids: NDArray[np.int32], salt: int = 0) -> None:
+        """Context that was computed: a later prompt of this salt that begins with it needs no prefill for that."""
+        self._prefixes.put(ids, salt)
 
     def forget_prefixes(self) -> None:
         """New weights: what was computed with the old ones is of no use for requests that start later."""

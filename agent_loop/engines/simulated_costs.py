@@ -105,20 +105,23 @@ class PrefixCache:
         self._blocks: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._factors: NDArray[np.uint64] = np.empty(0, np.uint64)
 
-    def take(self, ids: NDArray[np.int32]) -> int:
-        """Remember a prompt; returns how many tokens at its beginning were remembered already. Its last one always needs a prefill."""
+    def take(self, ids: NDArray[np.int32], salt: int = 0) -> int:
+        """Remember a prompt; returns how many tokens at its beginning were remembered already, under this salt from 0 to 2^64 - 1.
+
+        Its last one always needs a prefill.
+        """
         if not self._most:
             return 0
-        keys, hits = self._keys(ids), 0
+        keys, hits = self._keys(ids, salt), 0
         while hits < len(keys) and keys[hits] in self._blocks:
             hits += 1
         self._put(keys)
         return min(hits * self._size, ids.size - 1)
 
-    def put(self, ids: NDArray[np.int32]) -> None:
+    def put(self, ids: NDArray[np.int32], salt: int = 0) -> None:
         """Remember tokens that were computed otherwise."""
         if self._most:
-            self._put(self._keys(ids))
+            self._put(self._keys(ids, salt))
 
     def _put(self, keys: list[int]) -> None:
         # From the last to the first: a block is of no use without those before it, so those are forgotten later.
@@ -132,10 +135,12 @@ class PrefixCache:
         """Forget all blocks."""
         self._blocks.clear()
 
-    def _keys(self, ids: NDArray[np.int32]) -> list[int]:
-        """A hash of all tokens up to the end of each whole block: their sum, each times a random number of its place, modulo 2^64."""
+    def _keys(self, ids: NDArray[np.int32], salt: int) -> list[int]:
+        """A hash of all tokens up to the end of each whole block: their sum, each times a random number of its place, and the salt,
+        modulo 2^64."""
         if self._factors.size < ids.size:
             self._factors = np.random.default_rng(_SEED).integers(1, 2**64, max(1024, 2 * ids.size), np.uint64)
         sums = np.cumsum((ids.astype(np.uint64) + np.uint64(1)) * self._factors[: ids.size])
+        sums += np.uint64(salt)
         keys: list[int] = sums[self._size - 1 :: self._size].tolist()
         return keys

@@ -5,9 +5,11 @@ import asyncio
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_loop.engines.adapters import InUse
 from agent_loop.engines.base import Completion, FinishReason, OnTokens, piece_tokens
 from agent_loop.engines.simulated_batching import Job
 from agent_loop.engines.simulated_policy import Decoder, Known, Request
+from agent_loop.engines.simulated_table import adapted_seed
 from agent_loop.sampling import SamplingParams
 
 
@@ -19,6 +21,7 @@ class InFlight(Job):
     """
 
     __slots__ = (
+        "_adapter",
         "_decoder",
         "_ids",
         "_known",
@@ -35,9 +38,16 @@ class InFlight(Job):
     )
 
     def __init__(
-        self, number: int, what: Request, params: SamplingParams, on_tokens: OnTokens | None, ended: "asyncio.Future[None]"
+        self,
+        number: int,
+        what: Request,
+        params: SamplingParams,
+        on_tokens: OnTokens | None,
+        ended: "asyncio.Future[None]",
+        adapter: InUse | None = None,
     ) -> None:
-        super().__init__(number, what.ids)
+        super().__init__(number, what.ids, 0 if adapter is None else hash(adapter.adapter) % 2**64)
+        self._adapter = adapter
         self.what, self.params, self.ended = what, params, ended
         self.outcome: FinishReason | Exception | None = None
         self._on_tokens, self._shown = on_tokens, 0
@@ -84,6 +94,8 @@ class InFlight(Job):
 
     def _step(self, weights: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
         assert self._decoder is not None
+        if self._adapter is not None:
+            weights = adapted_seed(weights, self._adapter.loaded)
         token, logprob, last = self._decoder(self._ids, weights)
         self._ids.append(token)
         self._logprobs.append(logprob)
@@ -97,7 +109,9 @@ class InFlight(Job):
         return len(self._logprobs) if self._known is None else self.decoded
 
     def stamp(self, version: int) -> None:
-        """The tokens so far that have no version yet were sampled by this one."""
+        """The tokens so far that have no version yet were sampled by this one, of the weights; an adapter's have the adapter's."""
+        if self._adapter is not None:
+            version = self._adapter.adapter.version
         if self.size > (self._runs[-1][0] if self._runs else 0):
             self._runs.append((self.size, version))
 
@@ -140,7 +154,7 @@ class InFlight(Job):
 
     def _versions(self, start: int, version: int) -> NDArray[np.int32]:
         versions = np.empty(self.size - start, np.int32)
-        versions[:] = version
+        versions[:] = version if self._adapter is None else self._adapter.adapter.version
         begun = 0
         for end, stamped in self._runs:
             versions[max(0, begun - start) : max(0, end - start)] = stamped

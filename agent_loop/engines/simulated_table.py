@@ -101,3 +101,9 @@ def weights_seed(source: WeightSource) -> int:
     if not isinstance(given.get("seed"), int):
         raise ValueError(f"simulated weights are a path or a mapping with an integer 'seed', not {source!r:.100}")
     return int(given["seed"])
+
+
+@lru_cache(maxsize=256)
+def adapted_seed(weights: int, adapter: int) -> int:
+    """The seed that stands for weights with an adapter on top, from the seeds of both."""
+    return int.from_bytes(hashlib.blake2b(f"{weights}+{adapter}".encode(), digest_size=8).digest(), "big")

@@ -15,6 +15,7 @@ from transformers.utils import logging as library_logging
 from agent_loop.engines._transformers_backend import Backend, CacheSize, Sampled, death
 from agent_loop.engines._transformers_flight import Flight, StopStrings
 from agent_loop.engines._transformers_weights import plan_copies
+from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import (
     Capabilities,
     Completion,
@@ -209,6 +210,7 @@ class TransformersEngine(Engine):
         *,
         request_id: str,
         session_id: str | None = None,
+        adapter: str | Adapter | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
         """Sample one response; see `Engine.generate`.
@@ -217,6 +219,8 @@ class TransformersEngine(Engine):
         """
         self._live_backend()
         ids = self.check_request(prompt_ids, params)
+        if adapter is not None:
+            self.check_adapter(adapter)
         flight = self._admit(ids.tolist(), params, request_id, on_tokens)
         try:
             if not self._paused:
@@ -280,17 +284,25 @@ class TransformersEngine(Engine):
         """Scores, and as many likely tokens as there are."""
         return Capabilities(score=True, top_tokens=self.vocab_size)
 
-    async def score(self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1) -> NDArray[np.float32]:
+    async def score(
+        self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1, adapter: str | Adapter | None = None
+    ) -> NDArray[np.float32]:
         """See `Engine`. A forward pass of its own, between two steps of the generation, which stands still meanwhile."""
         backend = self._live_backend()
         ids = self.check_score(token_ids, start).tolist()
+        if adapter is not None:
+            self.check_adapter(adapter)
         logprobs, _ = await backend.look(ids, lambda logits: _chosen(logits[start - 1 : -1], ids[start:]))
         return np.array(logprobs, np.float32)
 
-    async def top_tokens(self, token_ids: Sequence[int] | NDArray[np.int32], count: int) -> TopTokens:
+    async def top_tokens(
+        self, token_ids: Sequence[int] | NDArray[np.int32], count: int, *, adapter: str | Adapter | None = None
+    ) -> TopTokens:
         """See `Engine`. Done as `score`."""
         backend = self._live_backend()
         ids = self.check_top_tokens(token_ids, count).tolist()
+        if adapter is not None:
+            self.check_adapter(adapter)
         (tokens, logprobs), version = await backend.look(ids, lambda logits: _likeliest(logits[-1], count))
         return TopTokens.of(tokens, logprobs, version)
 

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import (
     Capabilities,
     Completion,
@@ -243,6 +244,7 @@ class VLLMEngine(Engine):
         *,
         request_id: str,
         session_id: str | None = None,
+        adapter: str | Adapter | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
         """Sample one response; see `Engine.generate`.
@@ -251,6 +253,8 @@ class VLLMEngine(Engine):
         when they arrive, and the finish reason "abort" until the last.
         """
         ids = self.check_request(prompt_ids, params)
+        if adapter is not None:
+            self.check_adapter(adapter)
         if params.stop and self._alive().tokenizer is None:
             raise RequestRefusedError(f"stop={params.stop!r} needs a tokenizer, and the engine was started without; use stop_token_ids")
         if request_id in self._running or request_id in self._held:
@@ -310,15 +314,23 @@ class VLLMEngine(Engine):
         most = int(self._alive().model_config.max_logprobs)
         return Capabilities(score=True, top_tokens=self._vocab_size if most < 0 else min(most, self._vocab_size))
 
-    async def score(self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1) -> NDArray[np.float32]:
+    async def score(
+        self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1, adapter: str | Adapter | None = None
+    ) -> NDArray[np.float32]:
         """See `Engine`. A prefill beside the other requests; the prefix cache is of no use to it."""
         ids = self.check_score(token_ids, start).tolist()
+        if adapter is not None:
+            self.check_adapter(adapter)
         output, _ = await self._look(ids, look_params())
         return np.array(prompt_logprobs(output.prompt_logprobs, ids)[start - 1 :], np.float32)
 
-    async def top_tokens(self, token_ids: Sequence[int] | NDArray[np.int32], count: int) -> TopTokens:
+    async def top_tokens(
+        self, token_ids: Sequence[int] | NDArray[np.int32], count: int, *, adapter: str | Adapter | None = None
+    ) -> TopTokens:
         """See `Engine`. One step beside the other requests, with the prefix cache."""
         ids = self.check_top_tokens(token_ids, count).tolist()
+        if adapter is not None:
+            self.check_adapter(adapter)
         output, version = await self._look(ids, look_params(likely_tokens=count))
         told = output.outputs[0].logprobs
         likely = dict(zip(told.token_ids, told.logprobs, strict=True))  # the sampled token is told twice

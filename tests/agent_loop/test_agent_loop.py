@@ -71,6 +71,27 @@ async def test_a_continuation_sees_the_kept_tokens_and_gets_what_is_left_of_the_
     assert (state.finish_reason, state.status) == ("length", Status.COMPLETED)
 
 
+async def test_a_loop_given_an_adapter_samples_with_its_newest_version_and_fails_where_there_is_none() -> None:
+    group, sampling = group_of(), SamplingParams(max_tokens=20, ignore_eos=True, seed=1)
+    async with SimulatedEngine() as engine:
+        loop = SingleTurnAgentLoop(engine, sampling=sampling, adapter="math", max_attempts=1)
+        (failed,) = (await loop.generate_group(group_of())).rollouts
+        assert failed.status is Status.FAILED
+        assert "unknown adapter 'math'" in str(failed.error)
+        first = await engine.add_adapter("math", {"seed": 1})
+        state = group.rollouts[0]
+        response = await engine.generate([10, 11], sampling.replace(max_tokens=6), request_id="before", adapter=first)
+        state.append(response.token_ids, logprobs=response.logprobs, version=response.versions)
+        second = await engine.add_adapter("math", {"seed": 2})
+        await loop.generate_group(group)
+        assert state.versions.tolist() == [0] * 6 + [1] * 14
+        context = [10, 11, *state.response_ids[:6].tolist()]
+        expected = engine.reference_logprobs(context, state.response_ids[6:].tolist(), 0, adapter=second)
+        np.testing.assert_allclose(state.logprobs[6:], expected, atol=1e-6)
+    with pytest.raises(ValueError, match="adapter='math' needs an engine"):
+        SingleTurnAgentLoop(None, adapter="math")  # type: ignore[arg-type]
+
+
 async def test_three_rounds_never_exceed_the_limit() -> None:
     group = group_of()
     async with Seen(cut=2, after=2, script=lambda prompt: [101, 102, 103, 104, 105, 106, 107, EOS]) as engine:

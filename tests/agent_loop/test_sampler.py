@@ -227,6 +227,50 @@ async def test_bad_calls_are_refused() -> None:
             await sampler.sample(CHAT)
 
 
+async def test_a_call_is_sampled_under_one_version_of_the_adapter_that_it_names() -> None:
+    seeded = SHORT.replace(seed=3, ignore_eos=True)
+    async with Sampler(simulated()) as sampler:
+        engine = sampler.engine
+        assert isinstance(engine, SimulatedEngine)
+        first = await sampler.add_adapter_to_model("math", {"seed": 1}, 5)
+        async with asyncio.TaskGroup() as tasks:
+            call = tasks.create_task(sampler.sample([[5], [6]], seeded, "math", num_samples=2, prompt_logprobs=True))
+            await asyncio.sleep(0)
+            await sampler.add_adapter("math", {"seed": 2}, keep=1)  # before its requests are on their way
+            assert engine.adapters[0] == first
+        assert {tuple(set(one.versions.tolist())) for response in call.result() for one in response.sequences} == {(5,)}
+        for response in call.result():
+            for one in response.sequences:
+                expected = engine.reference_logprobs(response.prompt_ids.tolist(), one.token_ids.tolist(), 0, adapter=first)
+                np.testing.assert_allclose(one.logprobs, expected, atol=1e-6)
+        assert [str(adapter) for adapter in engine.adapters] == ["math@6"]
+
+
+async def test_with_use_base_model_every_adapter_is_off() -> None:
+    seeded = SHORT.replace(seed=3, ignore_eos=True)
+    async with simulated() as engine:
+        plain = await Sampler(engine).sample([5], seeded)
+        await engine.add_adapter("math", {"seed": 1}, 5)
+        for sampler, name in ((Sampler(engine), ""), (Sampler(engine), "math"), (Sampler(engine.with_adapter("math")), "")):
+            off = await sampler.sample([5], seeded, name, use_base_model=True)
+            assert off[0].sequences[0].token_ids.tolist() == plain[0].sequences[0].token_ids.tolist()
+        adapted = await Sampler(engine.with_adapter("math")).sample([5], seeded)
+        assert adapted[0].sequences[0].versions.tolist() == [5] * len(adapted[0].sequences[0].token_ids)
+        with pytest.raises(RequestRefusedError, match="unknown adapter 'maths'; loaded are math@5"):
+            await Sampler(engine).sample([5], seeded, "maths", use_base_model=True)
+        beams = create_sampler("beam_search", engine, beams=2)
+        found = [(await beams.sample([5], SamplingParams(max_tokens=4), name))[0].sequences[0].score for name in ("", "math")]
+        assert found[0] != found[1]
+
+
+def test_adapters_work_without_async_too() -> None:
+    with Sampler(simulated()) as sampler:
+        sampler.add_adapter_sync("math", {"seed": 1})
+        assert sampler.sample_sync([5], SHORT, "math")[0].sequences[0].versions.max() == 0
+        with pytest.raises(RequestRefusedError, match="unknown adapter 'code'"):
+            sampler.sample_sync([5], SHORT, "code")
+
+
 async def test_without_a_tokenizer_ids_work_and_text_is_refused() -> None:
     async with Sampler(simulated()) as sampler:
         assert (await sampler.sample([5], SHORT))[0].sequences[0].text is None

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import Completion, Engine, WeightSource
 from agent_loop.engines.simulated import SimulatedEngine
+from agent_loop.engines.simulated_costs import CostModel
 from agent_loop.engines.simulated_policy import lognormal_lengths, scripted_logprob
 from agent_loop.engines.simulated_table import TablePolicy, shape_logits
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError
@@ -43,6 +45,18 @@ class TestSimulatedEngine(EngineSuite):
         return "checkpoints/step-1"
 
     def broken_weights(self, engine: Engine) -> WeightSource:
+        return {"no": "seed"}
+
+    def adapter_sources(self, engine: Engine) -> Sequence[WeightSource]:
+        return {"seed": 4}, "adapters/math"
+
+    async def adapted_logprobs(
+        self, engine: Engine, adapter: Adapter, source: WeightSource, prompt_ids: Sequence[int], response_ids: Sequence[int]
+    ) -> NDArray[np.floating]:
+        assert isinstance(engine, SimulatedEngine)
+        return engine.reference_logprobs(prompt_ids, response_ids, engine.version, adapter=adapter)
+
+    def broken_adapter(self, engine: Engine) -> WeightSource:
         return {"no": "seed"}
 
 
@@ -310,3 +324,15 @@ async def test_a_continued_response_keeps_its_length() -> None:
             kept = whole.token_ids[: whole.token_ids.size // 2]
             rest = await engine.generate([5, *kept], params.replace(seed=member + 100), request_id="rest", session_id=session)
             assert kept.size + rest.token_ids.size == whole.token_ids.size
+
+
+async def test_a_prefix_cache_serves_one_version_of_one_adapter() -> None:
+    costs = CostModel(slots=1, tokens_per_second=1e6, prefix_cache_tokens=1000, block_tokens=4)
+    async with SimulatedEngine(costs=costs) as engine:
+        cached = []
+        for adapter in (None, None, "a", "a", "b", "a", None):
+            if adapter is not None and adapter not in {one.name for one in engine.adapters}:
+                await engine.add_adapter(adapter, {"seed": 1})  # of the same weights, even so
+            await engine.generate([5] * 9, SamplingParams(max_tokens=1), request_id="r", adapter=adapter)
+            cached.append(engine.statistics().cached_tokens)
+    assert cached == [0, 8, 8, 16, 16, 24, 32]

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from agent_loop import SamplingParams, SingleTurnAgentLoop
@@ -246,6 +247,31 @@ async def test_weights_are_updated_in_flight_and_no_group_starts_meanwhile(buffe
     seen = {(int(version[0]), int(version[-1])) for version in versions}
     assert seen == ({(0, 0)} if mode == "wait" else {(0, 1)})
     assert {state.response_ids.size for group in batch.groups for state in group.rollouts} == {300}
+
+
+async def test_an_adapter_is_trained_in_the_background_and_every_token_says_which_version_sampled_it(buffer: ReplayBuffer) -> None:
+    async with SimulatedEngine(max_length=1000) as engine:
+        adapters = {0: await engine.add_adapter("math", {"seed": 0})}
+        loop = loop_of(engine, adapter="math")
+        assert loop.engine is not None
+        async with producer_of(buffer, engine, loop=loop, max_staleness=1) as producer:
+            batches = []
+            for version in range(1, 5):
+                batches.append(await producer.next_batch(2))
+                assert {group.staleness(version - 1) for group in batches[-1].groups} <= {0, 1}
+                async with producer.update_weights({"seed": version}):
+                    adapters[version] = engine.check_adapter("math")
+            batches.append(await producer.next_batch(2))
+        assert (engine.version, loop.engine.version, [adapter.version for adapter in adapters.values()]) == (0, 4, [0, 1, 2, 3, 4])
+        seen = set()
+        for state in [state for batch in batches for group in batch.groups for state in group.rollouts]:
+            assert state.prompt_ids is not None
+            prompt, response = state.prompt_ids.tolist(), state.response_ids.tolist()
+            for version in set(state.versions.tolist()):
+                expected = engine.reference_logprobs(prompt, response, 0, adapter=adapters[version])
+                np.testing.assert_allclose(state.logprobs, np.where(state.versions == version, expected, state.logprobs), atol=1e-5)
+                seen.add(version)
+        assert (min(seen), max(seen) >= 3) == (0, True)
 
 
 async def test_an_update_that_fails_leaves_production_going_on(buffer: ReplayBuffer) -> None:
