@@ -46,7 +46,8 @@ from buffer import ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.schema import metadata
 from buffer.status import TRANSITIONS
 from producer import ProducedBatch, ReplayPromptSampler, SyncProduceStrategy
-from producer.experience import KL, AdvantageConfig, Attached, make_experience
+from producer.experience import KL, AdvantageConfig, Attached, OffPolicy, make_experience
+from producer.experience.off_policy import CORRECTIONS
 from tests import postgres
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +116,7 @@ READERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Awaitable[dict[str, Any]
     "docs/how-to/export-and-replay.md": small_run,
     "docs/how-to/sample-without-a-trainer.md": tiny_model,
     "docs/how-to/look-into-a-run.md": small_run,
+    "docs/how-to/score-log-probabilities.md": tiny_model,
     "docs/how-to/resume-a-run.md": small_run,
     "docs/how-to/simulate-a-run.md": small_run,
 }
@@ -387,6 +389,21 @@ def test_metrics_of_a_configuration_are_those_it_adds() -> None:
     with pytest.raises(ValueError, match="no_baseline"):
         make_experience(groups, advantage="remax", attached=attached)
     assert documented == (found | {"left_out/no_baseline"}) - set(make_experience(groups).metrics)
+
+
+def test_metrics_of_a_correction_are_those_it_adds() -> None:
+    documented = {name for row in table("reference/metrics.md", "With a correction") for name in code(row[0])}
+    groups = [RolloutGroup(1, [rollout_with(index, {}) for index in range(3)])]
+    attached = Attached(trainer={"default-1-0": [0.5, 0.5], "default-1-1": [float("nan")] * 2}, version=0)
+    found = make_experience(groups, attached=attached, off_policy=OffPolicy("token", truncate=(0, 2), max_staleness=0)).metrics
+    assert documented == set(found) - set(make_experience(groups).metrics)
+
+
+def test_corrections_are_those_of_the_code() -> None:
+    rows = table("explanation/off-policy.md", "What is done with them")
+    assert {code(row[0])[0]: eval(code(row[1])[0]) for row in rows} == dict(CORRECTIONS)  # noqa: S307 - the pages of this repository
+    for row in table("explanation/off-policy.md", "Matching another library"):
+        assert isinstance(eval(code(row[2])[0]), OffPolicy)  # noqa: S307
 
 
 @pytest.mark.parametrize("name", list(metadata.tables))

@@ -3,8 +3,10 @@
 from producer.experience.arrays import Experience
 from producer.experience.attached import Attached
 from producer.experience.config import KL, AdvantageConfig
+from producer.experience.engine_scorer import EngineScorer
 from producer.experience.kl import AdaptiveKL, kl_estimate
 from producer.experience.maker import make_experience
+from producer.experience.off_policy import OffPolicy
 from producer.experience.presets import preset
 from producer.experience.running import RunningMoments
 from producer.experience.shaping import Overlong, StopProperly
@@ -14,7 +16,9 @@ __all__ = [
     "AdaptiveKL",
     "AdvantageConfig",
     "Attached",
+    "EngineScorer",
     "Experience",
+    "OffPolicy",
     "Overlong",
     "RunningMoments",
     "StopProperly",

@@ -40,6 +40,9 @@ class Experience:
         reference_logprobs: (N, T) float32, of the reference policy; 0 outside the mask; None where none were attached.
         values: (N, T) float32, likewise, of the critic at the time of sampling.
         returns: (N, T) float32, what a critic learns: with estimators of the kind "tokens", else None.
+        trainer_logprobs: (N, T) float32, of the policy that is trained, before the step; 0 outside the mask; None where none were attached.
+        importance: (N, T) float32, the weight of each token's loss by its importance ratio, without a gradient; 0 outside the mask and
+            where the token is masked; None without `off_policy`.
         rewards: (S,) float64, as shaped and clipped.
         group_ids: (S,) int64.
         rollout_ids: S names.
@@ -58,6 +61,8 @@ class Experience:
     reference_logprobs: NDArray[np.float32] | None
     values: NDArray[np.float32] | None
     returns: NDArray[np.float32] | None
+    trainer_logprobs: NDArray[np.float32] | None
+    importance: NDArray[np.float32] | None
     rewards: NDArray[np.float64]
     group_ids: NDArray[np.int64]
     rollout_ids: tuple[str, ...]
@@ -101,9 +106,19 @@ class Experience:
         return None if self.returns is None else self.layout.shift(self.returns, 0.0)
 
     @property
+    def shift_trainer_logprobs(self) -> NDArray[np.float32] | None:
+        """(N, T) `trainer_logprobs` of the token that the logits here predict; None where there are none."""
+        return None if self.trainer_logprobs is None else self.layout.shift(self.trainer_logprobs, 0.0)
+
+    @property
+    def shift_importance(self) -> NDArray[np.float32] | None:
+        """(N, T) `importance` of the token that the logits here predict; None where there is none."""
+        return None if self.importance is None else self.layout.shift(self.importance, 0.0)
+
+    @property
     def totals(self) -> Totals:
-        """Trained tokens and sequences, to be added up over ranks that each have their own experience."""
-        return Totals(int(self.loss_mask.sum()), len(self.rollout_ids))
+        """Trained tokens and sequences that have any, to be added up over ranks that each have their own experience."""
+        return Totals(int(self.loss_mask.sum()), sum(bool(mask.any()) for mask in self.layout.unplace(self.loss_mask)))
 
     def shift_weights(
         self, reduction: Reduction = "token-mean", *, max_length: int | None = None, totals: Totals | None = None

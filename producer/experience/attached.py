@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from buffer.rollout import RolloutState
 from producer.experience.config import AdvantageConfig
+from producer.experience.off_policy import OffPolicy
 
 Array = NDArray[np.float64]
 
@@ -20,19 +21,34 @@ class Attached:
         reference: by rollout_id, the reference policy's log-probability of each token of the response.
         values: by rollout_id, the critic's value of each token of the response.
         baselines: by group_id, the reward of the greedy response to the group's prompt, for "remax".
+        trainer: by rollout_id, the log-probability of each token of the response by the policy that is trained, before the step.
+        version: of the weights that gave `trainer`.
+        temperature: at which these were taken; None where it is not known.
     """
 
     reference: Mapping[str, ArrayLike] = field(default_factory=dict)
     values: Mapping[str, ArrayLike] = field(default_factory=dict)
     baselines: Mapping[int, float] = field(default_factory=dict)
+    trainer: Mapping[str, ArrayLike] = field(default_factory=dict)
+    version: int | None = None
+    temperature: float | None = None
 
-    def check(self, config: AdvantageConfig) -> None:
-        """Raises ValueError where the configuration needs what is not there at all."""
+    def check(self, config: AdvantageConfig, off_policy: OffPolicy | None = None) -> None:
+        """Raises ValueError where the configuration or the correction needs what is not there at all."""
         for name in ("values", "baselines"):
             if config.spec.needs == name and not getattr(self, name):
                 raise ValueError(f"estimator={config.estimator!r} needs {name}; attach them: Attached({name}=...)")
         if config.kl is not None and not self.reference:
             raise ValueError(f"{config.kl} needs log-probabilities of a reference; attach them: Attached(reference=...)")
+        if off_policy is None:
+            return
+        if off_policy.needs_trainer and not self.trainer:
+            raise ValueError(
+                f"{off_policy} needs log-probabilities by the policy that is trained; attach them: Attached(trainer=...), "
+                "or let a Scorer do it"
+            )
+        if off_policy.max_staleness is not None and self.version is None:
+            raise ValueError(f"max_staleness={off_policy.max_staleness} needs the trainer's version; attach it: Attached(version=...)")
 
 
 def prompt_of(rollout: RolloutState) -> NDArray[np.int32]:
@@ -60,8 +76,8 @@ def why_left_out(rollout: RolloutState) -> str | None:
     return None if (rollout.loss_mask == 1).any() else "no_trained_token"
 
 
-def what_it_lacks(rollout: RolloutState, attached: Attached, config: AdvantageConfig) -> str | None:
-    """Why a rollout cannot be trained on for want of something attached, or stored, that the configuration needs; None if it can."""
+def what_it_lacks(rollout: RolloutState, attached: Attached, config: AdvantageConfig, off_policy: OffPolicy | None = None) -> str | None:
+    """Why a rollout cannot be trained on for want of something attached, or stored, that is needed; None if it can."""
     needs = config.spec.needs
     if needs == "parts" and not any(np.isfinite(part) for part in rollout.reward_parts.values()):
         return "no_reward_parts"
@@ -70,6 +86,7 @@ def what_it_lacks(rollout: RolloutState, attached: Attached, config: AdvantageCo
     for name, by_id, wanted in (
         ("reference", attached.reference, config.kl is not None),
         ("values", attached.values, needs == "values"),
+        ("trainer", attached.trainer, off_policy is not None and off_policy.needs_trainer),
     ):
         if wanted and rollout.rollout_id not in by_id:
             return f"no_{name}"

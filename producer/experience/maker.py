@@ -11,8 +11,10 @@ from buffer.rollout import RolloutGroup, RolloutState
 from producer.experience.advantages import AdvantageFn, zero_variance
 from producer.experience.arrays import NO_VERSION, Experience
 from producer.experience.attached import Attached, prompt_of, reward_of, reward_parts, trained, what_it_lacks, why_left_out
+from producer.experience.behaviour import corrected
 from producer.experience.config import AdvantageConfig
 from producer.experience.estimate import Estimate, Scored, estimate
+from producer.experience.off_policy import Correction, OffPolicy, off_policy_named
 from producer.experience.packing import Layout
 from producer.experience.running import RunningMoments
 from producer.experience.shaping import shape_rewards
@@ -26,6 +28,7 @@ def make_experience(
     *,
     advantage: str | AdvantageFn | AdvantageConfig = "grpo",
     attached: Attached | None = None,
+    off_policy: str | OffPolicy | None = None,
     running: RunningMoments | None = None,
     token_budget: int | None = None,
     pad_id: int = 0,
@@ -36,7 +39,10 @@ def make_experience(
         groups: as `ReplayBuffer.take` and `produce_batch` give them; of any sizes.
         advantage: the name of an estimator such as "grpo", "drgrpo", "rloo"; a function of (rewards with NaN where there is none,
             group numbers) giving one finite number a rollout; or an `AdvantageConfig`, which shapes, normalises, whitens and clips too.
-        attached: log-probabilities of a reference, values of a critic, greedy rewards: where the configuration needs them.
+        attached: log-probabilities of a reference and of the policy that is trained, values of a critic, greedy rewards: where the
+            configuration or the correction needs them.
+        off_policy: the name of a correction such as "tis", "icepop", "mis", or an `OffPolicy`: makes `Experience.importance` of what
+            the stored log-probabilities and versions say. None: tokens are trained on as if the trainer had sampled them.
         running: `Experience.running` of the batch before, for a configuration that normalises; None at the start of a run.
         token_budget: the most tokens of a row, prompts included: sequences are packed. None: one sequence a row, padded on the right.
         pad_id: fills `input_ids` where there is no token.
@@ -45,14 +51,15 @@ def make_experience(
     lists the reasons. Its reward, if it has one, still counts in its group's baseline: it was sampled all the same.
 
     Raises:
-        ValueError: nothing is left to train on, a sequence is longer than the budget, or what the configuration needs is not attached.
+        ValueError: nothing is left to train on, a sequence is longer than the budget, or what the configuration or the correction
+            needs is not attached.
     """
     config = advantage if isinstance(advantage, AdvantageConfig) else AdvantageConfig(advantage)
-    beside = attached or Attached()
-    beside.check(config)
+    beside, correction = attached or Attached(), None if off_policy is None else off_policy_named(off_policy)
+    beside.check(config, correction)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards, metrics = _shaped(rollouts, config)
-    reasons = [_why_left_out(rollout, reward, beside, config) for rollout, reward in zip(rollouts, rewards, strict=True)]
+    reasons = [_why_left_out(rollout, reward, beside, config, correction) for rollout, reward in zip(rollouts, rewards, strict=True)]
     kept = [at for at, reason in enumerate(reasons) if reason is None]
     left_out = Counter(reason for reason in reasons if reason is not None)
     if not kept:
@@ -62,7 +69,12 @@ def make_experience(
     numbers = np.repeat(np.arange(len(groups)), [len(group.rollouts) for group in groups])
     made = estimate(config, _scored(rollouts, rewards, numbers, kept, beside, config), running)
     metrics |= _metrics(rollouts, rewards, numbers, left_out) | _size_metrics(chosen, layout) | made.metrics
-    return _assemble(chosen, rewards[kept], made, beside, layout, metrics, pad_id=pad_id, packed=token_budget is not None)
+    weighed = None if correction is None else corrected(correction, chosen, beside, made.advantages)
+    if weighed is not None and correction is not None:
+        metrics |= weighed.metrics | ({"tokens/trained": float(weighed.kept.sum())} if correction.drop else {})
+    dropping = correction is not None and correction.drop
+    packed = token_budget is not None
+    return _assemble(chosen, rewards[kept], made, beside, layout, metrics, weighed, pad_id=pad_id, packed=packed, dropping=dropping)
 
 
 def _shaped(rollouts: Sequence[RolloutState], config: AdvantageConfig) -> tuple[Array, dict[str, float]]:
@@ -77,10 +89,12 @@ def _shaped(rollouts: Sequence[RolloutState], config: AdvantageConfig) -> tuple[
     return clipped, {"reward/clipped": fraction}
 
 
-def _why_left_out(rollout: RolloutState, reward: float, attached: Attached, config: AdvantageConfig) -> str | None:
+def _why_left_out(
+    rollout: RolloutState, reward: float, attached: Attached, config: AdvantageConfig, off_policy: OffPolicy | None
+) -> str | None:
     if (reason := why_left_out(rollout)) is not None:
         return reason
-    return "shaped_not_finite" if np.isnan(reward) else what_it_lacks(rollout, attached, config)
+    return "shaped_not_finite" if np.isnan(reward) else what_it_lacks(rollout, attached, config, off_policy)
 
 
 def _scored(
@@ -133,19 +147,22 @@ def _assemble(
     attached: Attached,
     layout: Layout,
     metrics: dict[str, float],
+    weighed: Correction | None,
     *,
     pad_id: int,
     packed: bool,
+    dropping: bool,
 ) -> Experience:
     masks = [np.concatenate([np.zeros(prompt_of(one).size, np.bool_), one.loss_mask == 1]) for one in rollouts]
     bounds = np.cumsum([mask.sum() for mask in masks])[:-1]
+    kept = np.split(weighed.kept, bounds) if weighed is not None and dropping else None
 
     def place(values: Sequence[NDArray[Any]], outside: float, dtype: type[np.generic]) -> NDArray[Any]:
         """Values of trained tokens at their places, `outside` everywhere else."""
         whole = []
-        for value, mask in zip(values, masks, strict=True):
+        for number, (value, mask) in enumerate(zip(values, masks, strict=True)):
             whole.append(np.full(mask.size, outside, dtype))
-            whole[-1][mask] = value
+            whole[-1][mask] = value if kept is None else np.where(kept[number], value, outside)
         return layout.place(whole, fill=outside, dtype=dtype)
 
     def beside(name: str) -> NDArray[np.float32] | None:
@@ -158,13 +175,15 @@ def _assemble(
         input_ids=layout.place([np.concatenate([prompt_of(one), one.response_ids]) for one in rollouts], fill=pad_id, dtype=np.int64),
         attention_mask=None if packed else (layout.seq_idx >= 0).astype(np.int64),
         position_ids=layout.position_ids,
-        loss_mask=layout.place(masks, fill=False, dtype=np.bool_),
+        loss_mask=place([np.ones(int(mask.sum()), np.bool_) for mask in masks], False, np.bool_),
         logprobs=place([one.logprobs[one.loss_mask == 1] for one in rollouts], 0.0, np.float32),
         advantages=place(np.split(made.advantages, bounds), 0.0, np.float32),
         versions=place([one.versions[one.loss_mask == 1] for one in rollouts], NO_VERSION, np.int32),
         reference_logprobs=beside("reference"),
         values=beside("values"),
         returns=None if made.returns is None else place(np.split(made.returns, bounds), 0.0, np.float32),
+        trainer_logprobs=beside("trainer"),
+        importance=None if weighed is None else place(np.split(weighed.weights, bounds), 0.0, np.float32),
         rewards=rewards,
         group_ids=np.array([rollout.group_id for rollout in rollouts], np.int64),
         rollout_ids=tuple(rollout.rollout_id for rollout in rollouts),

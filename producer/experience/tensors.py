@@ -7,7 +7,7 @@ import torch
 if TYPE_CHECKING:
     from producer.experience.arrays import Experience
 
-OPTIONAL = ("reference_logprobs", "values", "returns")
+OPTIONAL = ("reference_logprobs", "values", "returns", "trainer_logprobs", "importance")
 NAMES = ("input_ids", "attention_mask", "position_ids", "loss_mask", "logprobs", "advantages", "versions", *OPTIONAL)
 SHIFTED = ("shift_labels", "shift_mask", "shift_logprobs", "shift_advantages", *(f"shift_{name}" for name in OPTIONAL))
 
