@@ -6,6 +6,7 @@ Engines are imported from their own modules (`agent_loop.engines.vllm`, ...), so
 from agent_loop.agent_loop import AgentLoop
 from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import Capabilities, Completion, Engine, EngineLoad, TopTokens
+from agent_loop.rewards import Judgement, RewardFunction, RewardSet, RewardStatistics, trl_reward
 from agent_loop.sampler import Sampler
 from agent_loop.sampler_registry import create_sampler, register_sampler
 from agent_loop.samples import SampledSequence, SampleResponse
@@ -19,6 +20,10 @@ __all__ = [
     "Completion",
     "Engine",
     "EngineLoad",
+    "Judgement",
+    "RewardFunction",
+    "RewardSet",
+    "RewardStatistics",
     "SampleResponse",
     "SampledSequence",
     "Sampler",
@@ -27,4 +32,5 @@ __all__ = [
     "TopTokens",
     "create_sampler",
     "register_sampler",
+    "trl_reward",
 ]

@@ -17,7 +17,7 @@ from agent_loop.decoding import Decoding, Watcher, standing
 from agent_loop.engines.base import Completion, Engine, FinishReason
 from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError, RewardError
 from agent_loop.outcomes import fail_unjudged, interrupt, leave_out_failed, record_failure, waits_for_judgement, without_left_out
-from agent_loop.rewards import REWARD_THREADS, GroupReward, Reward, judge, judge_group
+from agent_loop.rewards import REWARD_THREADS, GroupReward, Reward, by_kind, judge, judge_group
 from agent_loop.sampling import SamplingParams, number, whole
 from buffer.rollout import RolloutGroup, RolloutState
 from buffer.status import Status
@@ -45,12 +45,13 @@ class AgentLoop(ABC):
         engine: which samples; None for a loop that calls something else.
         adapter: the name of an adapter of the engine, which is then the policy: it samples, its version is stamped on the tokens, and
             `self.engine` is `engine.with_adapter(adapter)`. It need not be there yet. None: the model itself.
-        reward: gives the score of a finished rollout; None leaves it unscored.
+        reward: gives the score of a finished rollout; None leaves it unscored. A `RewardSet` with functions of whole groups is asked
+            as a `group_reward`.
         group_reward: in its place, gives the scores of a group's finished rollouts, in order; asked when all are finished.
         min_group_size: a rollout that failed for good fails its group, since that needs all its members; with this it is
             left out (`RolloutState.left_out`), and the group kept, while so many others can still be finished.
         sampling: parameters for all prompts; a row's `sampling` overrides them.
-        reward_timeout: seconds for one judgement.
+        reward_timeout: seconds for one judgement; the functions of a `RewardSet` have their own.
         max_attempts: after so many failures a rollout is failed for good.
         back_off: seconds before the second attempt, doubled for each further one, up to 30.
     """
@@ -80,7 +81,7 @@ class AgentLoop(ABC):
         if adapter is not None and engine is None:
             raise ValueError(f"adapter={adapter!r:.60} needs an engine that has it; pass engine=")
         self.engine = engine if engine is None or adapter is None else engine.with_adapter(adapter)
-        self.reward, self.group_reward = reward, group_reward
+        self.reward, self.group_reward = by_kind(reward, group_reward)
         self._min_group_size = min_group_size
         self.sampling = sampling or SamplingParams()
         self._reward_timeout, self._max_attempts, self._back_off = reward_timeout, max_attempts, back_off
@@ -286,7 +287,7 @@ class AgentLoop(ABC):
             return Status.RUNNING  # until its siblings are whole: they are judged together
         if self.reward is not None:
             judgement = judge(self.reward, state, timeout=self._reward_timeout, threads=self._threads)
-            state.score = state.reward = await self._call_offs.unless_called_off(state.group_id, judgement)
+            (await self._call_offs.unless_called_off(state.group_id, judgement)).apply_to(state)
         state.error = None
         return Status.COMPLETED
 
@@ -298,7 +299,7 @@ class AgentLoop(ABC):
         while not self.interrupted(first):
             try:
                 judgement = judge_group(reward, seen, timeout=self._reward_timeout, threads=self._threads)
-                scores = await self._call_offs.unless_called_off(group.group_id, judgement)
+                judgements = await self._call_offs.unless_called_off(group.group_id, judgement)
             except CalledOffError:
                 return
             except RewardError as error:
@@ -308,8 +309,8 @@ class AgentLoop(ABC):
                     fail_unjudged(group)
                     return
             else:
-                for state, score in zip(seen.rollouts, scores, strict=True):
-                    state.score = state.reward = score
+                for state, one in zip(seen.rollouts, judgements, strict=True):
+                    one.apply_to(state)
                     state.status, state.error = Status.COMPLETED, None
                 return
             with suppress(CalledOffError):

@@ -31,3 +31,11 @@ class AdapterError(WeightUpdateError):
 
 class RewardError(AgentLoopError):
     """A reward function raised, took too long, or gave something that is not a finite number."""
+
+
+class RewardTimeoutError(RewardError, TimeoutError):
+    """A reward took longer than it may."""
+
+
+class RewardClosedError(RewardError, RuntimeError):
+    """A reward that asks a server, a model or processes was used before it was opened or after it was closed."""

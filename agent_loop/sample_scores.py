@@ -49,14 +49,15 @@ class Judge:
             return []
         group = RolloutGroup(place, rollouts, task_name=_TASK)
         try:
-            return list(await judge_group(self.group_reward, group, timeout=self.timeout, threads=self.threads))
+            judgements = await judge_group(self.group_reward, group, timeout=self.timeout, threads=self.threads)
         except RewardError as error:
             return [error] * len(rollouts)
+        return [judgement.score for judgement in judgements]
 
     async def _one(self, rollout: RolloutState) -> float | RewardError:
         assert self.reward is not None
         try:
-            return await judge(self.reward, rollout, timeout=self.timeout, threads=self.threads)
+            return (await judge(self.reward, rollout, timeout=self.timeout, threads=self.threads)).score
         except RewardError as error:
             return error
 

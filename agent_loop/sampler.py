@@ -18,7 +18,7 @@ from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import Engine, WeightSource
 from agent_loop.errors import AgentLoopError, EngineClosedError, EngineDeadError, RequestRefusedError
 from agent_loop.loop_thread import LoopThread, call
-from agent_loop.rewards import GroupReward, Reward
+from agent_loop.rewards import GroupReward, Reward, by_kind
 from agent_loop.sample_inputs import Input, Prompt, as_list, prompt_of, template_of
 from agent_loop.sample_scores import Judge
 from agent_loop.samples import SampledSequence, SampleResponse
@@ -208,7 +208,7 @@ class Sampler:
         if whole("num_samples", num_samples) < 1:
             raise ValueError(f"num_samples={num_samples} asks for nothing; it must be 1 or more")
         pairs = await self._sampled(inputs, sampling_params, Asked(adapter_name, use_base_model, num_samples))
-        return await Judge(reward, group_reward, reward_timeout).all(pairs)
+        return await Judge(*by_kind(reward, group_reward), reward_timeout).all(pairs)
 
     async def add_adapter(self, name: str, path: WeightSource, version: int | None = None, *, keep: int = 2) -> Adapter:
         """Load a LoRA adapter into the engine, or a new version of one; see `Engine.add_adapter`. `sample` then takes its name."""

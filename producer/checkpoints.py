@@ -118,9 +118,9 @@ class _Watched:
         return self._saved != before
 
 
-def _extent(group: RolloutGroup) -> list[tuple[int, bool, int]]:
+def _extent(group: RolloutGroup) -> list[tuple[int, bool, int, int]]:
     """What a checkpoint is worth being written for."""
-    return [(state.response_ids.size, state.finished, state.attempts) for state in group.rollouts]
+    return [(state.response_ids.size, state.finished, state.attempts, len(state.reward_parts)) for state in group.rollouts]
 
 
 class Checkpointer:

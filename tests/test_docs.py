@@ -104,6 +104,13 @@ async def tiny_model(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"model": make_tiny_model(folder / "model"), "trained": make_tiny_model(folder / "trained", seed=1)}
 
 
+async def reward_model(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A sequence classifier in Hugging Face's format, as a folder."""
+    from tests.tiny_model import make_tiny_classifier
+
+    return {"reward_model": make_tiny_classifier(folder / "reward_model")}
+
+
 async def small_run(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """run.db in the page's folder, as a run with failures leaves it."""
     await make_run(folder / "run.db")
@@ -113,6 +120,7 @@ async def small_run(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 READERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Awaitable[dict[str, Any]]]] = {
     "README.md": training,
     "docs/how-to/choose-an-engine.md": tiny_model,
+    "docs/how-to/combine-rewards.md": reward_model,
     "docs/how-to/export-and-replay.md": small_run,
     "docs/how-to/sample-without-a-trainer.md": tiny_model,
     "docs/how-to/look-into-a-run.md": small_run,
@@ -434,7 +442,7 @@ def test_every_public_name_is_listed_with_a_sentence(module: Any) -> None:
 
 
 def test_names_listed_by_their_modules_exist() -> None:
-    for heading in ("Engines", "Beside them"):
+    for heading in ("Engines", "Rewards that ask elsewhere", "Beside them"):
         for row in table("reference/api.md", heading):
             (module,), (name,) = code(row[0]), code(row[1])
             assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"

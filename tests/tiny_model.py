@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification, Qwen2Tokenizer
 
 EOS = "<|eos|>"
 PAD = "<|pad|>"
@@ -47,6 +47,23 @@ def make_tiny_model(folder: str | Path, *, dtype: str = "float32", seed: int = 0
         model = Qwen2ForCausalLM(config)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_tiny_classifier(folder: str | Path, *, seed: int = 1) -> Path:
+    """Write a sequence classifier with the labels "bad", "good" and "odd", of the same size, and the tokenizer. Returns the folder."""
+    folder = Path(folder)
+    labels = ("bad", "good", "odd")
+    config = Qwen2Config.from_pretrained(
+        make_tiny_model(folder),
+        num_labels=3,
+        id2label=dict(enumerate(labels)),
+        label2id={label: number for number, label in enumerate(labels)},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForSequenceClassification(config)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -99,9 +99,9 @@ def test_a_sync_reward_is_called_in_the_loop() -> None:
         return float(threading.get_ident())
 
     async def main() -> float:
-        score = await judge(reward, RolloutState(0, 0, row={"prompt": "1"}), timeout=0.001, threads=asyncio.Semaphore(1))
+        judgement = await judge(reward, RolloutState(0, 0, row={"prompt": "1"}), timeout=0.001, threads=asyncio.Semaphore(1))
         assert asyncio.get_running_loop().time() == 0.0
-        return score
+        return judgement.score
 
     assert run(main()) == threading.get_ident()
 

@@ -1,0 +1,103 @@
+"""`RewardFunction`: one function of a `RewardSet`, with its limits and what becomes of its failures."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from agent_loop.errors import RewardError, RewardTimeoutError
+from agent_loop.rewards.judgement import Judgement, answers_of, judgement_of
+from agent_loop.rewards.judging import answer
+from agent_loop.rewards.statistics import RewardStatistics
+from agent_loop.sampling import number, whole
+
+_LONGEST_BACK_OFF = 30.0
+"""Seconds to which the pause before a retry is doubled at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardFunction:
+    """A reward function and how it is asked.
+
+    Attributes:
+        function: of a rollout, or of a group; sync or async. It may give None: it has no say on this rollout.
+        of_group: it judges whole groups, and gives a number or None for each of the rollouts.
+        shaping: it counts in `reward`, which trains, and not in `score`, which filters see.
+        timeout: seconds for one call.
+        concurrency: calls at once; more wait, and their time does not run meanwhile.
+        on_error: "fail" fails the rollout with the reason; "skip" goes on without this part, its weight shared out among the
+            others; a number is taken in its place.
+        retries: how often a call that failed is repeated before that.
+        back_off: seconds before the first repetition, doubled for each further one, up to 30.
+
+    Raises:
+        ValueError: a bound is crossed.
+        TypeError: `function` is none.
+    """
+
+    function: Callable[[Any], Any]
+    of_group: bool = False
+    shaping: bool = False
+    timeout: float = 60.0
+    concurrency: int = 32
+    on_error: Literal["fail", "skip"] | float = "fail"
+    retries: int = 0
+    back_off: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not callable(self.function) or isinstance(self.function, type):
+            raise TypeError(f"function={self.function!r:.80} is no function of a rollout or a group")
+        if number("timeout", self.timeout) <= 0:
+            raise ValueError(f"timeout={self.timeout} s leaves no time; it must be above 0")
+        if whole("concurrency", self.concurrency) < 1:
+            raise ValueError(f"concurrency={self.concurrency} allows no call; it must be 1 or more")
+        if whole("retries", self.retries) < 0:
+            raise ValueError(f"retries={self.retries} must be 0 or more")
+        if number("back_off", self.back_off) < 0:
+            raise ValueError(f"back_off={self.back_off} s is negative; it must be 0 or more")
+        if self.on_error not in ("fail", "skip"):
+            if isinstance(self.on_error, str):
+                raise ValueError(f'on_error={self.on_error!r} is unknown; it is "fail", "skip", or the number to take')
+            number("on_error", self.on_error)
+
+    @property
+    def stand_in(self) -> float | None:
+        """The number taken where it fails; None if there is none."""
+        return None if isinstance(self.on_error, str) else float(self.on_error)
+
+
+class Asker:
+    """Asks one function of a set, within its limits."""
+
+    def __init__(self, name: str, function: RewardFunction) -> None:
+        self.name, self.function = name, function
+        self._slots = asyncio.Semaphore(function.concurrency)
+
+    async def ask(self, subject: Any, n: int, statistics: RewardStatistics) -> list[Judgement | None]:
+        """One judgement, or None where it has no say, for each of the `n` rollouts of `subject`, repeated as it is told.
+
+        Raises:
+            RewardError: the last call failed too; see `__cause__`.
+        """
+        for repetition in range(1 + self.function.retries):
+            if repetition:
+                statistics.retries += 1
+                await asyncio.sleep(min(self.function.back_off * 2.0 ** min(repetition - 1, 60), _LONGEST_BACK_OFF))
+            try:
+                return await self._once(subject, n, statistics)
+            except RewardError as error:
+                statistics.failures += 1
+                statistics.timeouts += isinstance(error, RewardTimeoutError)
+                last = error
+        raise last
+
+    async def _once(self, subject: Any, n: int, statistics: RewardStatistics) -> list[Judgement | None]:
+        clock = asyncio.get_running_loop().time
+        async with self._slots:
+            began = clock()
+            try:
+                given = await answer(self.function.function, subject, self.function.timeout, self.name, "its timeout")
+            finally:
+                statistics.called(clock() - began)
+        answers: Sequence[Any] = answers_of(given, n, self.name) if self.function.of_group else [given]
+        return [None if one is None else judgement_of(one, self.name) for one in answers]
