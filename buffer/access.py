@@ -113,6 +113,13 @@ class Access:
         return Reader(self._backend, _READER_THREADS)
 
     @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop on which this buffer was opened, and on which alone it works. `BufferClosedError` where it is not open."""
+        if self._loop is None or self._closing:
+            raise BufferClosedError(_NOT_OPEN)
+        return self._loop
+
+    @property
     def shared(self) -> bool:
         """Whether other processes may write to this database at the same time, as on PostgreSQL."""
         return not self._backend.alone

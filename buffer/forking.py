@@ -29,6 +29,7 @@ _COPIED = (
     schema.counts,
     schema.given_up,
     schema.shares,
+    schema.states,
 )
 """Not the producers, which do not run here, nor the sequences, which are set behind the numbers that were given."""
 

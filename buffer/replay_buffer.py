@@ -33,6 +33,7 @@ from buffer.policies import Fifo, TakePolicy
 from buffer.rollout import RolloutGroup
 from buffer.sharing import Sharing
 from buffer.staleness import Level
+from buffer.states import States
 from buffer.status import CLAIMABLE, Status, parse_status
 
 
@@ -44,7 +45,7 @@ class DatasetCursor:
     state: Mapping[str, Any] | None
 
 
-class ReplayBuffer(Asking, Keeping, Sharing):
+class ReplayBuffer(Asking, Keeping, Sharing, States):
     """Groups of rollouts in a database, each with a status; everything it says is stored is durable.
 
     ```python

@@ -21,7 +21,7 @@ from sqlalchemy import (
 
 from buffer.staleness import NO_VERSION
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
@@ -221,4 +221,12 @@ shares = Table(
     Column("weight", Float, nullable=False),
     Column("groups", _Id, nullable=False),
     Column("carried", Float, nullable=False),  # groups that it is owed after this step
+)
+
+states = Table(
+    "states",  # what parts of a run keep with it: running moments of rewards, say
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("step", _Id, primary_key=True, autoincrement=False),  # of the batch after which it was so
+    Column("state", Text, nullable=False),  # JSON
 )

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 
 from sqlalchemy import Connection
 
-from buffer.migrations import to_2, to_3, to_4
+from buffer.migrations import to_2, to_3, to_4, to_5
 
-STEPS: Mapping[int, Callable[[Connection], None]] = {1: to_2.migrate, 2: to_3.migrate, 3: to_4.migrate}
+STEPS: Mapping[int, Callable[[Connection], None]] = {1: to_2.migrate, 2: to_3.migrate, 3: to_4.migrate, 4: to_5.migrate}
 """Schema version -> what makes the next one of it. Indexes are not part of it: opening makes those that are missing."""
 
 

@@ -27,6 +27,7 @@ from buffer.operations.running import (
     start,
 )
 from buffer.operations.sharing import TakeTogether, take_together
+from buffer.operations.states import SaveState, save_state
 from buffer.operations.storing import Checkpoint, Put, checkpoint, put
 from buffer.operations.transfer import Restore, restore
 from buffer.queries import Transaction
@@ -51,6 +52,7 @@ __all__ = [
     "Restore",
     "Rewind",
     "Rewound",
+    "SaveState",
     "Take",
     "TakeTogether",
     "Taken",
@@ -76,6 +78,7 @@ __all__ = [
     "release_dead",
     "restore",
     "resume",
+    "save_state",
     "start",
     "take",
     "take_together",

@@ -100,6 +100,7 @@ def _resume_one(tx: Transaction, request: Rewind) -> Rewound:
     # What the next step saw stays: resuming from here once more must give the same version.
     q.drop_steps_after(tx.conn, step + 1)
     q.drop_shares_after(tx.conn, step)
+    q.drop_states_after(tx.conn, step)
     timeline, expired = _begin_timeline(tx, version, request, [row.group_id for row in rows if row.max_version is not None])
     return Rewound(version, timeline, len(rows), expired)
 

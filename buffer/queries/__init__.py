@@ -70,6 +70,7 @@ from buffer.queries.scheduling import (
 )
 from buffer.queries.sharing import drop_shares_after, record_shares, shared_tasks, shares_before
 from buffer.queries.standing import Overtaken, known, rows_of
+from buffer.queries.states import drop_states_after, record_state, state_at
 from buffer.queries.transaction import LEFT_OUT, PRUNED, STALE, UNDONE, Deltas, Transaction
 from buffer.queries.transfer import (
     RecordedStep,
@@ -137,6 +138,7 @@ __all__ = [
     "drop_groups",
     "drop_shares_after",
     "drop_payloads",
+    "drop_states_after",
     "drop_steps_after",
     "fail_unfinished",
     "faults",
@@ -179,6 +181,7 @@ __all__ = [
     "pruned_groups",
     "ran_and_lost",
     "record_shares",
+    "record_state",
     "recorded_steps",
     "recorded_versions",
     "register_producer",
@@ -200,6 +203,7 @@ __all__ = [
     "shared_tasks",
     "shares_before",
     "stale",
+    "state_at",
     "step_version",
     "store_expired",
     "store_results",

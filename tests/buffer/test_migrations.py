@@ -84,6 +84,7 @@ async def test_a_postgresql_database_of_schema_2_is_brought_forward(tmp_path: Pa
     for statement in (
         "DROP TABLE given_up",
         "DROP TABLE shares",
+        "DROP TABLE states",
         *(f"ALTER TABLE groups DROP COLUMN {name}" for name in ("finished", "finished_tokens")),
         *(f"ALTER TABLE counts DROP COLUMN {name}" for name in ("tokens", "finished", "finished_tokens")),
         "UPDATE millrace_meta SET value = '2' WHERE key = 'schema_version'",
@@ -135,7 +136,7 @@ async def test_the_data_is_there_and_the_run_goes_on(old: Path) -> None:
 
 async def test_a_reader_refuses_it_and_says_how_it_is_brought_forward(old: Path) -> None:
     before = _bytes(old)
-    with pytest.raises(SchemaVersionError, match="has schema version 1, this Millrace knows 4; open it for writing once"):
+    with pytest.raises(SchemaVersionError, match="has schema version 1, this Millrace knows 5; open it for writing once"):
         async with ReplayBuffer.open(f"sqlite:///{old}", read_only=True):
             pass
     assert _bytes(old) == before

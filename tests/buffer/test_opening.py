@@ -253,7 +253,7 @@ def _execute(path: Path, statement: str) -> None:
 
 
 CASES: list[tuple[Callable[[Path], None], type[Exception], str]] = [
-    (newer, SchemaVersionError, "schema version 999, this Millrace knows 4; install a newer Millrace"),
+    (newer, SchemaVersionError, "schema version 999, this Millrace knows 5; install a newer Millrace"),
     (of_no_version, SchemaVersionError, "schema version none, .*; restore it from a copy"),
     (foreign, ForeignDatabaseError, r"other tables \(accounts\) and is no Millrace buffer; give another file"),
     (text, DatabaseError, "run.db: file is not a database; the file is something else; give another one"),
