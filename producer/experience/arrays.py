@@ -1,13 +1,16 @@
 """`Experience`: the arrays of one batch, as a training step takes them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from producer.experience.balancing import Cost
 from producer.experience.losses import Reduction, Totals, token_weights
 from producer.experience.packing import IGNORED_LABEL, Layout
+from producer.experience.parts import part, split
 from producer.experience.running import RunningMoments
 
 if TYPE_CHECKING:
@@ -49,6 +52,9 @@ class Experience:
         metrics: flat, finite numbers for a tracker.
         running: the moments of the run's rewards with this batch, for the next one and for the checkpoint; None without `normalise`.
         layout: rows, lengths, cu_seqlens, seq_idx; `layout.unplace(array)` gives any (N, T) array back by sequence.
+        media: S tuples, what a rollout's prompt shows beside its tokens, in their order; see `row_media`.
+        pad_id: what fills `input_ids`.
+        whole: the totals of the batch that this is a part of; None where it is all of it.
     """
 
     input_ids: NDArray[np.int64]
@@ -69,6 +75,9 @@ class Experience:
     metrics: dict[str, float]
     layout: Layout
     running: RunningMoments | None
+    media: tuple[tuple[Any, ...], ...] = ()
+    pad_id: int = 0
+    whole: Totals | None = None
 
     @property
     def shift_labels(self) -> NDArray[np.int64]:
@@ -123,11 +132,43 @@ class Experience:
     def shift_weights(
         self, reduction: Reduction = "token-mean", *, max_length: int | None = None, totals: Totals | None = None
     ) -> NDArray[np.float64]:
-        """(N, T) weights for which `(loss * weights).sum()` over all rows is the reduction; see `losses.token_weights`."""
-        return token_weights(self.shift_mask, self.layout.sequence, reduction, max_length=max_length, totals=totals)
+        """(N, T) weights for which `(loss * weights).sum()` over all rows is the reduction; see `losses.token_weights`.
 
-    def to_torch(self, device: "torch.device | str | None" = None) -> "dict[str, torch.Tensor]":
-        """The (N, T) arrays and their shifted forms by name, as tensors on `device`; a micro-batch is the same rows of each."""
+        Those of a part are of the whole batch: over all micro-batches and ranks the losses add up to the reduction, and the gradients
+        to its gradient.
+        """
+        return token_weights(self.shift_mask, self.layout.sequence, reduction, max_length=max_length, totals=totals or self.whole)
+
+    def row_media(self, row: int) -> tuple[Any, ...]:
+        """What the prompts of a row show beside their tokens, in the order of its sequences."""
+        return tuple(shown for number in self.layout.rows[row] if self.media for shown in self.media[number])
+
+    def part(self, numbers: Sequence[int]) -> "Experience":
+        """Some sequences as an experience of their own, which knows the totals of the whole; see `parts.part`."""
+        return part(self, numbers)
+
+    def split(
+        self, ranks: int = 1, *, token_budget: int | None = None, micro_batches: int | None = None, cost: Cost | None = None
+    ) -> "list[list[Experience]]":
+        """`split[rank][micro_batch]`: all sequences over ranks and micro-batches of like cost, none split; see `balancing.balance`.
+
+        A packed experience gives micro-batches of one row each, a padded one gives padded ones, each as wide as its longest sequence.
+        """
+        return split(self, ranks, token_budget, micro_batches, cost or Cost())
+
+    def to_torch(
+        self, device: "torch.device | str | None" = None, *, reduction: Reduction | None = None, max_length: int | None = None
+    ) -> "dict[str, torch.Tensor]":
+        """The (N, T) arrays and their shifted forms by name, as tensors on `device`; a micro-batch is the same rows of each.
+
+        With a `reduction` also `shift_weights`, in float32.
+        """
         from producer.experience.tensors import to_torch
 
-        return to_torch(self, device)
+        return to_torch(self, device, reduction, max_length)
+
+    def varlen(self, row: int = 0, device: "torch.device | str | None" = None) -> dict[str, Any]:
+        """Where a packed row's sequences lie, by the names under which models of transformers take it for flash-attention's kernels."""
+        from producer.experience.tensors import varlen
+
+        return varlen(self, row, device)

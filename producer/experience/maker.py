@@ -190,6 +190,8 @@ def _assemble(
         metrics=metrics,
         layout=layout,
         running=made.running,
+        media=tuple(tuple(one.media or ()) for one in rollouts),
+        pad_id=pad_id,
     )
 
 
