@@ -111,6 +111,14 @@ async def reward_model(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any
     return {"reward_model": make_tiny_classifier(folder / "reward_model")}
 
 
+async def tiny_adapter(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A model and an adapter for it, as folders."""
+    from tests.tiny_adapter import make_tiny_adapter
+
+    made = await tiny_model(folder, patch)
+    return made | {"adapter": make_tiny_adapter(folder / "adapter", made["model"], seed=1)}
+
+
 async def small_run(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """run.db in the page's folder, as a run with failures leaves it."""
     await make_run(folder / "run.db")
@@ -127,6 +135,7 @@ READERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Awaitable[dict[str, Any]
     "docs/how-to/score-log-probabilities.md": tiny_model,
     "docs/how-to/resume-a-run.md": small_run,
     "docs/how-to/simulate-a-run.md": small_run,
+    "docs/how-to/use-adapters.md": tiny_adapter,
 }
 
 

@@ -18,8 +18,10 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
+from agent_loop.engines._transformers_adapters import Layers, Overlays
 from agent_loop.engines._transformers_sampling import SamplingProcessor
 from agent_loop.engines._transformers_weights import Copies, copy_all
+from agent_loop.engines.adapters import Adapter
 from agent_loop.errors import EngineDeadError
 from agent_loop.sampling import SamplingParams
 
@@ -76,13 +78,14 @@ class Backend:
     def __init__(self, model: Any, size: CacheSize, listener: Listener) -> None:
         self.model = model
         self._was_training = bool(model.training)
-        self._attention = model.config._attn_implementation
+        self.attention = model.config._attn_implementation
         self._listener = listener
         self._pause = ExitStack()
         self._held = False
         # One thread enters and leaves every pause: the library counts pauses by thread.
         self._control = ThreadPoolExecutor(1, thread_name_prefix="engine-control")
-        self._manager = _make_manager(model, size)
+        self._overlays = Overlays(model)
+        self._manager = _make_manager(model, size, self._overlays)
         self._manager.background_thread_status = _Ending(listener, asyncio.get_running_loop())
         self._manager.output_router = _Router(listener, asyncio.get_running_loop(), self._manager.background_thread_status)
 
@@ -102,23 +105,41 @@ class Backend:
         """Copy weights in place between two steps, and call `then` before the next; all of it, even when cancelled."""
         await self._on_control(self._put_weights, copies, then)
 
-    async def look(self, ids: list[int], read: Callable[[Any], Result]) -> tuple[Result, int]:
-        """What `read` makes of the logits [tokens, vocabulary] of one forward pass between two steps, and the version that gave them."""
-        return await self._on_control(self._look, ids, read)
+    async def put_adapter(self, adapter: Adapter, layers: Layers) -> None:
+        """Have an adapter from the next step on, if a forward pass under it succeeds."""
+        await self._on_control(self._put_adapter, adapter, layers)
+
+    def drop_adapter(self, adapter: Adapter) -> None:
+        """Let an adapter go that no request uses."""
+        self._overlays.drop(adapter)
+
+    async def look(self, ids: list[int], read: Callable[[Any], Result], adapter: Adapter | None) -> tuple[Result, int]:
+        """What `read` makes of the logits [tokens, vocabulary] of one forward pass between two steps, and the version of the weights."""
+        return await self._on_control(self._look, ids, read, adapter)
 
     async def stop(self) -> None:
         """End the generation thread and give the model back as it was."""
         await self._on_control(self._stop)
         self._control.shutdown()
 
-    def submit(self, key: str, ids: list[int], params: SamplingParams, seed: int, stop_ids: frozenset[int]) -> None:
+    def submit(
+        self, key: str, ids: list[int], params: SamplingParams, seed: int, stop_ids: frozenset[int], adapter: Adapter | None
+    ) -> None:
         """Queue a request; `key` is never used twice: a late cancellation would hit the second bearer.
 
         Raises:
             EngineDeadError: the thread has ended.
         """
+        under = {} if adapter is None else {"adapter": adapter}
         accepted = self._manager.add_request(
-            ids, request_id=key, max_new_tokens=params.max_tokens, streaming=True, eos_token_id=sorted(stop_ids), params=params, seed=seed
+            ids,
+            request_id=key,
+            max_new_tokens=params.max_tokens,
+            streaming=True,
+            eos_token_id=sorted(stop_ids),
+            params=params,
+            seed=seed,
+            **under,
         )
         if accepted is None:
             raise self._death()
@@ -170,8 +191,22 @@ class Backend:
             copy_all(copies)
             then()
 
-    def _look(self, ids: list[int], read: Callable[[Any], Result]) -> tuple[Result, int]:
-        with nullcontext() if self._held else self._paused(), self._plain_attention(), torch.inference_mode():
+    def _put_adapter(self, adapter: Adapter, layers: Layers) -> None:
+        with nullcontext() if self._held else self._paused():
+            self._overlays.put(adapter, layers)
+        try:
+            self._look([0, 0, 0], lambda logits: None, adapter)
+        except BaseException:
+            self._overlays.drop(adapter)
+            raise
+
+    def _look(self, ids: list[int], read: Callable[[Any], Result], adapter: Adapter | None) -> tuple[Result, int]:
+        with (
+            nullcontext() if self._held else self._paused(),
+            self._plain_attention(),
+            self._overlays.under(adapter, len(ids)),
+            torch.inference_mode(),
+        ):
             logits = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits[0]
             return read(logits), self._listener.version
 
@@ -179,7 +214,7 @@ class Backend:
     def _plain_attention(self) -> Iterator[None]:
         """The attention that the model came with: that of the generation knows no sequence outside its cache."""
         paged = self.model.config._attn_implementation
-        self.model.set_attn_implementation(self._attention)
+        self.model.set_attn_implementation(self.attention)
         try:
             yield
         finally:
@@ -196,6 +231,7 @@ class Backend:
         self._release()
         self._manager.stop(block=True, hard_stop=True)
         self._manager.destroy()
+        self._overlays.clear()
         self.model.train(self._was_training)
 
     def _paused(self) -> ExitStack:
@@ -230,7 +266,7 @@ def death(cause: BaseException | None) -> EngineDeadError:
     return error
 
 
-def _make_manager(model: Any, size: CacheSize) -> Any:
+def _make_manager(model: Any, size: CacheSize, overlays: Overlays) -> Any:
     # Its errors reach the user as exceptions; its warnings are about choices made below.
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     config = ContinuousBatchingConfig(
@@ -250,10 +286,23 @@ def _make_manager(model: Any, size: CacheSize) -> Any:
         return_logprobs=False,
     )
     manager = model.init_continuous_batching(GenerationConfig(do_sample=False, eos_token_id=-1), config)
-    processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([SamplingProcessor()]), per_request_processors=True)
+    processors = _Processors(LogitsProcessorList([SamplingProcessor()]), per_request_processors=True)
+    processors.overlays = overlays
     processors.tensors_required = 1
     manager.logit_processor = processors
     return manager
+
+
+class _Processors(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]  # transformers is not typed
+    """Is told of each batch before its forward pass, on the thread that computes it; tells the adapters whose tokens stand where."""
+
+    overlays: Overlays
+
+    def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: torch.Tensor) -> torch.Tensor:
+        # All of them: also those that compute a part of a long prompt, and sample nothing yet.
+        self.overlays.line_up([(one.state.logit_processor_kwargs.get("adapter"), one.query_length) for one in requests_in_batch])
+        prepared: torch.Tensor = super().prepare_tensor_args(requests_in_batch, arg_storage)
+        return prepared
 
 
 class _Router(continuous_api.OutputRouter):  # type: ignore[misc]  # transformers is not typed

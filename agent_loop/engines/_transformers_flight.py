@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent_loop.engines._transformers_backend import Sampled
+from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import Completion, FinishReason, OnTokens
 from agent_loop.sampling import SamplingParams
 
@@ -34,6 +35,7 @@ class Flight:
     Attributes:
         key: names it in the library, once and for all.
         stop_ids: tokens that end it.
+        adapter: under which it is sampled, with that version; None: under the weights alone, each token with theirs.
         done: holds its finish reason, or the error that ended it.
     """
 
@@ -45,6 +47,7 @@ class Flight:
     stop_ids: frozenset[int]
     strings: StopStrings
     on_tokens: OnTokens | None
+    adapter: Adapter | None
     done: asyncio.Future[FinishReason]
     _tokens: list[int] = field(default_factory=list)
     _logprobs: list[float] = field(default_factory=list)
@@ -54,12 +57,13 @@ class Flight:
         """Add a token and show it to `on_tokens`; the finish reason if it was the last."""
         self._tokens.append(sampled.token)
         self._logprobs.append(sampled.logprob)
-        self._versions.append(sampled.version)
+        version = sampled.version if self.adapter is None else self.adapter.version
+        self._versions.append(version)
         reason: FinishReason | None = "length" if sampled.last else None
         if sampled.token in self.stop_ids or self.strings.completed(self._tokens):
             reason = "stop"
         if self.on_tokens is not None:
-            self.on_tokens(Completion.of([sampled.token], [sampled.logprob], sampled.version, reason or "abort"))
+            self.on_tokens(Completion.of([sampled.token], [sampled.logprob], version, reason or "abort"))
         return reason
 
     def completion(self, reason: FinishReason) -> Completion:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
+from agent_loop.engines.adapters import Adapter
 from agent_loop.sampling import SamplingParams
 
 _MASK = (1 << 64) - 1
@@ -22,7 +23,7 @@ class SamplingProcessor(ContinuousBatchingLogitsProcessor):  # type: ignore[misc
     `prepare_tensor_args` and `__call__` must alternate.
     """
 
-    supported_kwargs = {"params": SamplingParams, "seed": int}  # noqa: RUF012  # the base class declares it so
+    supported_kwargs = {"params": SamplingParams, "seed": int, "adapter": Adapter}  # noqa: RUF012  # the base class declares it so
     ignored_kwargs = ()
 
     def __init__(self) -> None:

@@ -43,7 +43,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     files = _weight_files(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        held = _header_shapes(file)
+        held = header_shapes(file)
         if twice := shapes.keys() & held.keys():
             raise ValueError(f"{folder} holds {_some('names', sorted(twice))} in two files; leave one set of weights in it")
         shapes |= held
@@ -119,7 +119,12 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+def header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a safetensors file, by its name, from its header.
+
+    Raises:
+        ValueError: the file is cut off, or has no readable header.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as library_logging
 
+from agent_loop.engines._transformers_adapters import load_layers
 from agent_loop.engines._transformers_backend import Backend, CacheSize, Sampled, death
 from agent_loop.engines._transformers_flight import Flight, StopStrings
 from agent_loop.engines._transformers_weights import plan_copies
@@ -41,7 +42,8 @@ class TransformersEngine(Engine):
     position of a token decide the draw, whatever runs beside it; a response that is continued with its seed goes on as
     if it had not been interrupted. Greedy requests report log-probabilities at temperature 1, as vLLM does. Requests in
     flight at a weight update keep the attention cache that the old weights made. Prompts are never shared between
-    requests, so that no request is served with what older weights computed.
+    requests, so that no request is served with what older weights, or another adapter, computed. Requests of all adapters
+    and of the model run in one batch.
     """
 
     def __init__(
@@ -219,17 +221,18 @@ class TransformersEngine(Engine):
         """
         self._live_backend()
         ids = self.check_request(prompt_ids, params)
-        if adapter is not None:
-            self.check_adapter(adapter)
-        flight = self._admit(ids.tolist(), params, request_id, on_tokens)
-        try:
-            if not self._paused:
-                self._submit(flight)
-            return flight.completion(await flight.done)
-        finally:
-            self._leave(flight)
+        with self.using_adapter(adapter) as used:
+            flight = self._admit(ids.tolist(), params, request_id, None if used is None else used.adapter, on_tokens)
+            try:
+                if not self._paused:
+                    self._submit(flight)
+                return flight.completion(await flight.done)
+            finally:
+                self._leave(flight)
 
-    def _admit(self, ids: list[int], params: SamplingParams, request_id: str, on_tokens: OnTokens | None) -> Flight:
+    def _admit(
+        self, ids: list[int], params: SamplingParams, request_id: str, adapter: Adapter | None, on_tokens: OnTokens | None
+    ) -> Flight:
         if params.stop and self._tokenizer is None:
             raise RequestRefusedError(f"stop={params.stop!r} needs a tokenizer, and the engine was made without one; pass tokenizer=")
         if request_id in self._flights:
@@ -244,6 +247,7 @@ class TransformersEngine(Engine):
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids),
             strings=StopStrings(params.stop, self._tokenizer),
             on_tokens=on_tokens,
+            adapter=adapter,
             done=asyncio.get_running_loop().create_future(),
         )
         self._flights[request_id] = self._keys[flight.key] = flight
@@ -251,7 +255,7 @@ class TransformersEngine(Engine):
 
     def _submit(self, flight: Flight) -> None:
         try:
-            self._live_backend().submit(flight.key, flight.prompt_ids, flight.params, flight.seed, flight.stop_ids)
+            self._live_backend().submit(flight.key, flight.prompt_ids, flight.params, flight.seed, flight.stop_ids, flight.adapter)
         except EngineDeadError as error:
             self._finish(flight, error)
         else:
@@ -281,8 +285,8 @@ class TransformersEngine(Engine):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Scores, and as many likely tokens as there are."""
-        return Capabilities(score=True, top_tokens=self.vocab_size)
+        """Scores, as many likely tokens as there are, and adapters."""
+        return Capabilities(score=True, top_tokens=self.vocab_size, adapters=True)
 
     async def score(
         self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1, adapter: str | Adapter | None = None
@@ -290,9 +294,9 @@ class TransformersEngine(Engine):
         """See `Engine`. A forward pass of its own, between two steps of the generation, which stands still meanwhile."""
         backend = self._live_backend()
         ids = self.check_score(token_ids, start).tolist()
-        if adapter is not None:
-            self.check_adapter(adapter)
-        logprobs, _ = await backend.look(ids, lambda logits: _chosen(logits[start - 1 : -1], ids[start:]))
+        with self.using_adapter(adapter) as used:
+            under = None if used is None else used.adapter
+            logprobs, _ = await backend.look(ids, lambda logits: _chosen(logits[start - 1 : -1], ids[start:]), under)
         return np.array(logprobs, np.float32)
 
     async def top_tokens(
@@ -301,10 +305,21 @@ class TransformersEngine(Engine):
         """See `Engine`. Done as `score`."""
         backend = self._live_backend()
         ids = self.check_top_tokens(token_ids, count).tolist()
-        if adapter is not None:
-            self.check_adapter(adapter)
-        (tokens, logprobs), version = await backend.look(ids, lambda logits: _likeliest(logits[-1], count))
-        return TopTokens.of(tokens, logprobs, version)
+        with self.using_adapter(adapter) as used:
+            under = None if used is None else used.adapter
+            (tokens, logprobs), version = await backend.look(ids, lambda logits: _likeliest(logits[-1], count), under)
+        return TopTokens.of(tokens, logprobs, version if under is None else under.version)
+
+    # Adapters
+
+    async def _load_adapter(self, adapter: Adapter, path: WeightSource) -> None:
+        backend = self._live_backend()
+        layers = await asyncio.to_thread(load_layers, backend.model, backend.attention, path)
+        await self._live_backend().put_adapter(adapter, layers)
+
+    def _forget_adapter(self, adapter: Adapter, loaded: None) -> None:
+        if self._backend is not None:
+            self._backend.drop_adapter(adapter)
 
     # What the generation thread says, on the event loop
 

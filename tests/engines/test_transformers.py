@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import Completion, Engine, EngineLoad, WeightSource
 from agent_loop.engines.transformers import TransformersEngine
 from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams
 from agent_loop.testing import EngineSuite, InFlight
+from tests.tiny_adapter import adapted_model, make_tiny_adapter
 from tests.tiny_model import make_tiny_model
 
 PROMPT = [262, 222, 20, 261, 222, 21]
@@ -49,12 +51,23 @@ async def engine(folders: tuple[Path, Path]) -> AsyncIterator[TransformersEngine
         yield engine
 
 
+@pytest.fixture(scope="module")
+def adapters(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two adapters of the first model, of different layers, ranks and scalings."""
+    root = tmp_path_factory.mktemp("adapters")
+    patterns = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"o_proj": 3}, "use_rslora": True}
+    return (
+        make_tiny_adapter(root / "one", folders[0], seed=1),
+        make_tiny_adapter(root / "two", folders[0], seed=2, r=8, target_modules="all-linear", **patterns),
+    )
+
+
 class TestTransformersEngine(EngineSuite):
     tolerance = 1e-3
 
     @pytest.fixture(autouse=True)
-    def _models(self, folders: tuple[Path, Path], model: Any) -> None:
-        self.folders, self.model = folders, model
+    def _models(self, folders: tuple[Path, Path], model: Any, adapters: tuple[Path, Path]) -> None:
+        self.folders, self.model, self.adapters = folders, model, adapters
 
     def make_engine(self) -> Engine:
         return TransformersEngine(self.folders[0])
@@ -70,6 +83,16 @@ class TestTransformersEngine(EngineSuite):
 
     def new_weights(self, engine: Engine) -> WeightSource:
         return self.folders[1]
+
+    def adapter_sources(self, engine: Engine) -> Sequence[WeightSource]:
+        return self.adapters
+
+    async def adapted_logprobs(
+        self, engine: Engine, adapter: Adapter, source: WeightSource, prompt_ids: Sequence[int], response_ids: Sequence[int]
+    ) -> NDArray[np.floating]:
+        assert isinstance(source, Path)
+        logits = teacher_forced(adapted_model(self.folders[0], source), prompt_ids, response_ids)
+        return picked(logits.log_softmax(-1), response_ids)
 
 
 @torch.no_grad()
