@@ -148,6 +148,7 @@ class ReplayBuffer(Asking, Keeping, Sharing, States):
         version: int | None = None,
         policy: TakePolicy | None = None,
         whole: bool = False,
+        among: Sequence[int] | None = None,
     ) -> list[RolloutGroup]:
         """Up to `n` completed groups for training, from now on consumed at `step`.
 
@@ -158,6 +159,7 @@ class ReplayBuffer(Asking, Keeping, Sharing, States):
             version: of the policy now, kept for `resume`.
             policy: which first; `Fifo()` by default. Groups given back by a rewind always come first, in their old order.
             whole: `n` groups, or none where fewer are completed.
+            among: only these groups, in this order; those that are not completed are passed over, and `policy` has no say.
 
         Raises:
             ResumeRequiredError: an earlier process consumed batches without committing them; call `resume` first.
@@ -172,7 +174,8 @@ class ReplayBuffer(Asking, Keeping, Sharing, States):
         self._check_resumed()
         if n == 0:
             return []
-        request = Take(task_name, n, step, args.whole_or_none("version", version), policy or Fifo(), whole)
+        named = None if among is None else args.plain_ids(among)
+        request = Take(task_name, n, step, args.whole_or_none("version", version), policy or Fifo(), whole, named)
         return await self._hand_out(operations.take, request, operations.give_back)
 
     async def check_take(self, task_name: str, step: int) -> None:

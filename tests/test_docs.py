@@ -119,6 +119,13 @@ async def tiny_adapter(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any
     return made | {"adapter": make_tiny_adapter(folder / "adapter", made["model"], seed=1)}
 
 
+async def training_with_trl(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A model and prompts, for a trainer that asks no server."""
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TRL_EXPERIMENTAL_SILENCE"):
+        patch.setenv(name, "1")
+    return await tiny_model(folder, patch) | {"dataset": [{"prompt": f"What is {a} + {a}?"} for a in range(20)]}
+
+
 async def small_run(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """run.db in the page's folder, as a run with failures leaves it."""
     await make_run(folder / "run.db")
@@ -136,6 +143,7 @@ READERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Awaitable[dict[str, Any]
     "docs/how-to/resume-a-run.md": small_run,
     "docs/how-to/simulate-a-run.md": small_run,
     "docs/how-to/use-adapters.md": tiny_adapter,
+    "docs/how-to/train-with-trl.md": training_with_trl,
 }
 
 

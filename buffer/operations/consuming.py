@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -15,7 +16,10 @@ from buffer.status import Status
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """A wish for up to `limit` completed groups, consumed at `step`; with `whole` for all of them or none."""
+    """A wish for up to `limit` completed groups, consumed at `step`; with `whole` for all of them or none.
+
+    `among` names the only groups that are wanted, in the order in which they are; `policy` has no say then.
+    """
 
     task_name: str
     limit: int
@@ -23,6 +27,7 @@ class Take:
     version: int | None
     policy: TakePolicy
     whole: bool = False
+    among: Sequence[int] | None = None
 
 
 class Taken(list[int]):
@@ -50,12 +55,18 @@ def check_step(conn: Connection, step: int) -> None:
 
 def _take_one(tx: Transaction, request: Take) -> Taken:
     check_step(tx.conn, request.step)
-    rows = q.first_completed(tx.conn, request.task_name, request.limit, request.policy)
+    rows = _ready(tx, request)
     if request.whole and len(rows) < request.limit:
         return Taken()
     taken = Taken(row.group_id for row in rows)
     taken.number = q.consume(tx, rows, request.step, request.version)
     return taken
+
+
+def _ready(tx: Transaction, request: Take) -> list[Any]:
+    if request.among is not None:
+        return q.claimable_among(tx.conn, request.task_name, Status.COMPLETED, request.among)[: request.limit]
+    return q.first_completed(tx.conn, request.task_name, request.limit, request.policy)
 
 
 def give_back(tx: Transaction, requests: Sequence[HandedOut]) -> list[None]:

@@ -106,6 +106,15 @@ async def test_put_does_not_start_take_or_commit(buffer: ReplayBuffer, target: S
     assert ids(await buffer.query(status="completed")) == [1]
 
 
+async def test_named_groups_are_taken_in_the_order_in_which_they_are_named(buffer: ReplayBuffer) -> None:
+    await put_all(buffer, [a_group(number) for number in (1, 2, 3, 4)])
+    assert ids(await buffer.take("math", 2, step=1, among=[3, 9, 1, 4])) == [3, 1]
+    assert ids(await buffer.take("math", 3, step=1, among=[1, 4, 3], whole=True)) == []
+    assert ids(await buffer.take("math", 3, step=2, among=[1, 4, 3])) == [4]
+    assert ids(await buffer.take("other", 3, step=2, among=[2])) == []
+    assert ids(await buffer.take("math", 3, step=2)) == [2]
+
+
 async def test_a_whole_batch_is_taken_or_nothing(buffer: ReplayBuffer) -> None:
     await put_all(buffer, [a_group(1), a_group(2)])
     assert await buffer.take("math", 3, step=1, whole=True) == []
