@@ -15,7 +15,7 @@ from tests import postgres
 settings.register_profile("millrace", deadline=None)  # a machine that is busy fails no test
 settings.load_profile("millrace")
 
-LAST = ("tests/engines/test_transformers", "tests/engines/test_vllm", "tests/test_docs", "tests/test_demo")
+LAST = ("tests/engines/test_transformers", "tests/engines/test_vllm", "tests/integrations", "tests/test_docs", "tests/test_demo")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

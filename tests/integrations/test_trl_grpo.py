@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from trl import GRPOTrainer
 
-from agent_loop import SingleTurnAgentLoop
+from agent_loop import SamplingParams, SingleTurnAgentLoop
 from agent_loop.engines.simulated import SimulatedEngine
 from agent_loop.loop_thread import call
+from agent_loop.rewards import trl_reward
 from buffer import ReplayBuffer, RolloutGroup, Status
 from producer.errors import FailureBudgetError, ProducerError
 from producer.integrations.trl import GRPORollouts, stored_reward
 from producer.integrations.trl.corrected import logprobs_of
-from tests.integrations.tiny_grpo import GROUP_SIZE, LOW, PROMPTS, TASK, low_tokens, options, rollouts_of, rows, trainer_of
+from tests.integrations.tiny_grpo import GROUP_SIZE, PROMPTS, TASK, low_tokens, options, rollouts_of, rows, trainer_of
 from tests.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.sqlite, pytest.mark.filterwarnings("ignore:TRL currently supports vLLM")]
@@ -121,18 +123,15 @@ def tokens(group: RolloutGroup) -> list[list[int]]:
     return [rollout.response_ids.tolist() for rollout in group.rollouts]
 
 
-def test_rewards_of_the_agent_loop_are_stored_and_trained_on_and_evaluations_are_not_stored(model: Path, tmp_path: Path) -> None:
+def test_a_reward_function_of_trl_scores_in_the_agent_loop_and_evaluations_are_not_stored(model: Path, tmp_path: Path) -> None:
     dataset = [row | {"wanted": str(at)} for at, row in enumerate(rows())]
     seen: list[str] = []
 
-    def low(rollout: Any) -> float:
-        seen.append(rollout.row["wanted"])
-        return float(np.mean(rollout.response_ids < LOW))
+    def low(completion_ids: list[list[int]], wanted: list[str], **columns: Any) -> list[float]:
+        seen.extend(wanted)
+        return low_tokens(completion_ids, **columns)
 
-    from datasets import Dataset
-
-    with rollouts_of(model, tmp_path, rows=dataset, max_in_flight=GROUP_SIZE) as rollouts:
-        rollouts._agent_loop.reward = low
+    with rollouts_of(model, tmp_path, trl_reward(low), rows=dataset, max_in_flight=GROUP_SIZE) as rollouts:
         args = options(tmp_path, 1, per_device_eval_batch_size=GROUP_SIZE, num_generations_eval=4)
         trainer = trainer_of(model, args, rollouts, reward_funcs=stored_reward, eval_dataset=Dataset.from_list(rows()[:2]))
         trainer.train()
@@ -213,8 +212,6 @@ class Standing:
 
 def test_a_group_that_fails_stops_the_trainer_and_runs_again_when_it_starts_again(tmp_path: Path) -> None:
     buffer = ReplayBuffer.open(f"sqlite:///{tmp_path / 'run.db'}")
-    from agent_loop import SamplingParams
-
     agent_loop = Broken(SimulatedEngine(), max_attempts=1, sampling=SamplingParams(max_tokens=8))
     trainer = Standing(options(tmp_path, 1), tmp_path)
     prompts = [prompt for prompt in "abc" for _ in range(4)]

@@ -57,12 +57,12 @@ def options(out: Path, steps: int, **changes: Any) -> GRPOConfig:
     return GRPOConfig(**(given | changes))
 
 
-def rollouts_of(model: Path, out: Path, **given: Any) -> GRPORollouts:
+def rollouts_of(model: Path, out: Path, reward: Any = None, **given: Any) -> GRPORollouts:
     """Over a database in `out`, on an engine of its own."""
     buffer = ReplayBuffer.open(f"sqlite:///{out / 'run.db'}")
     tokenizer = AutoTokenizer.from_pretrained(model)
     sampling = SamplingParams(max_tokens=MAX_TOKENS, seed=3)
-    agent_loop = SingleTurnAgentLoop(TransformersEngine(model, max_length=64, cache_tokens=4096), tokenizer, sampling=sampling)
+    agent_loop = SingleTurnAgentLoop(TransformersEngine(model, max_length=64, cache_tokens=4096), tokenizer, reward, sampling=sampling)
     return GRPORollouts(buffer, agent_loop, task_name=TASK, **given)
 
 
