@@ -53,8 +53,14 @@ class Producer:
         self._waited_for = False
 
     @property
-    def _buffer(self) -> ReplayBuffer:
+    def buffer(self) -> ReplayBuffer:
+        """Where its groups are stored."""
         return self._strategy.buffer
+
+    @property
+    def task_name(self) -> str:
+        """Whose prompts it runs."""
+        return self._task_name
 
     @property
     def _engine(self) -> Engine | None:
@@ -95,7 +101,7 @@ class Producer:
             failed.check()
         if self._production is None:
             self._production = Production(
-                *(self._buffer, self._strategy.plan, self._agent_loop, self._sampler, self._task_name, batch_size),
+                *(self.buffer, self._strategy.plan, self._agent_loop, self._sampler, self._task_name, batch_size),
                 ahead=True,
                 books=self._strategy.books(self._task_name),
                 gate=self._gate,
@@ -126,8 +132,8 @@ class Producer:
         self._waited_for, began = True, asyncio.get_running_loop().time()
         try:
             whole("batch_size", batch_size)
-            step = await self._buffer.next_step(self._task_name) if step is None else step
-            await self._buffer.check_take(self._task_name, step)
+            step = await self.buffer.next_step(self._task_name) if step is None else step
+            await self.buffer.check_take(self._task_name, step)
             await self.start(batch_size)
             return await self._running().next_batch(step, began, no_bar=self._strategy.no_bar)
         finally:

@@ -4,6 +4,7 @@ from producer.experience.arrays import Experience
 from producer.experience.attached import Attached
 from producer.experience.config import KL, AdvantageConfig
 from producer.experience.engine_scorer import EngineScorer
+from producer.experience.experience_maker import ExperienceMaker
 from producer.experience.kl import AdaptiveKL, kl_estimate
 from producer.experience.maker import make_experience
 from producer.experience.off_policy import OffPolicy
@@ -18,6 +19,7 @@ __all__ = [
     "Attached",
     "EngineScorer",
     "Experience",
+    "ExperienceMaker",
     "OffPolicy",
     "Overlong",
     "RunningMoments",
