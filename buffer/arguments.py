@@ -50,6 +50,11 @@ def whole_or_none(name: str, value: SupportsIndex | None, *, at_least: int = 0) 
     return None if value is None else whole_number(name, value, at_least=at_least)
 
 
+def bound_or_none(name: str, value: SupportsIndex | None) -> int | None:
+    """A version that others are compared with: one before the first is fine."""
+    return whole_or_none(name, value, at_least=-(2**31))
+
+
 def number_or_none(name: str, value: float | None) -> float | None:
     if value is None:
         return None

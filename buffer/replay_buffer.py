@@ -147,6 +147,7 @@ class ReplayBuffer(Asking, Keeping, Sharing, States):
         step: int,
         version: int | None = None,
         policy: TakePolicy | None = None,
+        oldest_version: int | None = None,
         whole: bool = False,
         among: Sequence[int] | None = None,
     ) -> list[RolloutGroup]:
@@ -158,7 +159,9 @@ class ReplayBuffer(Asking, Keeping, Sharing, States):
             step: of the trainer; it must lie behind the last committed one.
             version: of the policy now, kept for `resume`.
             policy: which first; `Fifo()` by default. Groups given back by a rewind always come first, in their old order.
-            whole: `n` groups, or none where fewer are completed.
+            oldest_version: no group whose staleness is counted from a version before this one (see `buffer.staleness`); it is looked at in
+                the transaction that takes them, so that a bound holds whoever completes groups meanwhile.
+            whole: `n` groups, or none where there are fewer.
             among: only these groups, in this order; those that are not completed are passed over, and `policy` has no say.
 
         Raises:
@@ -174,8 +177,11 @@ class ReplayBuffer(Asking, Keeping, Sharing, States):
         self._check_resumed()
         if n == 0:
             return []
+        version, oldest_version = args.whole_or_none("version", version), args.bound_or_none("oldest_version", oldest_version)
+        if among is not None and oldest_version is not None:
+            raise ValueError(f"{oldest_version=} chooses groups by age, and among names them; give one of both")
         named = None if among is None else args.plain_ids(among)
-        request = Take(task_name, n, step, args.whole_or_none("version", version), policy or Fifo(), whole, named)
+        request = Take(task_name, n, step, version, policy or Fifo(), oldest_version, whole, named)
         return await self._hand_out(operations.take, request, operations.give_back)
 
     async def check_take(self, task_name: str, step: int) -> None:

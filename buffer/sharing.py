@@ -32,7 +32,13 @@ class Sharing(Access):
     """How a `ReplayBuffer` hands out batches of several tasks."""
 
     async def take_together(
-        self, shares: Sequence[Share], *, step: int, version: int | None = None, policies: Mapping[str, TakePolicy] | None = None
+        self,
+        shares: Sequence[Share],
+        *,
+        step: int,
+        version: int | None = None,
+        policies: Mapping[str, TakePolicy] | None = None,
+        oldest_versions: Mapping[str, int] | None = None,
     ) -> dict[str, list[RolloutGroup]]:
         """A batch of several tasks: as many completed groups of each as its share says, all consumed at `step`, or none of any.
 
@@ -43,6 +49,7 @@ class Sharing(Access):
             step: of the trainer; it must lie behind the last committed one.
             version: of the policy now, kept for `resume`.
             policies: by task which groups first, see `take`.
+            oldest_versions: by task no groups older than this, see `take`; those of a task that is left out may be of any age.
 
         Returns:
             The groups by task; nothing where too few of some task are completed. Then nothing was changed.
@@ -56,7 +63,11 @@ class Sharing(Access):
         self._check_open()
         self._check_resumed()
         version = args.whole_or_none("version", version)
-        takes = [self._part(share, step, version, (policies or {}).get(share.task_name)) for share in shares if share.groups]
+        takes = [
+            self._part(share, step, version, (policies or {}).get(share.task_name), (oldest_versions or {}).get(share.task_name))
+            for share in shares
+            if share.groups
+        ]
         request = TakeTogether(step, version, takes, [asdict(share) for share in shares])
         groups = await self._hand_out(operations.take_together, request, operations.give_back)
         taken: dict[str, list[RolloutGroup]] = {share.task_name: [] for share in shares} if groups else {}
@@ -64,10 +75,10 @@ class Sharing(Access):
             taken[group.task_name].append(group)
         return taken
 
-    def _part(self, share: Share, step: int, version: int | None, policy: TakePolicy | None) -> Take:
+    def _part(self, share: Share, step: int, version: int | None, policy: TakePolicy | None, oldest_version: int | None) -> Take:
         args.require_task(share.task_name)
         args.check_policy(policy)
-        return Take(share.task_name, share.groups, step, version, policy or Fifo())
+        return Take(share.task_name, share.groups, step, version, policy or Fifo(), args.bound_or_none("oldest_version", oldest_version))
 
     async def shares(self, *, before: int) -> list[Share]:
         """How the last batch of several tasks before the step `before` was shared out; nothing where there was none."""

@@ -302,11 +302,12 @@ class TaskManager:
             if not all(part.is_as_found for part in parts.values()):
                 continue  # The weights were updated while some waited for the others.
             policies = {name: part.production.policy for name, part in parts.items()}
+            oldest = {name: at for name, part in parts.items() if (at := part.production.oldest_handable) is not None}
             version = max(part.version for part in parts.values())
             for part in self._parts.values():
                 part.passes()
             # Nothing is awaited after it: what is taken when the caller is cancelled would be consumed, and reach nobody.
-            if taken := await self._buffer.take_together(shares, step=step, version=version, policies=policies):
+            if taken := await self._buffer.take_together(shares, step=step, version=version, policies=policies, oldest_versions=oldest):
                 done = {name: part.handed_out(taken[name], before[name], step, began) for name, part in parts.items()}
                 return _merged(done, shares, counts, _now() - began, {part.version for part in parts.values()})
             for part in self._parts.values():  # Another process has taken some of them.

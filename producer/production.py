@@ -416,14 +416,22 @@ class Production:
     async def hand_out(self, step: int, version: int, began: float) -> ProducedBatch | None:
         """Take the batch that was found whole at `version`; None where it is not any more.
 
-        Then the weights were updated since, or another producer of the task was faster.
+        Then the weights were updated since, or another producer of the task was faster, or completed one that is too stale.
         """
         before = await self.before_take()
         if self.version != version:
             return None
         self.passes()
         # Nothing is awaited after it: what is taken when the caller is cancelled would be consumed, and reach nobody.
-        taken = await self._buffer.take(self._task_name, self.batch.size, step=step, version=version, policy=self._plan.policy, whole=True)
+        taken = await self._buffer.take(
+            self._task_name,
+            self.batch.size,
+            step=step,
+            version=version,
+            policy=self.policy,
+            oldest_version=self.oldest_handable,
+            whole=True,
+        )
         return self.handed_out(taken, before, step, version, began) if taken else None
 
     async def before_take(self) -> tuple[dict[Status, int], Account]:
@@ -452,6 +460,12 @@ class Production:
     def policy(self) -> TakePolicy:
         """Which completed groups are taken first."""
         return self._plan.policy
+
+    @property
+    def oldest_handable(self) -> int | None:
+        """No group older than this version is handed out; None where there is no bound, or stale tokens are masked instead."""
+        bound = self._plan.max_staleness
+        return None if bound is None or self._plan.on_stale == "mask" else self.version - bound
 
     @property
     def version(self) -> int:

@@ -144,7 +144,11 @@ class PromptSampler:
         """At least one group and at most `n`; with a buffer they run."""
         if buffer is None:
             return await self._good(task_name, n, None, partial(self._local_groups, task_name))
-        return await buffer.start(await self._draw_pending(task_name, n, buffer))
+        while True:
+            drawn = await self._draw_pending(task_name, n, buffer)
+            # On a shared database another process may have claimed what was pending for a moment: then that one runs it.
+            if started := await buffer.claim(task_name, n, statuses=[Status.PENDING], among=drawn):
+                return started
 
     async def _draw_pending(self, task_name: str, n: int, buffer: ReplayBuffer) -> list[int]:
         """Record at least one good row and at most `n` as pending groups; their ids."""

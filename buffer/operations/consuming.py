@@ -16,7 +16,7 @@ from buffer.status import Status
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """A wish for up to `limit` completed groups, consumed at `step`; with `whole` for all of them or none.
+    """A wish for up to `limit` completed groups, consumed at `step`; with `whole` for all of them or none, and none that is older.
 
     `among` names the only groups that are wanted, in the order in which they are; `policy` has no say then.
     """
@@ -26,6 +26,7 @@ class Take:
     step: int
     version: int | None
     policy: TakePolicy
+    oldest_version: int | None = None
     whole: bool = False
     among: Sequence[int] | None = None
 
@@ -66,7 +67,7 @@ def _take_one(tx: Transaction, request: Take) -> Taken:
 def _ready(tx: Transaction, request: Take) -> list[Any]:
     if request.among is not None:
         return q.claimable_among(tx.conn, request.task_name, Status.COMPLETED, request.among)[: request.limit]
-    return q.first_completed(tx.conn, request.task_name, request.limit, request.policy)
+    return q.first_completed(tx.conn, request.task_name, request.limit, request.policy, request.oldest_version)
 
 
 def give_back(tx: Transaction, requests: Sequence[HandedOut]) -> list[None]:

@@ -28,7 +28,7 @@ def _take_one(tx: Transaction, request: TakeTogether) -> Taken:
     check_step(tx.conn, request.step)
     rows = []
     for part in request.takes:
-        found = q.first_completed(tx.conn, part.task_name, part.limit, part.policy)
+        found = q.first_completed(tx.conn, part.task_name, part.limit, part.policy, part.oldest_version)
         if len(found) < part.limit:
             return Taken()
         rows += found

@@ -34,16 +34,20 @@ _g = t.groups.c
 # -- taking -----------------------------------------------------------------------------------------------------
 
 
-def first_completed(conn: Connection, task_name: str, limit: int, policy: TakePolicy) -> list[Standing]:
-    """The completed groups to hand out next: the rewound first, as they were consumed, then by policy."""
-    return _ready(policy).all(conn, {"task": task_name, "limit": limit})
+def first_completed(conn: Connection, task_name: str, limit: int, policy: TakePolicy, oldest_version: int | None) -> list[Standing]:
+    """The completed groups to hand out next: the rewound first, as they were consumed, then by policy; none that is older."""
+    bound = {} if oldest_version is None else {"oldest_version": oldest_version}
+    return _ready(policy, bool(bound)).all(conn, {"task": task_name, "limit": limit, **bound})
 
 
 @cache
-def _ready(policy: TakePolicy) -> Standings:
+def _ready(policy: TakePolicy, bounded: bool) -> Standings:
     ready = ROWS.where(_g.task_name == bindparam("task"), _g.status == literally(Status.COMPLETED)).order_by(
         _g.consumed_seq, *_order(policy)
     )
+    if bounded:
+        # As an expression, of which there is no index: else statistics may choose the one by age, and sort all that it finds.
+        ready = ready.where(_g.oldest_version + 0 >= bindparam("oldest_version"))
     return Standings(ready.limit(bindparam("limit")).with_for_update(skip_locked=True))
 
 

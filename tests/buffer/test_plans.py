@@ -17,13 +17,14 @@ from tests.buffer.groups import a_group, draw, put_all, url
 
 
 def completed(conn: Connection) -> list[Any]:
-    return queries.first_completed(conn, "math", 8, Fifo())
+    return queries.first_completed(conn, "math", 8, Fifo(), None)
 
 
 HOT: dict[str, tuple[Callable[[Connection], Any], str]] = {
-    "take, first in first out": (lambda c: queries.first_completed(c, "math", 8, Fifo()), "groups_fifo"),
-    "take, stalest first": (lambda c: queries.first_completed(c, "math", 8, StalestFirst()), "groups_stalest"),
-    "take, freshest first": (lambda c: queries.first_completed(c, "math", 8, FreshestFirst()), "groups_freshest"),
+    "take, first in first out": (lambda c: queries.first_completed(c, "math", 8, Fifo(), None), "groups_fifo"),
+    "take, stalest first": (lambda c: queries.first_completed(c, "math", 8, StalestFirst(), None), "groups_stalest"),
+    "take, stalest first, none too stale": (lambda c: queries.first_completed(c, "math", 8, StalestFirst(), 3), "groups_stalest"),
+    "take, freshest first": (lambda c: queries.first_completed(c, "math", 8, FreshestFirst(), None), "groups_freshest"),
     "claim": (lambda c: queries.claimable(c, "math", Status.INTERRUPTED, 8), "groups_fifo"),
     "claim, most interrupted": (lambda c: queries.claimable(c, "math", Status.INTERRUPTED, 8, "most_interrupted"), "groups_fifo"),
     "tail candidates": (lambda c: queries.tail_candidates(c, "math", 2), "groups_fifo"),

@@ -195,6 +195,7 @@ def put_restored(w: World) -> Command:
 def take(w: World) -> Command:
     step = w.model.next_step("math") if w.draw(st.booleans()) else w.draw(STEP)
     options = {"step": step, "version": w.draw(st.none() | VERSION), "policy": w.draw(POLICY)}
+    options |= {"oldest_version": w.draw(st.none() | VERSION.map(lambda version: version - 1)), "whole": w.draw(st.booleans())}
     return Command("take", (w.draw(TASK), w.draw(st.integers(0, 4))), options)
 
 
@@ -202,7 +203,10 @@ def take_together(w: World) -> Command:
     parts = [(w.draw(st.integers(0, 2)), task) for task in w.draw(st.permutations(TASKS))]
     parts = parts if any(n for n, _ in parts) else [(1, TASKS[0])]
     shares = [Share(task, float(n + 1), n, n / 8) for n, task in parts]
-    return Command("take_together", (shares,), {"step": w.model.next_step("math"), "version": w.draw(st.none() | VERSION)})
+    options = {"step": w.model.next_step("math"), "version": w.draw(st.none() | VERSION)}
+    return Command(
+        "take_together", (shares,), options | {"oldest_versions": w.draw(st.none() | st.dictionaries(st.sampled_from(TASKS), VERSION))}
+    )
 
 
 def shares(w: World) -> Command:

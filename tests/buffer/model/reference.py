@@ -277,21 +277,31 @@ class Reference:
         known.crashes, known.changed = 0, self.clock
 
     def take(
-        self, task_name: str, n: int, *, step: int, version: int | None = None, policy: TakePolicy | None = None
+        self,
+        task_name: str,
+        n: int,
+        *,
+        step: int,
+        version: int | None = None,
+        policy: TakePolicy | None = None,
+        oldest_version: int | None = None,
+        whole: bool = False,
     ) -> list[RolloutGroup]:
         if self.needs_resume:
             raise ResumeRequiredError
         if n == 0:
             return []
         self.refuse_final(step)
-        return self.consume(self.first(task_name, n, policy), step, version)
+        found = self.first(task_name, n, policy, oldest_version)
+        return [] if whole and len(found) < n else self.consume(found, step, version)
 
-    def first(self, task_name: str, n: int, policy: TakePolicy | None) -> list[Known]:
+    def first(self, task_name: str, n: int, policy: TakePolicy | None, oldest_version: int | None = None) -> list[Known]:
         def place(known: Known) -> tuple[int, ...]:
             by = {Fifo: 0, StalestFirst: self.oldest(known), FreshestFirst: -self.oldest(known)}[type(policy or Fifo())]
             return (LAST if known.place is None else known.place, by, known.ready)
 
-        return sorted(self.of_task(task_name, S.COMPLETED), key=place)[:n]
+        fresh = (known for known in self.of_task(task_name, S.COMPLETED) if oldest_version is None or self.oldest(known) >= oldest_version)
+        return sorted(fresh, key=place)[:n]
 
     def consume(self, taken: Sequence[Known], step: int, version: int | None) -> list[RolloutGroup]:
         for known in taken:
@@ -302,11 +312,13 @@ class Reference:
             self.steps[step] = self.steps.get(step) if version is None else version
         return [self.load(known.group_id) for known in taken]
 
-    def take_together(self, shares: Sequence[Share], *, step: int, version: int | None = None) -> dict[str, list[RolloutGroup]]:
+    def take_together(
+        self, shares: Sequence[Share], *, step: int, version: int | None = None, oldest_versions: Mapping[str, int] | None = None
+    ) -> dict[str, list[RolloutGroup]]:
         if self.needs_resume:
             raise ResumeRequiredError
         self.refuse_final(step)
-        parts = [self.first(share.task_name, share.groups, None) for share in shares]
+        parts = [self.first(share.task_name, share.groups, None, (oldest_versions or {}).get(share.task_name)) for share in shares]
         if any(len(part) < share.groups for part, share in zip(parts, shares, strict=True)):
             return {}
         self.shared[step] = sorted(shares, key=lambda share: share.task_name)
