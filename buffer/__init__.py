@@ -10,6 +10,7 @@ from buffer.overview import Overview
 from buffer.policies import Fifo, FreshestFirst, StalestFirst, TakePolicy
 from buffer.queries import RecordedStep
 from buffer.replay_buffer import DatasetCursor, ReplayBuffer
+from buffer.report import RunReport
 from buffer.rollout import Position, RolloutGroup, RolloutState, Turn
 from buffer.sharing import Share
 from buffer.status import Status
@@ -30,6 +31,7 @@ __all__ = [
     "ResumeReport",
     "RolloutGroup",
     "RolloutState",
+    "RunReport",
     "Share",
     "StalestFirst",
     "Status",

@@ -1,7 +1,8 @@
 """What can be asked of a buffer; nothing here changes it."""
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import AsyncGenerator, Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,10 +14,14 @@ from buffer.audit import AuditReport
 from buffer.numbers import TOO_LARGE
 from buffer.overview import Overview, overview
 from buffer.queries import Filters, RecordedStep
+from buffer.report import Report, RunReport, report
 from buffer.rollout import Position, RolloutGroup
 from buffer.status import Status, parse_status
 
 _AUDIT_SLICE = 64
+
+_RATES_OVER = 300.0
+"""Seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +197,7 @@ class Asking(Access):
         window = args.whole_number("window", window, at_least=0)
         return await self._read(account, task_name, window)
 
-    async def overview(self, *, window: float = 300.0) -> Overview:
+    async def overview(self, *, window: float = _RATES_OVER) -> Overview:
         """How the run stands: counts, steps, versions, staleness, rates, leases and sizes, in one state of the database.
 
         It reads indexes: its cost grows with the groups that wait and with those committed whose tokens are there, and not with
@@ -203,6 +208,42 @@ class Asking(Access):
                 of a status do not reach back so far.
         """
         return await self._read(overview, args.seconds("window", window))
+
+    async def changes(self, every: float) -> AsyncGenerator[None]:
+        """Yields at once, again whenever something was committed since it yielded last, and in any case every so many seconds.
+
+        PostgreSQL tells of what other processes commit. Of a SQLite file that another process writes to, the time of the last
+        change is looked at ten times a second. Close it when you are done (`contextlib.aclosing`).
+        """
+        seconds = args.seconds("every", every)
+        self._check_open()
+        with self._waiters.watching() as watch:
+            while True:
+                watch.clear()
+                yield
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await watch.changed()
+
+    async def report(
+        self, task_names: Collection[str] = (), *, min_step: int | None = None, max_step: int | None = None, points: int = 200
+    ) -> RunReport:
+        """How the run went over its steps: rewards, lengths, staleness, waste and time, in one state of the database.
+
+        It reads the rows of all groups, not their tokens: some seconds for millions of rollouts. What it gives is as long as `points`.
+
+        Args:
+            task_names: whose groups; all, where none is named.
+            min_step: the first step to look at; None for the first that there is.
+            max_step: the last one; None for the last that there is, with what happened since.
+            points: the most parts that the steps are divided into; where they are more, some are put together.
+        """
+        names = [task_names] if isinstance(task_names, str) else list(task_names)
+        for name in names:
+            args.require_task(name)
+        low, high = (args.whole_or_none(name, step, at_least=1) for name, step in (("min_step", min_step), ("max_step", max_step)))
+        low, high = args.checked_range("step", low, high)
+        return await self._read(report, Report(names, low, high, args.whole_number("points", points, at_least=1)), _RATES_OVER)
 
     async def audit(self, *, payloads: bool = False) -> AuditReport:
         """Check the conservation law: drawn prompts = groups over all statuses, counters = rows, no orphans.

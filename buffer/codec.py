@@ -44,11 +44,14 @@ class GroupSnapshot(NamedTuple):
 
     @property
     def left_out(self) -> Amount:
-        """What members that are left out were reset from, and their whole responses, which count as drawn; the tokens of those are
-        the group's."""
-        left_out = [rollout for rollout in self.rollouts if rollout.left_out]
-        lengths = [rollout.response_ids.size for rollout in left_out if rollout.finished]
-        return Amount.total([Amount(0, len(lengths), sum(lengths)), *(rollout.dropped for rollout in left_out)])
+        """What members that are left out were reset from."""
+        return Amount.total(rollout.dropped for rollout in self.rollouts if rollout.left_out)
+
+    @property
+    def left_out_whole(self) -> Amount:
+        """Whole responses of members that are left out, which count as drawn; their tokens are the group's."""
+        lengths = [rollout.response_ids.size for rollout in self.rollouts if rollout.left_out and rollout.finished]
+        return Amount(0, len(lengths), sum(lengths))
 
 
 def snapshot(group: RolloutGroup) -> GroupSnapshot:

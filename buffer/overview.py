@@ -165,19 +165,19 @@ def overview(conn: Connection, window: float) -> Overview:
         last_step=queries.last_step(conn),
         committed_step=committed_step(conn),
         version=version,
-        rewinds=[RewindRecord(_real(row.at), _whole(row.step), _whole(row.fork)) for row in queries.rewinds(conn)],
+        rewinds=[RewindRecord(real(row.at), whole(row.step), whole(row.fork)) for row in queries.rewinds(conn)],
         producers=producers,
         failures=[_failure(row) for row in queries.newest_failures(conn, _FAILURES_SHOWN, _MOST_TRANSITIONS)],
         abandoned=sum(running.values()) - sum(producer.running for producer in producers),
         rate_seconds=seconds,
         last_change=last_change,
-        schema_version=_whole(queries.meta_value(conn, "schema_version")),
+        schema_version=whole(queries.meta_value(conn, "schema_version")),
         database_bytes=size.bytes,
         free_bytes=size.free,
         payload_groups=payloads.n,
-        payload_bytes=int(_real(payloads.bytes)),
+        payload_bytes=int(real(payloads.bytes)),
         prefix_groups=prefixes.n,
-        prefix_bytes=int(_real(prefixes.bytes)),
+        prefix_bytes=int(real(prefixes.bytes)),
     )
 
 
@@ -197,7 +197,7 @@ def _version(conn: Connection, waiting: _Waiting) -> int | None:
     told = (queries.meta_value(conn, "committed_version") or "").partition(" at step ")[0]
     sampled = [row.freshest for rows in waiting.values() for row in rows]
     known = [*queries.recorded_versions(conn), *([told] if told else []), *sampled]
-    return max(map(_whole, known), default=None)
+    return max(map(whole, known), default=None)
 
 
 def _task(
@@ -206,12 +206,12 @@ def _task(
     name = row.task_name
     completed, consumed = (rates.get((name, status.value), 0) * 60 / seconds for status in (Status.COMPLETED, Status.CONSUMED))
     return TaskOverview(
-        drawn=_whole(row.drawn),
-        pruned=_whole(row.pruned),
+        drawn=whole(row.drawn),
+        pruned=whole(row.pruned),
         last_step=queries.last_step(conn, name),
         counts=queries.counts(conn, name),
         staleness=_staleness(waiting, version),
-        by_staleness={} if version is None else {version - _whole(row.oldest_version): row.n for row in reversed(waiting)},
+        by_staleness={} if version is None else {version - whole(row.oldest_version): row.n for row in reversed(waiting)},
         account=account(conn, name, WINDOW),
         completed_per_minute=completed,
         consumed_per_minute=consumed,
@@ -222,7 +222,7 @@ def _staleness(waiting: Sequence[Any], version: int | None) -> Staleness | None:
     """Of rows of versions, ascending, each with its number of groups."""
     if version is None or not waiting:
         return None
-    behind = [version - _whole(row.oldest_version) for row in reversed(waiting)]
+    behind = [version - whole(row.oldest_version) for row in reversed(waiting)]
     up_to = list(accumulate(row.n for row in reversed(waiting)))
     middle = next(stale for stale, n in zip(behind, up_to, strict=True) if 2 * n >= up_to[-1])
     return Staleness(up_to[-1], behind[0], middle, behind[-1])
@@ -234,27 +234,27 @@ def _rates(conn: Connection, now: float, window: float) -> tuple[float, float | 
     if not newest.n:
         return window, None, {}
     # A run younger than the window, or one too busy for it: rates are over what its changes reach back.
-    seconds = max(_LEAST_SECONDS, min(window, now - _real(newest.oldest)))
+    seconds = max(_LEAST_SECONDS, min(window, now - real(newest.oldest)))
     found = queries.changes_since(conn, now - seconds, _MOST_TRANSITIONS)
-    return seconds, _real(newest.newest), {(row.task_name, row.target): row.n for row in found}
+    return seconds, real(newest.newest), {(row.task_name, row.target): row.n for row in found}
 
 
 def _failure(row: Any) -> FailureRecord:
-    return FailureRecord(_real(row.at), row.task_name, _whole(row.group_id), Status(row.target), row.reason)
+    return FailureRecord(real(row.at), row.task_name, whole(row.group_id), Status(row.target), row.reason)
 
 
 def _producer(row: Any, now: float, running: Mapping[str | None, int]) -> ProducerOverview:
     return ProducerOverview(
         owner=row.owner,
         host=row.host,
-        pid=_whole(row.pid),
-        started_at=_real(row.started_at),
-        expires_in=_real(row.expires_at) - now,
+        pid=whole(row.pid),
+        started_at=real(row.started_at),
+        expires_in=real(row.expires_at) - now,
         running=running.get(row.owner, 0),
     )
 
 
-def _whole(value: Any) -> int:
+def whole(value: Any) -> int:
     """A whole number; SQLite lets whoever edits a file put text there."""
     try:
         return int(value)
@@ -262,7 +262,7 @@ def _whole(value: Any) -> int:
         raise _edited(value) from None
 
 
-def _real(value: Any) -> float:
+def real(value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from buffer.backends import Backend, Listener
 from buffer.errors import BufferClosedError, ReplayBufferError
@@ -11,12 +11,38 @@ from buffer.status import Status
 Key = tuple[str, Status]
 
 
+_LOOK_EVERY = 0.1
+"""Seconds between two looks at a file's traces: nobody tells of what another process writes to it."""
+
+
+class Watch:
+    """Says when something was committed since `clear`."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend, self._seen = backend, backend.traces()
+        self.told = asyncio.Event()
+
+    def clear(self) -> None:
+        """What was committed up to now is known."""
+        self.told.clear()
+        self._seen = self._backend.traces()
+
+    async def changed(self) -> None:
+        """Wait for the next commit, unless there was one."""
+        while self._backend.traces() == self._seen:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_EVERY if self._backend.alone else None):
+                    await self.told.wait()
+                    return
+
+
 class Waiters:
     """Who waits for which count to grow. Lives on the event loop; commits of others are told by the backend's listener."""
 
     def __init__(self, backend: Backend, *, read_only: bool) -> None:
         self._backend, self._read_only = backend, read_only
         self._waiting: dict[Key, set[asyncio.Event]] = {}
+        self._watches: set[Watch] = set()
         self._listener: Listener | None = None
         self._closed = False
 
@@ -33,8 +59,21 @@ class Waiters:
                 if self._closed:
                     raise BufferClosedError("the buffer was closed while somebody waited for its groups; open it again")
 
+    @contextmanager
+    def watching(self) -> Iterator["Watch"]:
+        """Watch every commit while the block runs, of this process and of others."""
+        watch = Watch(self._backend)
+        if not self._backend.alone:
+            self._listen()
+        self._watches.add(watch)
+        try:
+            yield watch
+        finally:
+            self._watches.discard(watch)
+
     def committed(self, deltas: Mapping[Key, int]) -> None:
         """This process committed a transaction with these changes of the counts."""
+        self._wake_watches()
         for key, n in deltas.items():
             if n > 0:
                 self._wake(key)
@@ -62,6 +101,7 @@ class Waiters:
         self._listener = self._backend.listen(on_change)
 
     def _told(self, changed: list[tuple[str, str]] | None) -> None:
+        self._wake_watches()
         if changed is None:
             self._wake_all()
             return
@@ -72,7 +112,12 @@ class Waiters:
         for event in self._waiting.get(key, ()):
             event.set()
 
+    def _wake_watches(self) -> None:
+        for watch in self._watches:
+            watch.told.set()
+
     def _wake_all(self) -> None:
+        self._wake_watches()
         for key in self._waiting:
             self._wake(key)
 

@@ -140,6 +140,10 @@ class Ledger:
         if status in (Status.FILTERED, Status.FAILED):
             counted.reasons[status, self._name_of(status, reason)] += 1
 
+    def stopped(self) -> None:
+        """Nothing runs any more: of groups that were started and did not end, an error on the way, no end will be told."""
+        self._since.clear()
+
     def _name_of(self, status: Status, reason: str | None) -> str:
         name = metric_name(reason or "")
         known = self._counted.reasons

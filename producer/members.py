@@ -4,10 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agent_loop.sampling import whole
-from buffer import RolloutGroup, Status
+from buffer import RolloutGroup, RolloutState, Status
 
 SURPLUS = "surplus: enough siblings had completed before it"
 """The error of a redundant member that was not needed: `ReplayBuffer.query(error="surplus")` finds it."""
+
+
+def is_surplus(state: RolloutState) -> bool:
+    """Whether it was left out of its group because it was not needed, and not because it failed."""
+    return state.left_out and state.error is not None and state.error.startswith(SURPLUS)
 
 
 def missing_members(group: RolloutGroup) -> list[int]:
@@ -70,6 +75,9 @@ class RedundantMembers:
         for index in self.surplus(completed, len(group.rollouts)):
             state = group.rollouts[index]
             dropped += int(state.loss_mask.sum())
+            failed = state.status is Status.FAILED or state.left_out
             state.reset()
-            state.status, state.error = Status.COMPLETED, state.error or SURPLUS
+            state.status = Status.COMPLETED
+            if not failed:  # attempts of it may have, but that is not why it is left out
+                state.error = SURPLUS if state.error is None else f"{SURPLUS}; before that: {state.error}"
         return dropped

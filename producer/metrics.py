@@ -70,8 +70,12 @@ def _rate(amount: float, seconds: float) -> float:
 
 
 def batch_statistics(groups: Sequence[RolloutGroup], version: int | None) -> Metrics:
-    """The metrics that tell of the groups alone; of their staleness only where the policy's version is known."""
-    rollouts = [state for group in groups for state in group.rollouts]
+    """The metrics that tell of the groups alone; of their staleness only where the policy's version is known.
+
+    Members that are left out of their group are counted, and have no part in the others.
+    """
+    members = [state for group in groups for state in group.rollouts]
+    rollouts = [state for state in members if not state.left_out]
     stale = [] if version is None else [staleness for group in groups if (staleness := group.staleness(version)) is not None]
     reasons = Counter(state.finish_reason for state in rollouts)
     return {
@@ -81,7 +85,8 @@ def batch_statistics(groups: Sequence[RolloutGroup], version: int | None) -> Met
         **_spread("batch/staleness", stale),
         **_histogram("batch/staleness", stale, shown=version is not None),
         "batch/groups": len(groups),
-        "batch/rollouts": len(rollouts),
+        "batch/rollouts": len(members),
+        "batch/left_out": len(members) - len(rollouts),
         "batch/truncated": reasons["length"] / max(1, len(rollouts)),
     }
 

@@ -192,6 +192,7 @@ class Production:
         finally:
             self._record(self._flight.ended())
             self._rollouts(0)  # of those that an error ended nothing was told
+            self._books.ledger.stopped()
             if self._permits is not None:
                 self._permits.leave()
 

@@ -46,8 +46,9 @@ from buffer import ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.schema import metadata
 from buffer.status import TRANSITIONS
 from producer import ProducedBatch, ReplayPromptSampler, SyncProduceStrategy
-from producer.experience import KL, AdvantageConfig, Attached, OffPolicy, make_experience
+from producer.experience import KL, AdvantageConfig, Attached, OffPolicy, batch_statistics, make_experience
 from producer.experience.off_policy import CORRECTIONS
+from producer.members import SURPLUS
 from tests import postgres
 
 ROOT = Path(__file__).parent.parent
@@ -139,6 +140,7 @@ READERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Awaitable[dict[str, Any]
     "docs/how-to/export-and-replay.md": small_run,
     "docs/how-to/sample-without-a-trainer.md": tiny_model,
     "docs/how-to/look-into-a-run.md": small_run,
+    "docs/how-to/report-on-a-run.md": small_run,
     "docs/how-to/score-log-probabilities.md": tiny_model,
     "docs/how-to/resume-a-run.md": small_run,
     "docs/how-to/simulate-a-run.md": small_run,
@@ -381,6 +383,7 @@ async def test_metrics_of_an_experience_are_those_it_has(run: tuple[Path, Produc
     documented = {name for row in table("reference/metrics.md", "Of an experience") for name in code(row[0])}
     lacking: list[dict[str, Any]] = [
         {"reward": None, "error": "it failed"},
+        {"reward": None, "error": SURPLUS},
         {"reward": None},
         {"reward": float("nan")},
         {"prompt_ids": None},
@@ -389,6 +392,14 @@ async def test_metrics_of_an_experience_are_those_it_has(run: tuple[Path, Produc
     ]
     rollouts = [rollout_with(index, fields) for index, fields in enumerate([{}, *lacking])]
     assert documented == set(make_experience([RolloutGroup(1, rollouts)]).metrics)
+
+
+def test_statistics_of_a_batch_are_those_it_has() -> None:
+    documented = {name for row in table("reference/metrics.md", "By task and by version") for name in code(row[0])}
+    group = RolloutGroup(1, [rollout_with(index, {"reward": float(index)}) for index in range(2)])
+    experience = make_experience([group], attached=Attached(reference={rollout.rollout_id: [-0.4, -0.6] for rollout in group.rollouts}))
+    found = batch_statistics(experience, current=experience.logprobs).by_task["default"]
+    assert documented == {re.sub(r"/(mean|std|min|max)$", "/<spread>", name) if not name.startswith("kl/") else name for name in found}
 
 
 def rollout_with(index: int, fields: dict[str, Any]) -> RolloutState:
@@ -495,7 +506,7 @@ def test_commands_are_those_that_the_help_lists() -> None:
     assert headings == COMMANDS == re.findall(r"^  (\w+)", help_of().partition("Commands:")[2], re.MULTILINE)
 
 
-COMMANDS = ["status", "metrics", "show", "query", "history", "audit", "export", "import", "prune", "migrate", "fork", "simulate"]
+COMMANDS = ["status", "metrics", "show", "query", "history", "audit", "export", "import", "prune", "migrate", "fork", "simulate", "report"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -121,6 +121,10 @@ class Backend(ABC):
         """Be told of what other processes commit from now on."""
         raise ReplayBufferError(f"{self.name}: {type(self).__name__} cannot tell what other processes write")
 
+    def traces(self) -> object:
+        """What differs after another process has committed, where that is seen without asking the database; else always the same."""
+        return None
+
     # -- errors ----------------------------------------------------------------------------------------------------
 
     @contextmanager

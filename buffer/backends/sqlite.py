@@ -88,6 +88,10 @@ class SQLite(Backend):
             with suppress(sqlite3.Error):
                 move(self._writing)
 
+    def traces(self) -> object:
+        # A commit writes to the log, a checkpoint to the file.
+        return tuple(_trace(path) for path in (self._path, self._path.with_name(self._path.name + "-wal")))
+
     def close(self) -> None:
         if self._checkpointer is not None:
             self._checkpointer.close()
@@ -103,6 +107,14 @@ class SQLite(Backend):
 
     def remedy(self, cause: BaseException) -> str:
         return first_of(_REMEDIES, "malformed" if isinstance(cause, UnicodeDecodeError) else str(cause))
+
+
+def _trace(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def _path_of(url: str) -> Path:

@@ -57,6 +57,7 @@ from buffer.queries.overview import (
     waiting_versions,
 )
 from buffer.queries.reading import ORDERS, Filters, find, history, hot_columns, ids_after, load_groups, load_sound
+from buffer.queries.report import Bins, ended_by_step, first_drawn, handed_out_at, step_range, trained_by_step
 from buffer.queries.retention import Bounds, drop_groups, drop_payloads, prunable, pruned, rows_pruned_to, seq_before_last, seq_within_bytes
 from buffer.queries.scheduling import (
     ClaimOrder,
@@ -97,6 +98,7 @@ from buffer.queries.values import (
 
 __all__ = [
     "ORDERS",
+    "Bins",
     "Bounds",
     "ClaimOrder",
     "Deltas",
@@ -140,15 +142,18 @@ __all__ = [
     "drop_payloads",
     "drop_states_after",
     "drop_steps_after",
+    "ended_by_step",
     "fail_unfinished",
     "faults",
     "find",
     "first_completed",
     "first_consumed",
+    "first_drawn",
     "forget_meta_value",
     "end_leases",
     "forget_producer",
     "forget_producers",
+    "handed_out_at",
     "history",
     "given_up",
     "held",
@@ -204,6 +209,7 @@ __all__ = [
     "shares_before",
     "stale",
     "state_at",
+    "step_range",
     "step_version",
     "store_expired",
     "store_results",
@@ -215,6 +221,7 @@ __all__ = [
     "task_names",
     "task_rows",
     "timeline",
+    "trained_by_step",
     "transactions_of",
     "unconsume",
     "unpruned",

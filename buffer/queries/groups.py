@@ -70,6 +70,11 @@ def _note_lost(tx: Transaction, e: EncodedGroup) -> None:
     """Note what its producer dropped of a group: without partial rollouts what is interrupted, else what a loop began anew."""
     tx.gave_up(e.task_name, INTERRUPTED if e.status is Status.INTERRUPTED else RESTARTED, e.snapshot.dropped)
     tx.gave_up(e.task_name, LEFT_OUT, e.snapshot.left_out)
+    if e.status in _WHOLE:  # an interrupted group comes again, with the same responses
+        tx.gave_up(e.task_name, LEFT_OUT, e.snapshot.left_out_whole)
+
+
+_WHOLE = (Status.COMPLETED, Status.FILTERED)
 
 
 def _code(error: IntegrityError) -> str | None:
@@ -174,6 +179,8 @@ def store_expired(tx: Transaction, encoded: Sequence[EncodedGroup], stored: Sequ
         dropped = e.snapshot.dropped
         amounts = (amount_of(e) + dropped, amount_of(e))
         tx.gave_up(e.task_name, why, dropped)
+        if was in _WHOLE:  # told when it was stored so, and told again when it is whole again
+            tx.gave_up(e.task_name, LEFT_OUT, NOTHING - e.snapshot.left_out_whole)
         if was is e.status:  # more of its members expired
             tx.moved(e.task_name, was, e.status, amounts)
         else:

@@ -11,7 +11,7 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command of `sys.argv` and exit: 0 fine, 1 no answer or the audit found something, 2 wrong usage."""
-    from producer.cli.simulating import app
+    from producer.cli.report import app
 
     for stream in (sys.stdout, sys.stderr):
         _never_fail_to_encode(stream)

@@ -1,7 +1,7 @@
 """The commands of `millrace` that only read, so they work while another process writes."""
 
 import asyncio
-from contextlib import nullcontext
+from contextlib import aclosing, nullcontext
 from typing import Annotated, Literal, NoReturn
 
 import typer
@@ -26,13 +26,18 @@ Order = Literal["oldest", "newest", "changed", "stalest", "best", "worst"]
 
 _MOST = 2**31
 
+_LEAST_BETWEEN = 0.25
+"""Seconds between two pages of `--live`, however much is committed."""
+
 
 @app.command()
 def status(
     url: Url,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again and again, until Ctrl-C.")] = False,
     live: Annotated[bool, typer.Option("--live", help="Fill the screen with it: tokens, waste, biases, failures too.")] = False,
-    every: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How long to wait between; 2 if not given.")] = 2.0,
+    every: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, help="Between two pages, or with --live at most; 2 if not given.")
+    ] = 2.0,
     as_json: AsJson = False,
 ) -> None:
     """How the run stands: groups, steps, staleness, rates, leases."""
@@ -78,19 +83,20 @@ async def _watch(buffer: ReplayBuffer, url: str, seconds: float, as_json: bool) 
             await asyncio.sleep(seconds)
 
 
-async def _live(buffer: ReplayBuffer, url: str, seconds: float) -> NoReturn:
-    """Until a signal ends it; the terminal then shows again what it did before."""
+async def _live(buffer: ReplayBuffer, url: str, seconds: float) -> None:
+    """Until a signal ends it; the terminal then shows again what it did before. What is committed is shown at once."""
     from rich.live import Live
 
     from producer.cli.live_view import Pace, live_view
 
     pace = Pace()
     with Live(console=console(), screen=True, auto_refresh=False) as live:
-        while True:
-            found = await records.status_of(buffer)
-            pace.look(found)
-            live.update(live_view(name_of(url), found, pace), refresh=True)
-            await asyncio.sleep(seconds)
+        async with aclosing(buffer.changes(seconds)) as changes:
+            async for _ in changes:
+                found = await records.status_of(buffer)
+                pace.look(found)
+                live.update(live_view(name_of(url), found, pace), refresh=True)
+                await asyncio.sleep(_LEAST_BETWEEN)
 
 
 @app.command()

@@ -11,12 +11,14 @@ from producer.experience.off_policy import OffPolicy
 from producer.experience.presets import preset
 from producer.experience.running import RunningMoments
 from producer.experience.shaping import Overlong, StopProperly
+from producer.experience.statistics import BatchStatistics, batch_statistics
 
 __all__ = [
     "KL",
     "AdaptiveKL",
     "AdvantageConfig",
     "Attached",
+    "BatchStatistics",
     "EngineScorer",
     "Experience",
     "ExperienceMaker",
@@ -24,6 +26,7 @@ __all__ = [
     "Overlong",
     "RunningMoments",
     "StopProperly",
+    "batch_statistics",
     "kl_estimate",
     "make_experience",
     "preset",

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from buffer.rollout import RolloutState
 from producer.experience.config import AdvantageConfig
 from producer.experience.off_policy import OffPolicy
+from producer.members import is_surplus
 
 Array = NDArray[np.float64]
 
@@ -64,7 +65,7 @@ def reward_of(rollout: RolloutState) -> float:
 def why_left_out(rollout: RolloutState) -> str | None:
     """Why a rollout by itself cannot be trained on; None if it can."""
     if rollout.left_out:
-        return "failed"
+        return "surplus" if is_surplus(rollout) else "failed"
     if rollout.reward is None:
         return "no_reward"
     if not np.isfinite(rollout.reward):

@@ -18,6 +18,7 @@ from producer.experience.off_policy import Correction, OffPolicy, off_policy_nam
 from producer.experience.packing import Layout
 from producer.experience.running import RunningMoments
 from producer.experience.shaping import shape_rewards
+from producer.experience.statistics import advantage_statistics, entropy_statistics
 from producer.experience.whitening import clip
 
 Array = NDArray[np.float64]
@@ -69,6 +70,9 @@ def make_experience(
     numbers = np.repeat(np.arange(len(groups)), [len(group.rollouts) for group in groups])
     made = estimate(config, _scored(rollouts, rewards, numbers, kept, beside, config), running)
     metrics |= _metrics(rollouts, rewards, numbers, left_out) | _size_metrics(chosen, layout) | made.metrics
+    metrics |= advantage_statistics(made.advantages) | entropy_statistics(
+        np.concatenate([one.logprobs[one.loss_mask == 1] for one in chosen])
+    )
     weighed = None if correction is None else corrected(correction, chosen, beside, made.advantages)
     if weighed is not None and correction is not None:
         metrics |= weighed.metrics | ({"tokens/trained": float(weighed.kept.sum())} if correction.drop else {})

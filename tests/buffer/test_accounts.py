@@ -181,6 +181,29 @@ async def test_members_that_are_left_out_are_wasted_and_count_as_drawn(buffer: R
     assert account.length_bias == pytest.approx(2 / 5 - 1)
 
 
+async def test_a_response_that_is_left_out_counts_as_drawn_once_however_often_its_group_is_stored(buffer: ReplayBuffer) -> None:
+    await draw(buffer, 0)
+    (group,) = await claimed(buffer, 1)
+    failed, other = group.rollouts
+    fill(failed, 8, version=5)
+    failed.status, failed.error, failed.score, failed.reward = S.COMPLETED, "TimeoutError: the judge took 30 s", None, None
+    other.append(range(2), logprobs=[-0.5] * 2)
+    other.status = S.INTERRUPTED
+    await buffer.put(group)
+    (again,) = await claimed(buffer, 1, S.INTERRUPTED)
+    await buffer.put(finished(again))
+    drawn_once = Amount(8 + 5, 2, 8 + 5)
+    assert (await buffer.account("math")).finished == drawn_once
+    assert await buffer.expire("math", version=5, max_staleness=2) == 1
+    assert (await buffer.account("math")).finished == Amount(8 + 5, 1, 5), "until its group is whole again"
+    (once_more,) = await claimed(buffer, 1, S.EXPIRED)
+    assert [state.left_out for state in once_more.rollouts] == [True, False]
+    await buffer.put(finished(once_more, version=5))
+    account = await buffer.account("math")
+    assert account.finished == drawn_once + Amount(3, 1, 3), "what is sampled anew is another response"
+    assert account.wasted == wasted(stale=5)
+
+
 async def test_tasks_have_accounts_of_their_own(buffer: ReplayBuffer) -> None:
     await put_all(buffer, [a_group(1), a_group(2, task_name="code", tokens=9), a_group(3, S.FILTERED, task_name="code")])
     math, code = await buffer.account("math"), await buffer.account("code")

@@ -10,7 +10,7 @@ import sqlite3
 import struct
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from fcntl import ioctl
 from pathlib import Path
 from termios import TIOCSWINSZ
@@ -140,6 +140,36 @@ def test_it_follows_the_run_and_gives_the_terminal_back(run: Path) -> None:
         seen = until(terminal, LEAVE)
         assert process.wait(60) == 130
     assert b"Traceback" not in seen
+
+
+def test_what_is_committed_is_shown_at_once(run: Path) -> None:
+    with in_a_terminal("status", run, "--live", "--every", "3600") as (process, terminal):
+        until(terminal, b"step 1")
+        with sqlite3.connect(run) as connection:
+            connection.execute("UPDATE groups SET consumed_step = 78 WHERE consumed_step = 1")
+        until(terminal, b"step 78")
+        process.send_signal(signal.SIGTERM)
+        until(terminal, LEAVE)
+        assert process.wait(60) == 143
+
+
+async def test_changes_are_told_of_every_commit_and_of_none_that_was_seen(tmp_path: Path) -> None:
+    async with ReplayBuffer.open(url(tmp_path)) as writer, ReplayBuffer.open(url(tmp_path), read_only=True) as reader:
+        for buffer in (writer, reader):
+            async with aclosing(buffer.changes(3600)) as changes:
+                await anext(changes)
+                number = 1 if buffer is writer else 2
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(writer.put(a_group(number)))
+                    await anext(changes)
+                assert (await buffer.counts("math"))[Status.COMPLETED] == number
+        async with aclosing(reader.changes(0.3)) as changes:
+            await anext(changes)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await anext(changes)
+        with pytest.raises(ValueError, match="every=0"):
+            await anext(reader.changes(0))
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])

@@ -32,6 +32,14 @@ def test_a_schedule_by_hand() -> None:
     assert record.engine is None
 
 
+def test_what_an_error_ended_is_forgotten() -> None:
+    ledger = Ledger()
+    ledger.started(1, at=0.0)
+    ledger.stopped()
+    ledger.ended(1, S.COMPLETED, 5, None, at=9.0)
+    assert ledger.handed_out(asked=0.0, at=9.0).group_seconds == [], "of a start that was given up nothing is left to count from"
+
+
 def test_the_next_record_begins_where_the_last_one_ended() -> None:
     ledger = Ledger()
     ledger.started(1, at=0.0)

@@ -12,6 +12,7 @@ from agent_loop.engines.simulated import SimulatedEngine
 from buffer import ReplayBuffer, RolloutGroup, RolloutState, Status
 from producer.experience import make_experience
 from producer.members import SURPLUS, RedundantMembers, missing_members
+from producer.metrics import batch_statistics
 from tests.buffer.groups import plain
 
 unfinished = [Status.PENDING, Status.INTERRUPTED, Status.EXPIRED]
@@ -83,7 +84,20 @@ async def test_a_group_without_its_surplus_is_stored_and_trained_on_as_any_other
     assert [state.index for state in taken.rollouts if state.left_out] == [1, 4]
     assert {state.error for state in taken.rollouts} == {None, SURPLUS}
     assert [found.group_id for found in await buffer.query(error="surplus")] == [1]
-    assert make_experience([taken], advantage="grpo", pad_id=0).rollout_ids == ("default-1-0", "default-1-2", "default-1-3")
+    experience = make_experience([taken], advantage="grpo", pad_id=0)
+    assert experience.rollout_ids == ("default-1-0", "default-1-2", "default-1-3")
+    assert experience.metrics["left_out/surplus"] == experience.metrics["left_out/total"] == 2
+    assert "left_out/failed" not in experience.metrics
+    counted = batch_statistics([taken], version=0)
+    assert (counted["batch/rollouts"], counted["batch/left_out"], counted["batch/response_tokens_mean"]) == (5, 2, 3.0)
+
+
+async def test_a_surplus_member_that_had_failed_before_is_surplus_and_keeps_what_went_wrong() -> None:
+    group = group_of(Status.COMPLETED, Status.INTERRUPTED)
+    group.rollouts[1].error, group.rollouts[1].attempts = "TimeoutError: no answer", 1
+    RedundantMembers(1, bias="accept").leave_out(group, [0])
+    assert group.rollouts[1].error == f"{SURPLUS}; before that: TimeoutError: no answer"
+    assert make_experience([group]).metrics["left_out/surplus"] == 1
 
 
 async def test_what_completed_too_late_is_dropped_too(buffer: ReplayBuffer) -> None:

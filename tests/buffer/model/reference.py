@@ -33,6 +33,15 @@ from buffer.status import GROUP_WIDE, TRANSITIONS, member_status
 from tests.buffer.model.described import contents
 
 S = Status
+
+
+def left_out_whole(members: Sequence[RolloutState]) -> Amount:
+    """Whole responses of members that are left out."""
+    failed = [m for m in members if m.error is not None and m.status in (S.COMPLETED, *GROUP_WIDE)]
+    lengths = [m.response_ids.size for m in failed if m.finish_reason in ("stop", "length")]
+    return Amount(0, len(lengths), sum(lengths))
+
+
 LAST = 2**62
 PROSE = "some words"
 """Stands in a history for a reason of which only its presence is compared."""
@@ -163,8 +172,9 @@ class Reference:
         why = "interrupted" if status is S.INTERRUPTED else "restarted"
         failed = [m for m in members if m.error is not None and m.status in (S.COMPLETED, *GROUP_WIDE)]
         self.add_given_up(task, why, Amount.total(m.dropped for m in members if m not in failed))
-        lengths = [m.response_ids.size for m in failed if m.finish_reason in ("stop", "length")]
-        self.add_given_up(task, "left_out", Amount.total([Amount(0, len(lengths), sum(lengths)), *(m.dropped for m in failed)]))
+        self.add_given_up(task, "left_out", Amount.total(m.dropped for m in failed))
+        if status in (S.COMPLETED, S.FILTERED):
+            self.add_given_up(task, "left_out", left_out_whole(members))
 
     def add_given_up(self, task: str, why: str, amount: Amount) -> None:
         self.given_up[task, why] = self.given_up.get((task, why), NOTHING) + amount
@@ -406,6 +416,8 @@ class Reference:
             before, why = known.amount, "stale" if task_name else "undone"
             known.store(members)
             self.add_given_up(known.task, why, before - known.amount)
+            if known.status is S.COMPLETED:
+                self.add_given_up(known.task, "left_out", NOTHING - left_out_whole(members))
             if known.status is S.EXPIRED:  # more of its members did: no change of the group's status
                 known.changed = self.clock
                 continue
