@@ -1,9 +1,10 @@
-"""What a finished run shows: a table of the buffer, the reward of the first and last batches, and the reward curve."""
+"""What a finished run shows: a table of the buffer, the reward of the first and last batches, and a page with its charts."""
 
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +15,7 @@ FEW = 5
 
 
 def report(counts: Mapping[Status, int], rewards: Sequence[float], folder: Path) -> None:
-    """Print the table and the rewards, save the plot, and say what to look at next."""
+    """Print the table and the rewards, make the page, and say what to look at next."""
     console = Console()
     table = Table("status", "groups", title="the replay buffer")
     for status, n in counts.items():
@@ -24,25 +25,15 @@ def report(counts: Mapping[Status, int], rewards: Sequence[float], folder: Path)
     console.print(table)
     few = min(FEW, len(rewards))
     console.print(f"mean reward of the first {few} batches: {np.mean(rewards[:few]):.3f}, of the last {few}: {np.mean(rewards[-few:]):.3f}")
-    plot(rewards, folder / "reward.png")
-    console.print(f"reward curve: {folder / 'reward.png'}", soft_wrap=True)
+    make_page(folder)
+    console.print(f"the run in charts: open {folder / 'report.html'}", soft_wrap=True)
+    console.print(f"the same again, also while it runs: .venv/bin/millrace report {folder / 'run.db'}", soft_wrap=True)
     console.print(f"every prompt: .venv/bin/millrace query {folder / 'run.db'}", soft_wrap=True)
     console.print(f"what one became: .venv/bin/millrace show {folder / 'run.db'} 1", soft_wrap=True)
     console.print(f"how it works: examples/train_arithmetic.py, then docs/tutorial.md; for a new run: rm -r {folder}", soft_wrap=True)
 
 
-def plot(rewards: Sequence[float], path: Path) -> None:
-    """The mean reward of each step, and its mean over the last ten."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps = np.arange(1, len(rewards) + 1)
-    smooth = [float(np.mean(rewards[max(0, end - 10) : end])) for end in steps]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    axes.plot(steps, rewards, color="lightsteelblue", label="batch")
-    axes.plot(steps, smooth, color="navy", label="mean of 10")
-    axes.set(xlabel="step", ylabel="mean reward (exact match)", ylim=(0, 1), title="GRPO on sums of two digits")
-    axes.legend(loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def make_page(folder: Path) -> None:
+    """`millrace report`: reward, length, staleness, waste and time over the steps, in one file."""
+    command = [sys.executable, "-m", "producer.cli", "report", str(folder / "run.db"), "--out", str(folder / "report.html")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

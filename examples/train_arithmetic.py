@@ -18,9 +18,10 @@ from tqdm import tqdm
 from agent_loop import Engine, SamplingParams, SingleTurnAgentLoop
 from buffer import ReplayBuffer, RolloutState
 from producer import AsyncProduceStrategy, Producer, ReplayPromptSampler
-from producer.experience import make_experience
+from producer.experience import AdvantageConfig, make_experience
 
 TASK = "sums"
+ADVANTAGE = AdvantageConfig("dr_grpo")  # of eleven: "grpo", "rloo", "reinforce++_baseline", ...; shaping, whitening, clipping go here too
 
 
 def exact_match(state: RolloutState) -> float:
@@ -57,7 +58,7 @@ async def train(options: argparse.Namespace) -> None:
         async with Producer(strategy, agent_loop, sampler, TASK) as producer:
             for step in bar:
                 batch = await producer.next_batch(options.batch_size, step=step)
-                experience = make_experience(batch.groups, advantage="drgrpo", pad_id=trainer.tokenizer.pad_token_id)
+                experience = make_experience(batch.groups, advantage=ADVANTAGE, pad_id=trainer.tokenizer.pad_token_id)
                 await asyncio.to_thread(trainer.train, experience, step)
                 async with producer.update_weights(mode="keep"):
                     await engine.update_weights(trainer.save_weights(), version=engine.version + 1)
@@ -65,7 +66,8 @@ async def train(options: argparse.Namespace) -> None:
                     trainer.save_checkpoint()
                     await buffer.commit(step=step, version=engine.version)
                 bar.set_postfix(reward=f"{batch.metrics['batch/reward_mean']:.2f}", stale=f"{batch.metrics['batch/staleness_mean']:.2f}")
-        report(await buffer.counts(TASK), trainer.rewards, options.out)
+        counts = await buffer.counts(TASK)
+    await asyncio.to_thread(report, counts, trainer.rewards, options.out)
 
 
 def tell_where_it_goes_on(trainer: Trainer, resumed: Any) -> None:
@@ -92,7 +94,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--prompts", type=Path, default=here / "arithmetic.jsonl", help="JSON lines with prompt and answer")
-    parser.add_argument("--out", type=Path, default=Path(".demo/transformers"), help="folder of the run: database, checkpoints, plot")
+    parser.add_argument("--out", type=Path, default=Path(".demo/transformers"), help="folder of the run: database, checkpoints, report")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=64, help="prompts a step")
     parser.add_argument("--group-size", type=int, default=16, help="responses a prompt")

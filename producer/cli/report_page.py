@@ -65,7 +65,8 @@ def html(name: str, report: RunReport, tasks: Sequence[str]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    return environment.get_template(_TEMPLATE).render(page=page(name, report, tasks))
+    text: str = environment.get_template(_TEMPLATE).render(page=page(name, report, tasks))
+    return text
 
 
 def page(name: str, report: RunReport, tasks: Sequence[str] = ()) -> Page:

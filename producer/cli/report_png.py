@@ -99,6 +99,6 @@ def _label(name: str) -> str:
 def _legend(axes: Any) -> None:
     if not axes.get_legend_handles_labels()[1]:
         return
-    legend = axes.legend(fontsize=7, frameon=False, ncols=3, loc="best")
+    legend = axes.legend(fontsize=7, framealpha=0.8, edgecolor="none", ncols=3, loc="best")
     for text in legend.get_texts():
         text.set_parse_math(False)

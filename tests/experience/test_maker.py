@@ -135,7 +135,8 @@ def test_weights_of_shards_add_up_to_the_whole() -> None:
 
 def test_metrics_are_flat_and_finite() -> None:
     metrics = make_experience(two_groups(), token_budget=9).metrics
-    assert metrics == pytest.approx(
+    own = {name: value for name, value in metrics.items() if not name.startswith(("advantage/", "entropy/"))}  # see test_statistics
+    assert own == pytest.approx(
         {
             "reward/mean": 0.5,
             "reward/std": 0.125**0.5,
