@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from buffer import ReplayBuffer
+from buffer import ReplayBuffer, RunReport
 from buffer.asking import Transition
 from buffer.export import read_groups
 from buffer.status import Status
@@ -349,7 +349,12 @@ everything_asked = (
     "history",
     "overview",
     "account",
+    "report",
 )
+
+
+def _wasted(told: RunReport, task: str, why: str) -> int:
+    return sum(step.wasted.get(why, 0) for step in (*told.steps, *told.since) if step.task_name == task)
 
 
 async def everything(buffer: ReplayBuffer) -> Any:
@@ -358,6 +363,7 @@ async def everything(buffer: ReplayBuffer) -> Any:
     assert report.ok, report.problems
     groups = await buffer.query(limit=10_000)
     tasks = await buffer.task_names()
+    told = await buffer.report(points=10_000)
     return {
         "groups": described(groups),
         "history": {group.group_id: history(await buffer.history(group.group_id)) for group in groups},
@@ -367,11 +373,16 @@ async def everything(buffer: ReplayBuffer) -> Any:
         "committed": overview.committed_step,
         "tasks": tasks,
         "accounts": {task: await buffer.account(task) for task in tasks},
+        "batches": [(step.task_name, step.first, step.version, step.groups) for step in told.steps],
+        "useless": {task: [_wasted(told, task, why) for why in USELESS] for task in tasks},
         "run": (await buffer.pruned_to(), await buffer.last_step()),
         "cursors": [await buffer.cursor(task) for task in TASKS],
         "steps": [(await buffer.last_step(task), await buffer.next_step(task), await buffer.recorded_steps(task)) for task in TASKS],
         "counts": [await buffer.counts(task) for task in TASKS],
     }
+
+
+USELESS = ("filtered", "failed", "discarded")
 
 
 def of_all(model: Model) -> Any:
@@ -387,6 +398,8 @@ def of_all(model: Model) -> Any:
         "committed": model.committed,
         "tasks": tasks,
         "accounts": {task: model.account(task) for task in tasks},
+        "batches": [(task, batch.step, batch.version, batch.groups) for task in tasks for batch in model.recorded_steps(task)],
+        "useless": {task: [model.account(task).wasted[why] for why in USELESS] for task in tasks},
         "run": (model.pruned_to(), model.last_step()),
         "cursors": [model.cursor(task) for task in TASKS],
         "steps": [(model.last_step(task), model.next_step(task), model.recorded_steps(task)) for task in TASKS],
