@@ -17,7 +17,7 @@ from agent_loop.decoding import Decoding, Watcher, standing
 from agent_loop.engines.base import Completion, Engine, FinishReason
 from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError, RewardError
 from agent_loop.outcomes import fail_unjudged, interrupt, leave_out_failed, record_failure, waits_for_judgement, without_left_out
-from agent_loop.rewards import REWARD_THREADS, GroupReward, Reward, by_kind, judge, judge_group
+from agent_loop.rewards import REWARD_THREADS, GroupReward, Reward, RewardSet, by_kind, judge, judge_group
 from agent_loop.sampling import SamplingParams, number, whole
 from buffer.rollout import RolloutGroup, RolloutState
 from buffer.status import Status
@@ -284,6 +284,8 @@ class AgentLoop(ABC):
             interrupt(state)
             return state.status
         if self.group_reward is not None:
+            if isinstance(self.group_reward, RewardSet):
+                await self._call_offs.unless_called_off(state.group_id, self.group_reward.begin(state))
             return Status.RUNNING  # until its siblings are whole: they are judged together
         if self.reward is not None:
             judgement = judge(self.reward, state, timeout=self._reward_timeout, threads=self._threads)

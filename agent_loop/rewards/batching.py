@@ -35,17 +35,16 @@ class MicroBatcher(Generic[Item, Result]):
             raise ValueError(f"batch={most} holds no rollout; it must be 1 or more")
         if number("window", window) < 0:
             raise ValueError(f"window={window} s is negative; it must be 0 or more")
-        self._work, self._most, self._window = work, most, window
-        self._slots = asyncio.Semaphore(at_once)
+        self._work, self._most, self._window, self._at_once = work, most, window, at_once
         self._waiting: deque[_Waiting[Item, Result]] = deque()
-        self._tasks = asyncio.TaskGroup()
         self._running: set[asyncio.Task[None]] = set()
         self._to_come = 0  # batches whose task waits for a slot
         self._timer: asyncio.TimerHandle | None = None
         self._open = False
 
     async def __aenter__(self) -> Self:
-        await self._tasks.__aenter__()
+        self.check_closed()
+        self._tasks, self._slots = await asyncio.TaskGroup().__aenter__(), asyncio.Semaphore(self._at_once)
         self._open = True
         return self
 
@@ -53,11 +52,18 @@ class MicroBatcher(Generic[Item, Result]):
         self._open = False
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
         for task in self._running:
             task.cancel()
         _refuse([future for _, future in self._waiting])
+        self._waiting.clear()
         # Without the error of the block, which is not of these tasks and would come out wrapped.
         await self._tasks.__aexit__(None, None, None)
+
+    def check_closed(self) -> None:
+        """Raises RuntimeError where it is open."""
+        if self._open:
+            raise RuntimeError("it is open already; open either the reward or the RewardSet that holds it, and one set only")
 
     async def __call__(self, item: Item) -> Result:
         """The result for `item`.

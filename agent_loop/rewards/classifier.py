@@ -73,6 +73,7 @@ class ClassifierReward:
         self._opened = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
+        self._batches.check_closed()
         async with AsyncExitStack() as opening:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="millrace-classifier")
             opening.push_async_callback(asyncio.to_thread, self._thread.shutdown)  # it waits for the batch under way

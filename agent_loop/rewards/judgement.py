@@ -23,6 +23,10 @@ class Judgement:
     reward: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.metrics, Mapping):
+            raise TypeError(f"metrics={self.metrics!r:.80} must map names to numbers")
+
     def apply_to(self, state: RolloutState) -> None:
         """Write it into the rollout."""
         state.score = self.score

@@ -64,7 +64,7 @@ class ProcessReward:
             timeout: seconds for one check.
             start_timeout: seconds to start a worker and import the function's module.
             memory_mb: megabytes (2**20 bytes) of address space that checks may take beside what the module took.
-            max_checks: of one worker, then another is started; 1 gives each check a process of its own, which costs some 50 ms.
+            max_checks: of one worker, then another is started; 1 gives each check a process of its own, which costs some 0.1 s.
             fields: what of a rollout is sent, JSON-able.
             path: folders to import from, before those of this process.
             environment: variables for the workers, beside PATH, LANG, LC_ALL, TMPDIR and LD_LIBRARY_PATH; others are not inherited.
@@ -84,11 +84,10 @@ class ProcessReward:
         self._timeout, self._start_timeout, self._max_checks, self._fields = timeout, start_timeout, max_checks, fields
         self._memory, self._path = memory_mb << 20, [str(Path(folder).resolve()) for folder in path]
         self._environment = {name: os.environ[name] for name in _INHERITED if name in os.environ} | _ONE_THREAD | dict(environment or {})
-        self._slots = asyncio.Semaphore(workers)
+        self._most = workers
         self._idle: list[_Worker] = []
         self._workers: set[_Worker] = set()
-        self._ends = asyncio.TaskGroup()
-        self._open = self._closed = False
+        self._open = False
 
     async def __aenter__(self) -> Self:
         """Starts one worker.
@@ -96,19 +95,22 @@ class ProcessReward:
         Raises:
             ValueError: the function cannot be imported; the message says why.
         """
-        await self._ends.__aenter__()
+        if self._open:
+            raise RuntimeError("it is open already; open either the reward or the RewardSet that holds it, and one set only")
+        self._ends, self._slots = await asyncio.TaskGroup().__aenter__(), asyncio.Semaphore(self._most)
+        self._open = True
         try:
             self._idle.append(await self._started())
         except BaseException as error:
-            await self._ends.__aexit__(None, None, None)
+            await self.__aexit__(None, None, None)
             if isinstance(error, RewardError):
                 raise ValueError(str(error)) from error
             raise
-        self._open = True
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._open, self._closed = False, True
+        self._open = False
+        self._idle.clear()
         for worker in list(self._workers):
             self._end(worker)
         # Without the error of the block, which is not of these tasks and would come out wrapped.
@@ -122,9 +124,9 @@ class ProcessReward:
             RewardError: it raised, died, wanted too much memory, or gave no finite number.
         """
         sample = to_json(self._fields(rollout), f"what is sent of rollout {rollout.rollout_id}")
+        self._check_open()
         async with self._slots:
-            if not self._open:
-                raise RewardClosedError("it is not open; use it, or the RewardSet that holds it, with `async with`")
+            self._check_open()
             worker = await self._idle_or_started()
             try:
                 score = await self._checked(worker, sample)
@@ -134,6 +136,10 @@ class ProcessReward:
                 else:
                     self._end(worker)
         return score
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise RewardClosedError("it is not open; use it, or the RewardSet that holds it, with `async with`")
 
     async def _checked(self, worker: "_Worker", sample: str) -> float | None:
         answer = await worker.ask(sample, self._timeout)
@@ -155,7 +161,7 @@ class ProcessReward:
     async def _started(self) -> "_Worker":
         order = {"function": self.__name__, "memory": self._memory, "path": [*self._path, *sys.path], "parent": os.getpid()}
         worker = await _Worker.started(self._environment)
-        if self._closed:
+        if not self._open:
             worker.kill()
             await worker.gone()
             raise RewardClosedError("it was closed before it had an answer")

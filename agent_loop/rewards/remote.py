@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -35,9 +35,9 @@ class HTTPReward:
     """Asks a server for scores, several rollouts at a time; a reward of one rollout, open while its `async with` lasts.
 
     Connections that fail, answers that take too long, and the statuses 408, 425, 429, 500, 502, 503 and 504 are tried again after
-    a pause, which is doubled each time, or as long as `Retry-After` says. Where the server refuses a batch for its content, each
-    rollout is sent by itself, so that only those fail that are to blame. Redirects are not followed. Of the answer nothing is believed: its
-    size is bounded, and it must hold one finite number for each rollout.
+    a pause, which is doubled each time, or as long as `Retry-After` says. Where the server refuses a batch for its content, or
+    answers 500 to the end, each rollout is sent by itself, so that only those fail that are to blame. Redirects are not followed. Of
+    the answer nothing is believed: its size is bounded, and it must hold one finite number for each rollout.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class HTTPReward:
         back_off: float = 0.25,
         longest_back_off: float = 10.0,
         max_answer: int = 1 << 20,
+        client: Callable[[], httpx.AsyncClient] | None = None,
     ) -> None:
         """Say whom to ask, and how.
 
@@ -70,11 +71,15 @@ class HTTPReward:
             back_off: seconds before the second, doubled for each further one, with some chance in it.
             longest_back_off: seconds to which it grows, and of a `Retry-After` that is heeded.
             max_answer: bytes of an answer.
+            client: makes the client, where you need proxies or certificates of your own; by default nothing of the environment is heeded.
 
         Raises:
             ValueError: a bound is crossed, or the URL is none.
         """
-        parsed = httpx.URL(url)
+        try:
+            parsed = httpx.URL(url)
+        except (httpx.InvalidURL, TypeError) as error:
+            raise ValueError(f"url={url!r:.80} is no URL: {error}") from error
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ValueError(f"url={url!r} must begin with http:// or https:// and name a host")
         for name, value in {"connections": connections, "attempts": attempts, "max_answer": max_answer}.items():
@@ -88,21 +93,25 @@ class HTTPReward:
         self._timeout, self._attempts, self._connections, self._max_answer = timeout, attempts, connections, max_answer
         self._pauses = tenacity.wait_random_exponential(multiplier=back_off, max=longest_back_off)
         self._longest_pause = longest_back_off
+        self._make_client = client or self._plain_client
         self._batches = MicroBatcher[RolloutState, float](self._scores, most=batch, window=window, at_once=connections)
         self._opened = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
+        self._batches.check_closed()
         async with AsyncExitStack() as opening:
-            limits = httpx.Limits(max_connections=self._connections, max_keepalive_connections=self._connections)
-            # Nothing but what was asked for: no proxy and no password file of the environment.
-            client = httpx.AsyncClient(headers=self._headers, limits=limits, timeout=self._timeout, trust_env=False)
-            self._client = await opening.enter_async_context(client)
+            self._client = await opening.enter_async_context(self._make_client())
             await opening.enter_async_context(self._batches)
             self._opened = opening.pop_all()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._opened.__aexit__(kind, error, trace)
+
+    def _plain_client(self) -> httpx.AsyncClient:
+        limits = httpx.Limits(max_connections=self._connections, max_keepalive_connections=self._connections)
+        # Nothing but what was asked for: no proxy and no password file of the environment.
+        return httpx.AsyncClient(limits=limits, timeout=self._timeout, trust_env=False)
 
     async def __call__(self, rollout: RolloutState) -> float:
         """The server's score.
@@ -114,7 +123,7 @@ class HTTPReward:
 
     async def _scores(self, rollouts: list[RolloutState]) -> Sequence[float | Exception]:
         try:
-            return await self._asked(rollouts)
+            return await self._asked(rollouts, self._attempts)
         except _RefusedError:
             if len(rollouts) == 1:
                 raise
@@ -122,15 +131,15 @@ class HTTPReward:
 
     async def _alone(self, rollout: RolloutState) -> float | Exception:
         try:
-            (score,) = await self._asked([rollout])
+            (score,) = await self._asked([rollout], 1)
         except RewardError as error:
             return error
         return score
 
-    async def _asked(self, rollouts: list[RolloutState]) -> list[float]:
+    async def _asked(self, rollouts: list[RolloutState], most: int) -> list[float]:
         content = self._body(rollouts)
         attempts = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(self._attempts),
+            stop=tenacity.stop_after_attempt(most),
             retry=tenacity.retry_if_exception_type(_TryAgainError),
             wait=self._pause,
             reraise=True,
@@ -138,7 +147,8 @@ class HTTPReward:
         try:
             answer: bytes = await attempts(self._posted, content)
         except _TryAgainError as error:
-            raise RewardError(f"{self._place} {error}, {self._attempts} times in a row") from error
+            kind = _RefusedError if error.of_content else RewardError
+            raise kind(f"{self._place} {error}" + (f", {most} times in a row" if most > 1 else "")) from error
         return self._decoded(answer, len(rollouts))
 
     def _body(self, rollouts: list[RolloutState]) -> bytes:
@@ -157,8 +167,9 @@ class HTTPReward:
         try:
             # Of the whole: a server that sends a byte now and then would never exceed httpx's own, which are of single reads.
             async with asyncio.timeout(self._timeout):
-                headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-                async with self._client.stream("POST", self._url, content=content, headers=headers) as response:
+                headers = {**self._headers, "Content-Type": "application/json", "Accept-Encoding": "identity"}
+                asking = self._client.stream("POST", self._url, content=content, headers=headers, follow_redirects=False)
+                async with asking as response:
                     return self._checked(response, await self._read(response))
         except (TimeoutError, httpx.TimeoutException) as error:
             raise _TryAgainError(f"gave no answer within {self._timeout:g} s") from error
@@ -176,7 +187,8 @@ class HTTPReward:
     def _checked(self, response: httpx.Response, body: bytes) -> bytes:
         shown = body[:_SHOWN].decode(errors="backslashreplace")
         if response.status_code in _COME_AGAIN:
-            raise _TryAgainError(f"answered {response.status_code}: {shown}", _seconds(response.headers.get("Retry-After")))
+            after = _seconds(response.headers.get("Retry-After"))
+            raise _TryAgainError(f"answered {response.status_code}: {shown}", after, of_content=response.status_code == 500)
         if response.status_code in _ABOUT_THE_CONTENT:
             raise _RefusedError(f"{self._place} refused it with {response.status_code}: {shown}")
         if response.status_code != 200:
@@ -197,11 +209,16 @@ class HTTPReward:
 
 
 class _TryAgainError(Exception):
-    """An attempt failed in a way that may pass; `after` is how long the server asks to wait, in seconds."""
+    """An attempt failed in a way that may pass.
 
-    def __init__(self, message: str, after: float | None = None) -> None:
+    Attributes:
+        after: seconds that the server asks to wait.
+        of_content: whether it may not pass: what was sent may have made the server fail.
+    """
+
+    def __init__(self, message: str, after: float | None = None, *, of_content: bool = False) -> None:
         super().__init__(message)
-        self.after = after
+        self.after, self.of_content = after, of_content
 
 
 class _RefusedError(RewardError):

@@ -71,7 +71,7 @@ class Asker:
 
     def __init__(self, name: str, function: RewardFunction) -> None:
         self.name, self.function = name, function
-        self._slots = asyncio.Semaphore(function.concurrency)
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def ask(self, subject: Any, n: int, statistics: RewardStatistics) -> list[Judgement | None]:
         """One judgement, or None where it has no say, for each of the `n` rollouts of `subject`, repeated as it is told.
@@ -92,12 +92,14 @@ class Asker:
         raise last
 
     async def _once(self, subject: Any, n: int, statistics: RewardStatistics) -> list[Judgement | None]:
-        clock = asyncio.get_running_loop().time
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:  # a set is of no event loop: scripts and notebooks run several, one after the other
+            self._loop, self._slots = loop, asyncio.Semaphore(self.function.concurrency)
         async with self._slots:
-            began = clock()
+            began = loop.time()
             try:
                 given = await answer(self.function.function, subject, self.function.timeout, self.name, "its timeout")
             finally:
-                statistics.called(clock() - began)
+                statistics.called(loop.time() - began)
         answers: Sequence[Any] = answers_of(given, n, self.name) if self.function.of_group else [given]
         return [None if one is None else judgement_of(one, self.name) for one in answers]

@@ -21,7 +21,8 @@ class RewardSet:
     Each rollout is judged by the recipe for its source: the functions run at once, and the sum of weight times part is its
     `reward`. Its `score` is the sum without the functions that are `shaping`. What each function gave goes into the
     rollout's `reward_parts` as it comes: a part that is there is not asked for again, after a failure of another function, an
-    interruption, or a crash. A group with functions `of_group` is judged as a whole when all its rollouts are.
+    interruption, or a crash. A set with functions `of_group` judges a group when all its rollouts are whole; its other functions
+    are asked of each rollout as soon as that is.
 
     As an async context manager it opens and closes what its functions need (a server's connections, a model, processes);
     plain functions need no opening.
@@ -105,89 +106,104 @@ class RewardSet:
         labelled += [(f"{name}/{source}", own) for (name, source), own in self._statistics.items() if source]
         return {f"rewards/{label}/{what}": value for label, own in labelled for what, value in own.metrics().items()}
 
+    async def begin(self, state: RolloutState) -> None:
+        """Ask the functions of single rollouts about a member of a group whose siblings are not whole yet.
+
+        Raises:
+            RewardError: one failed for good, or there is no recipe for the row.
+        """
+        source, recipe = self._recipes.find(state.row)
+        await self._run([self._asking(name, source, state, [state]) for name in recipe.weights if self._lacks(name, state)])
+
     async def _judged(self, states: Sequence[RolloutState], group: RolloutGroup | None) -> list[Judgement]:
         source, recipe = self._recipes.find(states[0].row)  # one prompt's rollouts have one row
-        asking = [
-            _Asking(self._askers[name], self._of(name, source), *which)
-            for name in recipe.weights
-            for which in self._subjects(name, states, group)
-        ]
+        asking = [self._asking(name, source, state, [state]) for name in recipe.weights for state in states if self._lacks(name, state)]
+        for name in recipe.weights:
+            # One that was sampled anew changes what its siblings are worth.
+            if self.functions[name].of_group and not all(_has_answered(name, state) for state in states):
+                asking.append(self._asking(name, source, group, list(states)))
+        await self._run(asking)
+        return [_weighed(recipe, state) for state in states]
+
+    def _lacks(self, name: str, state: RolloutState) -> bool:
+        """Whether a function of single rollouts has not judged this one."""
+        return not self.functions[name].of_group and not _has_answered(name, state)
+
+    def _asking(self, name: str, source: str, subject: Any, states: list[RolloutState]) -> "_Asking":
+        statistics = self._statistics.setdefault((name, source), RewardStatistics())
+        return _Asking(self._askers[name], statistics, subject, states)
+
+    async def _run(self, asking: Sequence["_Asking"]) -> None:
+        """All run to their ends though one failed: what the others gave is not asked for again."""
         if len(asking) == 1:
             await asking[0].run()
-        else:
-            # All run to their ends though one failed: what the others gave is not asked for again.
+        elif asking:
             async with asyncio.TaskGroup() as tasks:
                 for one in asking:
                     tasks.create_task(one.run())
         if failed := [one.error for one in asking if one.error is not None]:
-            raise RewardError("; ".join(map(str, failed))) from failed[0]
-        return [_weighed(recipe, state, {one.name for one in asking if one.skipped and state in one.states}) for state in states]
-
-    def _subjects(self, name: str, states: Sequence[RolloutState], group: RolloutGroup | None) -> list[tuple[Any, list[RolloutState]]]:
-        """What to ask the function of, with the rollouts that it then judges."""
-        if self.functions[name].of_group:
-            # One that was sampled anew changes what its siblings are worth.
-            return [(group, list(states))] if any(name not in state.reward_parts for state in states) else []
-        return [(state, [state]) for state in states if name not in state.reward_parts]
-
-    def _of(self, name: str, source: str) -> RewardStatistics:
-        return self._statistics.setdefault((name, source), RewardStatistics())
+            raise RewardError("; ".join(dict.fromkeys(map(str, failed)))) from failed[0]
 
 
 class _Asking:
-    """One function asked of one rollout or group: writes the parts into the rollouts, and keeps how it failed."""
+    """One function asked of one rollout or group: writes what it says into the rollouts, and keeps how it failed."""
 
     def __init__(self, asker: Asker, statistics: RewardStatistics, subject: Any, states: list[RolloutState]) -> None:
-        self.name, self.states = asker.name, states
-        self._asker, self._subject, self._statistics = asker, subject, statistics
+        self._asker, self._subject, self._states, self._statistics = asker, subject, states, statistics
         self.error: RewardError | None = None
-        self.skipped = False
 
     async def run(self) -> None:
         clock = asyncio.get_running_loop().time
         began = clock()
         try:
-            judgements = await self._asker.ask(self._subject, len(self.states), self._statistics)
+            judgements = await self._asker.ask(self._subject, len(self._states), self._statistics)
         except RewardError as error:
             self._failed(error)
         else:
             self._write(judgements)
-        for state in self.states:
-            state.metrics[f"reward_seconds/{self.name}"] = clock() - began
+        for state in self._states:
+            state.metrics[f"reward_seconds/{self._asker.name}"] = clock() - began
 
     def _write(self, judgements: Sequence[Judgement | None]) -> None:
-        for state, judgement in zip(self.states, judgements, strict=True):
-            _forget(state, self.name)
+        name = self._asker.name
+        for state, judgement in zip(self._states, judgements, strict=True):
+            _forget(name, state)
             if judgement is None:
+                state.metrics[f"reward_no_say/{name}"] = 1.0
                 self._statistics.no_say += 1
-                continue
-            state.reward_parts[self.name] = judgement.score
-            state.metrics.update(judgement.metrics)
-            self._statistics.gave(judgement.score)
+            else:
+                state.reward_parts[name] = judgement.score
+                state.metrics.update(judgement.metrics)
+                self._statistics.gave(judgement.score)
 
     def _failed(self, error: RewardError) -> None:
-        function = self._asker.function
+        name, function = self._asker.name, self._asker.function
         if function.on_error == "fail":
             self.error = error
             return
-        for state in self.states:
-            _forget(state, self.name)
+        for state in self._states:
+            _forget(name, state)
             if function.stand_in is None:
-                self.skipped, state.metrics[f"reward_skipped/{self.name}"] = True, 1.0
+                state.metrics[f"reward_skipped/{name}"] = 1.0
                 self._statistics.skipped += 1
             else:
-                state.reward_parts[self.name], state.metrics[f"reward_filled/{self.name}"] = function.stand_in, 1.0
+                state.reward_parts[name], state.metrics[f"reward_filled/{name}"] = function.stand_in, 1.0
                 self._statistics.filled += 1
 
 
-def _forget(state: RolloutState, name: str) -> None:
+def _has_answered(name: str, state: RolloutState) -> bool:
+    return name in state.reward_parts or f"reward_no_say/{name}" in state.metrics or f"reward_skipped/{name}" in state.metrics
+
+
+def _forget(name: str, state: RolloutState) -> None:
     """What an earlier judgement by this function left."""
     state.reward_parts.pop(name, None)
-    for mark in ("reward_skipped", "reward_filled"):
-        state.metrics.pop(f"{mark}/{name}", None)
+    for mark in ("no_say", "skipped", "filled"):
+        state.metrics.pop(f"reward_{mark}/{name}", None)
 
 
-def _weighed(recipe: Recipe, state: RolloutState, skipped: set[str]) -> Judgement:
+def _weighed(recipe: Recipe, state: RolloutState) -> Judgement:
+    skipped = [name for name in recipe.weights if f"reward_skipped/{name}" in state.metrics]
     reward = combined(recipe.weights, state.reward_parts, skipped)
     score = reward if recipe.of_score == recipe.weights else combined(recipe.of_score, state.reward_parts, skipped)
     return Judgement(score, reward)

@@ -133,6 +133,17 @@ async def test_neither_secrets_nor_descriptors_are_inherited(monkeypatch: pytest
     os.close(descriptor)
 
 
+async def test_it_may_be_opened_again_but_not_twice_at_once() -> None:
+    reward = reward_of("length")
+    for _ in range(2):
+        async with reward:
+            assert await reward(rollout()) == 4.0
+            with pytest.raises(RuntimeError, match="it is open already"):
+                async with reward:
+                    raise AssertionError
+            assert await reward(rollout()) == 4.0
+
+
 async def test_a_worker_is_replaced_after_its_checks_and_when_it_died_between_two() -> None:
     async with reward_of("many", max_checks=2) as reward:
         assert [await reward(rollout()) for _ in range(5)] == [1.0, 2.0, 1.0, 2.0, 1.0]

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+import httpx
 import pytest
 
 from agent_loop import RewardFunction, RewardSet
@@ -142,6 +143,17 @@ async def test_what_is_refused_fails_at_once_and_only_who_is_to_blame() -> None:
     assert requests == [1]
 
 
+async def test_one_that_makes_the_server_fail_does_not_fail_the_others() -> None:
+    async def fragile(request: dict[str, Any], writer: Any) -> bytes:
+        bad = any(one["text"] == "bad" for one in request["body"]["rollouts"])
+        return answer(b"Traceback", 500) if bad else await lengths(request, writer)
+
+    async with serving(fragile) as url, HTTPReward(url, back_off=0.001, attempts=2) as reward:
+        scores = await all_of(reward, [rollout(0, "a"), rollout(1, "bad"), rollout(2, "bb")])
+    assert [scores[0], scores[2]] == [1.0, 2.0]
+    assert str(scores[1]).endswith("/score answered 500: Traceback")
+
+
 @pytest.mark.parametrize(
     ("said", "why"),
     [
@@ -226,6 +238,17 @@ async def test_the_wires_speak_as_openrlhf_and_vllm_do() -> None:
                 await reward(rollout())
 
 
+async def test_a_client_of_ones_own_is_used_and_closed() -> None:
+    made = httpx.AsyncClient(follow_redirects=True, headers={"X-Team": "blue"})
+
+    async def handler(request: dict[str, Any], writer: Any) -> bytes:
+        return answer({"scores": [1]}) if "x-team: blue" in request["head"] else answer({}, 403)
+
+    async with serving(handler) as url, HTTPReward(url, client=lambda: made) as reward:
+        assert await reward(rollout()) == 1.0
+    assert made.is_closed
+
+
 async def test_a_row_that_makes_no_request_fails_alone() -> None:
     wire = Wire(
         lambda rollouts: {"rollouts": [{"text": one.text, "answer": one.row["answer"]} for one in rollouts]}, lambda said, n: said["scores"]
@@ -276,6 +299,12 @@ async def test_a_set_opens_and_closes_it_and_judges_by_it() -> None:
             assert (await rewards(rollout(0, "seven"))).score == 5.0
         with pytest.raises(RewardError, match="reward length: it is not open"):
             await rewards(rollout(1))
+        async with rewards:
+            assert (await rewards(rollout(2, "again"))).score == 5.0
+            with pytest.raises(RuntimeError, match="it is open already; open either the reward or the RewardSet"):
+                async with rewards:
+                    raise AssertionError
+            assert (await rewards(rollout(3, "on"))).score == 2.0
 
 
 @pytest.mark.parametrize(
@@ -283,6 +312,8 @@ async def test_a_set_opens_and_closes_it_and_judges_by_it() -> None:
     [
         ({"url": "ftp://host/"}, "must begin with http"),
         ({"url": "http:///score"}, "name a host"),
+        ({"url": "http://[::1"}, "is no URL"),
+        ({"url": None}, "is no URL"),
         ({"attempts": 0}, "attempts=0 must be 1 or more"),
         ({"timeout": 0}, "timeout=0 s must be above 0"),
         ({"batch": 0}, "batch=0 holds no rollout"),

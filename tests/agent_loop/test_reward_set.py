@@ -287,6 +287,8 @@ async def test_a_plain_reward_may_give_score_and_reward_apart() -> None:
     group = await Whole(lambda state: Judgement(1.0, 0.75, {"checks": 3})).generate_group(group_of(1))
     state = group.rollouts[0]
     assert (state.score, state.reward, state.metrics) == (1.0, 0.75, {"checks": 3.0})
+    group = await Whole(None, group_reward=lambda group: [Judgement(1.0, metrics=None)]).generate_group(group_of(1))  # type: ignore[arg-type]
+    assert "raised TypeError: metrics=None must map names to numbers" in str(group.rollouts[0].error)
     group = await Whole(lambda state: Judgement(1.0, math.inf)).generate_group(group_of(1))
     assert "gave inf; it must give a finite number" in str(group.rollouts[0].error)
 
@@ -323,6 +325,51 @@ async def test_functions_of_the_group_and_of_its_rollouts_judge_together_once_al
     assert [state.score for state in group.rollouts] == [13.0, 12.0, 31.0]
     assert asked == {"rank": 2}
     assert reward.statistics["length", ""].calls == 1
+
+
+class Slow(AgentLoop):
+    """The last member is whole only when a function was asked of the first."""
+
+    def __init__(self, asked: asyncio.Event, **options: Any) -> None:
+        super().__init__(**{"back_off": 0.0, "max_attempts": 2, **options})
+        self._asked = asked
+
+    async def generate(self, state: RolloutState) -> RolloutState:
+        if state.index == 2:
+            await self._asked.wait()
+        state.append([5] * (state.index + 1), logprobs=[-0.1] * (state.index + 1))
+        state.finish_reason = "stop"
+        return state
+
+
+async def test_functions_of_single_rollouts_do_not_wait_for_the_siblings_and_fail_their_rollout_only() -> None:
+    asked, calls = asyncio.Event(), Counter[str]()
+
+    async def not_the_second(state: RolloutState) -> float | None:
+        asked.set()
+        calls[f"single {state.index}"] += 1
+        if state.index == 1:
+            raise LookupError("no answer")
+        return None if state.index == 2 else 10.0
+
+    def rank(group: RolloutGroup) -> list[float | None]:
+        calls["group"] += 1
+        return ranks(group)
+
+    functions = {"single": not_the_second, "rank": RewardFunction(rank, of_group=True)}
+    fresh = RolloutGroup(7, [RolloutState(7, index, prompt_ids=[1]) for index in range(3)])
+    group = await asyncio.wait_for(Slow(asked, reward=RewardSet(functions), min_group_size=2).generate_group(fresh), 60)
+    assert [state.left_out for state in group.rollouts] == [False, True, False]
+    assert [state.score for state in group.rollouts] == [12.0, None, 1.0]
+    assert calls == {"single 0": 1, "single 1": 2, "single 2": 1, "group": 1}, "none is asked again at the end, None and a failure included"
+    assert "reward_no_say/single" in group.rollouts[2].metrics
+
+
+def test_one_set_judges_in_one_event_loop_after_the_other() -> None:
+    reward = RewardSet({"half": RewardFunction(half, concurrency=1)})
+    for _ in range(2):
+        group = asyncio.run(Whole(reward).generate_group(group_of()))
+        assert [state.score for state in group.rollouts] == [0.5] * 3
 
 
 async def test_a_group_function_that_fails_or_gives_too_few_fails_the_group() -> None:

@@ -6,11 +6,15 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent_loop import AgentLoop, RewardFunction, RewardSet, trl_reward
 from agent_loop.errors import RewardError
 from buffer import RolloutGroup, RolloutState, Status
+from producer.simulate import virtual_time
 from tests.agent_loop.judged import rollout
 
 CHAT = [{"role": "user", "content": "2 + 2?"}]
@@ -147,6 +151,20 @@ async def test_in_a_set_none_is_no_say_as_in_trl() -> None:
         group = await Whole(reward=rewards).generate_group(group_of(["a", "b"], task=task))
         assert [state.score for state in group.rollouts] == [score, score]
     assert rewards.statistics["math", ""].no_say == 2
+
+
+@given(st.lists(st.tuples(st.floats(-10, 10), st.none() | st.floats(-10, 10)), min_size=1, max_size=5))
+def test_the_sum_is_that_of_trls_trainer(weights_and_parts: list[tuple[float, float | None]]) -> None:
+    weights = {f"f{place}": weight or 1.0 for place, (weight, _) in enumerate(weights_and_parts)}
+    gives = {f"f{place}": part for place, (_, part) in enumerate(weights_and_parts)}
+    parts = np.array([np.nan if part is None else part for part in gives.values()])
+    theirs = np.nan if np.isnan(parts).all() else np.nansum(parts * np.array(list(weights.values())))
+    functions = {name: trl_reward(lambda completions, part=part, **kwargs: [part]) for name, part in gives.items()}
+    try:
+        ours = virtual_time.run(RewardSet(functions, weights)(rollout())).score
+    except RewardError:
+        ours = np.nan
+    assert ours == pytest.approx(theirs, nan_ok=True)
 
 
 @pytest.mark.parametrize(
