@@ -51,7 +51,7 @@ class AgentLoop(ABC):
         min_group_size: a rollout that failed for good fails its group, since that needs all its members; with this it is
             left out (`RolloutState.left_out`), and the group kept, while so many others can still be finished.
         sampling: parameters for all prompts; a row's `sampling` overrides them.
-        reward_timeout: seconds for one judgement; the functions of a `RewardSet` have their own.
+        reward_timeout: seconds for one judgement; the functions of a `RewardSet`, and what asks a server or processes, have their own.
         max_attempts: after so many failures a rollout is failed for good.
         back_off: seconds before the second attempt, doubled for each further one, up to 30.
     """

@@ -67,6 +67,7 @@ class ClassifierReward:
             raise ValueError("a loaded model came without tokenizer=; pass the one that it was trained with")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} allows no token; it must be 1 or more")
+        self.at_once = 2 * batch  # while one is judged, the next is gathered
         self._source, self._tokenizer, self._label = model, tokenizer, label
         self._device, self._dtype, self._max_length, self._render = device, dtype, max_length, render or self._as_text
         self._batches = MicroBatcher[RolloutState, float](self._scores, most=batch, window=window, at_once=1)

@@ -28,7 +28,7 @@ async def judge(reward: Reward, state: RolloutState, *, timeout: float, threads:
 
     A function that is not async runs on a thread of its own, so that a slow one does not stop the event loop. At the
     deadline the thread cannot be killed: its answer is dropped, and it holds up neither others nor the end of the program.
-    A `RewardSet` keeps the deadlines of its functions, and `timeout` is not its own.
+    `timeout` is not for what keeps deadlines of its own: a `RewardSet`, `HTTPReward`, `ProcessReward`.
 
     Raises:
         RewardError: it raised (see `__cause__`), took longer than `timeout` seconds, or gave no finite number.
@@ -84,7 +84,8 @@ async def answer(reward: Callable[[Any], Any], subject: Any, timeout: float, nam
     except _TooSlow as error:
         raise RewardTimeoutError(f"reward {name} took longer than {timeout:g} s; make it faster or raise {bound}") from error
     except RewardError as error:
-        raise RewardError(f"reward {name}: {error}") from error
+        kind = RewardTimeoutError if isinstance(error, RewardTimeoutError) else RewardError
+        raise kind(f"reward {name}: {error}") from error
     except Exception as error:
         raise RewardError(f"reward {name} raised {type(error).__name__}: {error}") from error
 

@@ -42,6 +42,9 @@ class ProcessReward:
     sandbox: what it runs may read your files and use the network. Memory is bounded on Linux only.
     """
 
+    own_deadlines = True
+    """A check's time runs while it is checked, not while it waits for a worker: `reward_timeout` is of plain rewards."""
+
     def __init__(
         self,
         function: str,
@@ -63,7 +66,8 @@ class ProcessReward:
             workers: processes, and thus checks at once; more wait, and their time does not run meanwhile.
             timeout: seconds for one check.
             start_timeout: seconds to start a worker and import the function's module.
-            memory_mb: megabytes (2**20 bytes) of address space that checks may take beside what the module took.
+            memory_mb: megabytes (2**20 bytes) of address space that a check may take beside what the module took, and likewise each
+                process that it starts.
             max_checks: of one worker, then another is started; 1 gives each check a process of its own, which costs some 0.1 s.
             fields: what of a rollout is sent, JSON-able.
             path: folders to import from, before those of this process.
@@ -84,7 +88,7 @@ class ProcessReward:
         self._timeout, self._start_timeout, self._max_checks, self._fields = timeout, start_timeout, max_checks, fields
         self._memory, self._path = memory_mb << 20, [str(Path(folder).resolve()) for folder in path]
         self._environment = {name: os.environ[name] for name in _INHERITED if name in os.environ} | _ONE_THREAD | dict(environment or {})
-        self._most = workers
+        self.at_once = workers
         self._idle: list[_Worker] = []
         self._workers: set[_Worker] = set()
         self._open = False
@@ -97,7 +101,7 @@ class ProcessReward:
         """
         if self._open:
             raise RuntimeError("it is open already; open either the reward or the RewardSet that holds it, and one set only")
-        self._ends, self._slots = await asyncio.TaskGroup().__aenter__(), asyncio.Semaphore(self._most)
+        self._ends, self._slots = await asyncio.TaskGroup().__aenter__(), asyncio.Semaphore(self.at_once)
         self._open = True
         try:
             self._idle.append(await self._started())

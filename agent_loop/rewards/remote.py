@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from agent_loop.errors import RewardError
+from agent_loop.errors import RewardError, RewardTimeoutError
 from agent_loop.rewards.batching import MicroBatcher
 from agent_loop.rewards.wire import Wire, rollouts_wire
 from agent_loop.sampling import number, whole
@@ -40,6 +40,9 @@ class HTTPReward:
     the answer nothing is believed: its size is bounded, and it must hold one finite number for each rollout.
     """
 
+    own_deadlines = True
+    """Each attempt has one, and they are counted: `reward_timeout` is of plain rewards."""
+
     def __init__(
         self,
         url: str,
@@ -65,8 +68,8 @@ class HTTPReward:
             batch: rollouts of one request.
             window: seconds that the first rollout of a request waits for others.
             connections: requests at once.
-            timeout: seconds for one attempt, from connecting to the last byte of the answer. The deadline for all of them is that of
-                the `RewardFunction`, or the agent loop's `reward_timeout`.
+            timeout: seconds for one attempt, from connecting to the last byte of the answer. In a `RewardSet` the
+                deadline for all of them is that of the `RewardFunction`.
             attempts: at most so many, the first included.
             back_off: seconds before the second, doubled for each further one, with some chance in it.
             longest_back_off: seconds to which it grows, and of a `Retry-After` that is heeded.
@@ -93,6 +96,7 @@ class HTTPReward:
         self._timeout, self._attempts, self._connections, self._max_answer = timeout, attempts, connections, max_answer
         self._pauses = tenacity.wait_random_exponential(multiplier=back_off, max=longest_back_off)
         self._longest_pause = longest_back_off
+        self.at_once = batch * connections
         self._make_client = client or self._plain_client
         self._batches = MicroBatcher[RolloutState, float](self._scores, most=batch, window=window, at_once=connections)
         self._opened = AsyncExitStack()
@@ -147,7 +151,7 @@ class HTTPReward:
         try:
             answer: bytes = await attempts(self._posted, content)
         except _TryAgainError as error:
-            kind = _RefusedError if error.of_content else RewardError
+            kind = _RefusedError if error.of_content else RewardTimeoutError if error.late else RewardError
             raise kind(f"{self._place} {error}" + (f", {most} times in a row" if most > 1 else "")) from error
         return self._decoded(answer, len(rollouts))
 
@@ -172,7 +176,7 @@ class HTTPReward:
                 async with asking as response:
                     return self._checked(response, await self._read(response))
         except (TimeoutError, httpx.TimeoutException) as error:
-            raise _TryAgainError(f"gave no answer within {self._timeout:g} s") from error
+            raise _TryAgainError(f"gave no answer within {self._timeout:g} s", late=True) from error
         except httpx.TransportError as error:
             raise _TryAgainError(f"could not be asked ({type(error).__name__}: {error})") from error
 
@@ -214,11 +218,12 @@ class _TryAgainError(Exception):
     Attributes:
         after: seconds that the server asks to wait.
         of_content: whether it may not pass: what was sent may have made the server fail.
+        late: whether it took too long.
     """
 
-    def __init__(self, message: str, after: float | None = None, *, of_content: bool = False) -> None:
+    def __init__(self, message: str, after: float | None = None, *, of_content: bool = False, late: bool = False) -> None:
         super().__init__(message)
-        self.after, self.of_content = after, of_content
+        self.after, self.of_content, self.late = after, of_content, late
 
 
 class _RefusedError(RewardError):

@@ -11,6 +11,9 @@ from agent_loop.rewards.judging import answer
 from agent_loop.rewards.statistics import RewardStatistics
 from agent_loop.sampling import number, whole
 
+_CONCURRENCY = 32
+"""Calls of one function at once, unless it is told otherwise."""
+
 _LONGEST_BACK_OFF = 30.0
 """Seconds to which the pause before a retry is doubled at most."""
 
@@ -24,7 +27,8 @@ class RewardFunction:
         of_group: it judges whole groups, and gives a number or None for each of the rollouts.
         shaping: it counts in `reward`, which trains, and not in `score`, which filters see.
         timeout: seconds for one call.
-        concurrency: calls at once; more wait, and their time does not run meanwhile.
+        concurrency: calls at once; more wait, and their time does not run meanwhile. None is 32, or as many as a reward that asks
+            elsewhere works on at once.
         on_error: "fail" fails the rollout with the reason; "skip" goes on without this part, its weight shared out among the
             others; a number is taken in its place.
         retries: how often a call that failed is repeated before that.
@@ -39,7 +43,7 @@ class RewardFunction:
     of_group: bool = False
     shaping: bool = False
     timeout: float = 60.0
-    concurrency: int = 32
+    concurrency: int | None = None
     on_error: Literal["fail", "skip"] | float = "fail"
     retries: int = 0
     back_off: float = 0.5
@@ -49,7 +53,7 @@ class RewardFunction:
             raise TypeError(f"function={self.function!r:.80} is no function of a rollout or a group")
         if number("timeout", self.timeout) <= 0:
             raise ValueError(f"timeout={self.timeout} s leaves no time; it must be above 0")
-        if whole("concurrency", self.concurrency) < 1:
+        if self.concurrency is not None and whole("concurrency", self.concurrency) < 1:
             raise ValueError(f"concurrency={self.concurrency} allows no call; it must be 1 or more")
         if whole("retries", self.retries) < 0:
             raise ValueError(f"retries={self.retries} must be 0 or more")
@@ -59,6 +63,14 @@ class RewardFunction:
             if isinstance(self.on_error, str):
                 raise ValueError(f'on_error={self.on_error!r} is unknown; it is "fail", "skip", or the number to take')
             number("on_error", self.on_error)
+
+    @property
+    def slots(self) -> int:
+        """Calls at once: beyond what is worked on, they would wait while their time runs."""
+        own: int | None = getattr(self.function, "at_once", None)
+        if own is None:
+            return _CONCURRENCY if self.concurrency is None else self.concurrency
+        return own if self.concurrency is None else min(own, self.concurrency)
 
     @property
     def stand_in(self) -> float | None:
@@ -94,7 +106,7 @@ class Asker:
     async def _once(self, subject: Any, n: int, statistics: RewardStatistics) -> list[Judgement | None]:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:  # a set is of no event loop: scripts and notebooks run several, one after the other
-            self._loop, self._slots = loop, asyncio.Semaphore(self.function.concurrency)
+            self._loop, self._slots = loop, asyncio.Semaphore(self.function.slots)
         async with self._slots:
             began = loop.time()
             try:

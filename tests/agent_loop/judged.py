@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from agent_loop import AgentLoop
 from buffer import RolloutState, Status
 
 
@@ -24,6 +25,13 @@ def rollout(index: int = 0, text: str | None = "four", *, prompt: Any = "2 + 2 =
     state.append([5, 6], logprobs=[-0.1, -0.2], version=index)
     state.text, state.finish_reason = text, "stop"
     return state
+
+
+class Whole(AgentLoop):
+    """Its rollouts are whole from the start: only judging is left."""
+
+    async def generate(self, state: RolloutState) -> RolloutState:
+        raise AssertionError("a finished response is not generated again")
 
 
 Handler = Callable[[dict[str, Any], asyncio.StreamWriter], Awaitable[bytes | None]]

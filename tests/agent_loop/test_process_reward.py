@@ -17,7 +17,8 @@ import pytest
 from agent_loop import RewardFunction, RewardSet
 from agent_loop.errors import RewardClosedError, RewardError, RewardTimeoutError
 from agent_loop.rewards.processes import ProcessReward
-from tests.agent_loop.judged import rollout
+from buffer import RolloutGroup
+from tests.agent_loop.judged import Whole, rollout
 
 ROOT = Path(__file__).parents[2]
 CHECKS = "tests.agent_loop.checks:"
@@ -191,7 +192,8 @@ def test_when_this_process_is_killed_its_workers_end_even_in_a_loop(tmp_path: Pa
     program = f"""
 import asyncio, os
 from agent_loop.rewards.processes import ProcessReward
-from tests.agent_loop.judged import rollout
+from buffer import RolloutGroup
+from tests.agent_loop.judged import Whole, rollout
 async def main():
     async with ProcessReward("{CHECKS}loop", timeout=600) as reward, asyncio.TaskGroup() as tasks:
         tasks.create_task(reward(rollout()))
@@ -219,7 +221,21 @@ async def test_in_a_set_a_check_that_hangs_is_skipped() -> None:
         assert judgement.score == 8.0
         assert (await rewards(rollout(1, does="length"))).score == 8.0
     own = rewards.statistics["check", ""]
-    assert (own.skipped, own.retries, own.failures, own.parts) == (1, 1, 2, 1)
+    assert (own.skipped, own.retries, own.failures, own.timeouts, own.parts) == (1, 1, 2, 2, 1)
+
+
+async def test_a_wait_for_a_worker_is_no_part_of_a_checks_time() -> None:
+    check = reward_of("length", workers=1)
+    group = RolloutGroup(7, [rollout(index) for index in range(4)])
+    async with check, asyncio.TaskGroup() as tasks:
+        await check._slots.acquire()  # as long as somebody else is checked
+        asked = tasks.create_task(Whole(reward=check, reward_timeout=0.05, max_attempts=1).generate_group(group))
+        await asyncio.sleep(0.2)
+        check._slots.release()
+        await asked
+    assert [state.score for state in group.rollouts] == [4.0] * 4
+    in_a_set = RewardSet({"check": reward_of(workers=3), "few": RewardFunction(reward_of(workers=9), concurrency=2), "plain": len})
+    assert [function.slots for function in in_a_set.functions.values()] == [3, 2, 32]
 
 
 @pytest.mark.parametrize(

@@ -11,20 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_loop import AgentLoop, RewardFunction, RewardSet, trl_reward
+from agent_loop import RewardFunction, RewardSet, trl_reward
 from agent_loop.errors import RewardError
 from buffer import RolloutGroup, RolloutState, Status
 from producer.simulate import virtual_time
-from tests.agent_loop.judged import rollout
+from tests.agent_loop.judged import Whole, rollout
 
 CHAT = [{"role": "user", "content": "2 + 2?"}]
-
-
-class Whole(AgentLoop):
-    """Its rollouts are whole from the start."""
-
-    async def generate(self, state: RolloutState) -> RolloutState:
-        raise AssertionError
 
 
 def group_of(texts: list[str], **row: Any) -> RolloutGroup:
