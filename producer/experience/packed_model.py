@@ -129,7 +129,8 @@ class PackedModel:
     def logprobs(self, hidden: Tensor, targets: NDArray[np.int64], temperature: float, *, entropy: bool) -> tuple[Tensor, Tensor | None]:
         """(n,) float32 of each target, and (n,) the entropies of what it was drawn from; on the model's device."""
         wanted = torch.as_tensor(targets, device=self.head.weight.device)
-        rows = max(1, self.logit_bytes // (4 * self.head.weight.shape[0]))
+        a_row = (8 if entropy else 4) * self.head.weight.shape[0]  # entropies need logits and weights at once
+        rows = max(1, self.logit_bytes // a_row)
         read = [
             _read(self.logits(hidden[start : start + rows]), wanted[start : start + rows], temperature, entropy)
             for start in range(0, len(wanted), rows)
@@ -190,6 +191,6 @@ def _read(logits: Tensor, targets: Tensor, temperature: float, entropy: bool) ->
         return chosen - logits.exp_().sum(-1).log(), None
     weights = logits.exp()
     total = weights.sum(-1)
-    # A token that is ruled out has a logit of minus infinity and a weight of 0, whose product is none.
-    mean = (weights * logits.clamp_(min=-1e4)).sum(-1) / total
+    # A token that is ruled out has a logit of minus infinity and a weight of 0, whose product is none. The sum makes no third array.
+    mean = torch.einsum("nv,nv->n", weights, logits.clamp_(min=-1e4)) / total
     return chosen - total.log(), total.log() - mean

@@ -140,7 +140,7 @@ def test_logits_are_never_there_for_all_tokens(model: Any) -> None:
 
     draw = np.random.default_rng(1)
     given = [draw.integers(0, VOCAB_SIZE, 200) for _ in range(2)]
-    scorer = Scorer(model, logit_bytes=16 * 4 * VOCAB_SIZE)
+    scorer = Scorer(model, logit_bytes=16 * 8 * VOCAB_SIZE)
     expected = Scorer(model).score(given, entropy=True)
     scorer.score(given)
     rows: list[int] = []
