@@ -5,7 +5,7 @@
 Every contender reads the same sequences in the same packed rows on one thread, in random order, each round anew, and the first
 round is thrown away. Ratios are of CPU time, which other programs disturb little, and are formed round by round. The bare pass makes the
 logits of all tokens and takes nothing from them; the plain one then takes log-probabilities, as a trainer does. Memory is by how much
-a process of its own grows at most, which has the model already.
+a process of its own grows at most, which has the model already; the scorer may have 32 MiB of logits at once.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def bare(model: Any, sequences: Sequences, *, take: bool) -> None:
 
 def contenders(model: Any, sequences: Sequences) -> dict[str, Callable[[], Any]]:
     """Each reads all sequences once; the first is the baseline."""
-    scorer = Scorer(model, token_budget=BUDGET)
+    scorer = Scorer(model, token_budget=BUDGET, logit_bytes=32 << 20)
     prompts = [one.size // 4 for one in sequences]
     return {
         "bare forward pass": lambda: bare(model, sequences, take=False),

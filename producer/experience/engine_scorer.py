@@ -23,8 +23,8 @@ class EngineScorer:
         """Say which engines; they are open when `attached` is called.
 
         Args:
-            engine: of the policy that is trained.
-            reference: of the reference policy.
+            engine: of the policy that is trained; `engine.with_adapter(name)` where that is an adapter.
+            reference: of the reference policy, for an adapter the engine without it.
             max_in_flight: requests at once to each.
 
         Raises:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from agent_loop.sampling import SamplingParams
+from agent_loop.sampling import SamplingParams, whole
 
 Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -63,13 +63,15 @@ class OffPolicy:
             if getattr(self, name) not in (None, *get_args(Level)):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {get_args(Level)}, or None")
         for name in ("truncate", "keep"):
-            if (bounds := getattr(self, name)) is not None and not (len(bounds) == 2 and 0 <= bounds[0] <= 1 <= bounds[1]):
+            if (bounds := getattr(self, name)) is not None and not _around_one(bounds):
                 raise ValueError(f"{name}={bounds} must be two numbers, one of 0 to 1 and one of 1 or more: equal policies have ratio 1")
         self._check_pairs()
         if self.negative_kl is not None and not 0 < self.negative_kl < float("inf"):
             raise ValueError(f"negative_kl={self.negative_kl} must be above 0 and finite")
-        if self.max_staleness is not None and self.max_staleness < 0:
+        if self.max_staleness is not None and whole("max_staleness", self.max_staleness) < 0:
             raise ValueError(f"max_staleness={self.max_staleness} must be 0 or more")
+        if self.sampling is not None and not isinstance(self.sampling, SamplingParams):
+            raise ValueError(f"sampling={self.sampling!r} must be the SamplingParams of the agent loop")
 
     def _check_pairs(self) -> None:
         if self.truncate is not None and self.weight is None:
@@ -91,6 +93,13 @@ class OffPolicy:
     def level(self) -> Level:
         """The level whose ratios the metrics are of."""
         return self.weight or self.mask or "token"
+
+
+def _around_one(bounds: object) -> bool:
+    match bounds:
+        case (int() | float() as low, int() | float() as high):
+            return 0 <= low <= 1 <= high
+    return False
 
 
 CORRECTIONS: Mapping[str, OffPolicy] = MappingProxyType(

@@ -55,6 +55,8 @@ class PackedModel:
         Raises:
             ValueError: the model has no such head, or no trunk that gives hidden states.
         """
+        if not isinstance(model, torch.nn.Module):
+            raise ValueError(f"{model!r} is not a loaded model; give one made by an AutoModelFor...from_pretrained(...)")
         self.whole = model
         self.inner = unwrapped(model)
         self.trunk = getattr(self.inner, "base_model", self.inner)

@@ -275,6 +275,7 @@ def test_what_makes_no_sense_is_refused(model: Any) -> None:
     assert scorer.score([]) == []
     for options, why in (
         ({}, "needs a model"),
+        ({"model": "some/model"}, "'some/model' is not a loaded model"),
         ({"model": model, "temperature": 0.0}, "temperature=0.0"),
         ({"model": model, "token_budget": 0}, "token_budget=0"),
         ({"model": model.model}, "not a transformers model with a head"),
@@ -320,8 +321,14 @@ async def test_engines_score_a_batch_at_one_version() -> None:
         await engine.update_weights({"seed": 3}, version=3)
         attached = await EngineScorer(engine, reference=reference, max_in_flight=1).attached(groups())
         expected = engine.reference_logprobs([5, 6, 7], [10, 11, 20, 12], 3)
+        policy = engine.with_adapter("policy")
+        await policy.update_weights({"seed": 4}, version=8)
+        adapted = await EngineScorer(policy, reference=engine).attached(groups())
     np.testing.assert_allclose(attached.trainer["default-3-0"], expected, rtol=1e-6)
     assert (attached.version, attached.temperature, set(attached.reference)) == (3, 1.0, set(attached.trainer))
+    np.testing.assert_array_equal(adapted.reference["default-3-0"], attached.trainer["default-3-0"])
+    assert not np.allclose(adapted.trainer["default-3-0"], attached.trainer["default-3-0"])
+    assert adapted.version == 8
     made = make_experience(groups(), attached=attached, off_policy=OffPolicy(sampling=SamplingParams()))
     assert made.metrics["off_policy/ratio_mean"] > 0
 
