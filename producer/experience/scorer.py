@@ -6,11 +6,12 @@ It needs torch (extra `torch`); `EngineScorer` asks engines instead.
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from agent_loop.sampling import whole
 from buffer.rollout import RolloutGroup
 from producer.experience.attached import Attached
 from producer.experience.packed_model import PackedModel, Row
@@ -57,6 +58,7 @@ class Scorer:
         value_head: Any = None,
         temperature: float = 1.0,
         token_budget: int = 8192,
+        packed: bool = True,
         autocast: Literal["bfloat16", "float16"] | None = None,
         logit_bytes: int = 128 << 20,
     ) -> None:
@@ -68,7 +70,10 @@ class Scorer:
             critic: a sequence or token classifier with one label, or TRL's value model.
             value_head: in place of the critic's own head; without a critic, it reads the hidden states of `model`.
             temperature: at which the tokens were sampled; logits are divided by it. The reference's too.
-            token_budget: tokens of a row. A longer sequence has a row to itself.
+            token_budget: tokens of a row. A longer sequence has a row to itself. Attention that works with a mask ("sdpa", "eager") takes
+                memory by its square.
+            packed: False reads sequences one by one, for models that let packed ones see each other: those with a state in place of
+                attention, and those that do not go by positions.
             autocast: as training is done, where that is under `torch.autocast`.
             logit_bytes: the most that logits may take at once.
 
@@ -83,7 +88,7 @@ class Scorer:
             raise ValueError(f"{reference=}: it must be a model, or 'adapter_off' with a model that has a disable_adapter(), as peft's do")
         if value_head is not None and critic is None and model is None:
             raise ValueError("a value_head reads hidden states; give the critic or the model that they are of")
-        self.temperature, self.token_budget = float(temperature), token_budget
+        self.temperature, self.token_budget, self.packed = float(temperature), token_budget, packed
         options: dict[str, Any] = {"autocast": autocast, "logit_bytes": logit_bytes}
         self._model = None if model is None else PackedModel(model, **options)
         self._reference = None if reference is None or isinstance(reference, str) else PackedModel(reference, **options)
@@ -92,7 +97,9 @@ class Scorer:
         self._shared = None if value_head is None or critic is not None else PackedModel(model, head=value_head, **options)
         self._checked = False
 
-    def score(self, sequences: Sequence[ArrayLike], starts: int | Sequence[int] = 1, *, entropy: bool = False) -> list[Scores]:
+    def score(
+        self, sequences: Sequence[ArrayLike], starts: SupportsIndex | Sequence[SupportsIndex] = 1, *, entropy: bool = False
+    ) -> list[Scores]:
         """Scores of each sequence, in order.
 
         Args:
@@ -104,11 +111,11 @@ class Scorer:
             ValueError: ids that are none, no token from `start` on, or a model that cannot be read packed.
         """
         ids = [_ids(number, given, self._vocab_size) for number, given in enumerate(sequences)]
-        firsts = [starts] * len(ids) if isinstance(starts, int) else list(starts)
+        firsts = [whole("starts", one) for one in ([starts] * len(ids) if isinstance(starts, SupportsIndex) else starts)]
         _check_starts(ids, firsts)
         self._check()
         found = [Scores()] * len(ids)
-        for numbers in rows_of([one.size for one in ids], self.token_budget):
+        for numbers in rows_of([one.size for one in ids], self.token_budget if self.packed else 1):
             row, counts = _row([ids[number] for number in numbers], [firsts[number] for number in numbers])
             for number, one in zip(numbers, self._split(self._read(row, entropy), counts), strict=True):
                 found[number] = one
@@ -140,7 +147,7 @@ class Scorer:
         """Once: weights change, what a model does with them does not."""
         for model, causal in () if self._checked else ((self._model, True), (self._reference, True), (self._critic, False)):
             if model is not None:
-                model.check(causal=causal)
+                model.check(causal=causal, packed=self.packed)
         self._checked = True
 
     def _read(self, row: Row, entropy: bool) -> dict[str, Tensor]:

@@ -186,7 +186,7 @@ def test_a_reference_and_a_critic_are_read_beside_the_policy(folder: Path, other
     assert Scorer(critic=sequence_critic).score(sequences(), STARTS)[0].values.shape == (5,)
 
 
-def test_adapters_are_switched_off_for_the_reference(folder: Path, model: Any) -> None:
+def test_adapters_are_switched_off_for_the_reference_and_wrappers_are_seen_through(folder: Path, model: Any) -> None:
     class Adapted(type(load(folder))):  # type: ignore[misc]
         """What peft promises: a context manager that takes the adapter out of the way."""
 
@@ -204,6 +204,8 @@ def test_adapters_are_switched_off_for_the_reference(folder: Path, model: Any) -
     assert_as_alone(found, adapted.eval())
     for one, ids, start in zip(found, sequences(), STARTS, strict=True):
         np.testing.assert_allclose(one.reference, alone(model, ids, start)[0], atol=1e-5)
+    for wrapped in (torch.nn.DataParallel(model), torch.compile(model)):
+        np.testing.assert_array_equal(Scorer(wrapped).score(sequences()[:1])[0].logprobs, Scorer(model).score(sequences()[:1])[0].logprobs)
     with pytest.raises(ValueError, match="'adapter_off' with a model that has a disable_adapter"):
         Scorer(model, reference="adapter_off")
 
@@ -242,13 +244,18 @@ def test_what_a_model_does_to_its_logits_is_done_to_them_here(name: str, options
     assert_as_alone(Scorer(model, token_budget=60).score(sequences(64), STARTS), model, vocab_size=64)
 
 
-def test_models_that_cannot_be_read_packed_are_refused() -> None:
+def test_models_that_cannot_be_read_packed_are_refused_and_read_one_by_one() -> None:
     torch.manual_seed(0)
     bloom = transformers.BloomForCausalLM(
         transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.2)
     )
-    with pytest.raises(ValueError, match="BloomForCausalLM cannot be read packed: its packed sequences see each other"):
+    with pytest.raises(ValueError, match=r"BloomForCausalLM lets packed sequences see each other.* pass packed=False"):
         Scorer(bloom).score(sequences(64), STARTS)
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)).eval()
+    with pytest.raises(ValueError, match=r"MambaForCausalLM lets packed sequences see each other"):
+        Scorer(mamba).score(sequences(64), STARTS)
+    for model in (bloom.eval(), mamba):
+        assert_as_alone(Scorer(model, packed=False).score(sequences(64), STARTS), model, vocab_size=64)
 
     class Doubled(type(small("Qwen3"))):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -256,7 +263,7 @@ def test_models_that_cannot_be_read_packed_are_refused() -> None:
             out.logits = out.logits * 2
             return out
 
-    with pytest.raises(ValueError, match="Doubled cannot be read packed: it does something to its logits"):
+    with pytest.raises(ValueError, match="Doubled changes its logits in a way that is not known here"):
         Scorer(Doubled(small("Qwen3").config)).score(sequences(64), STARTS)
 
 
@@ -268,11 +275,13 @@ def test_what_makes_no_sense_is_refused(model: Any) -> None:
         ([[1.0, 2.0]], 1, "not token ids"),
         ([[1]], 1, "has 1 tokens and start=1"),
         ([[1, 2]], 0, "has 2 tokens and start=0"),
+        ([[1, 2]], [1.5], "starts=1.5 must be a whole number"),
         ([[1, 2]], [1, 1], "2 starts for 1 sequences"),
     ):
         with pytest.raises(ValueError, match=why):
             scorer.score(given, starts)
     assert scorer.score([]) == []
+    assert scorer.score([[1, 2, 3]], np.int64(2))[0].logprobs.shape == (1,)
     for options, why in (
         ({}, "needs a model"),
         ({"model": "some/model"}, "'some/model' is not a loaded model"),
