@@ -1,5 +1,6 @@
 """LoRA adapters for the tiny model, made on the spot with peft, and the model with one of them for reference."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def make_tiny_adapter(folder: Path, model: Path, *, seed: int, std: float = 0.1,
     return folder
 
 
+@functools.cache
 def adapted_model(model: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model as peft runs it with an adapter."""
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=dtype), adapter).eval()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from agent_loop.engines.adapters import Adapter, InUse
 from agent_loop.engines.base import Capabilities, Completion, Engine, EngineLoad, OnTokens, PauseMode, TopTokens, WeightSource
 from agent_loop.errors import RequestRefusedError
-from agent_loop.sampling import SamplingParams
+from agent_loop.sampling import SamplingParams, whole
 
 
 class AdaptedEngine(Engine):
@@ -25,10 +25,17 @@ class AdaptedEngine(Engine):
         engine: the one with the adapters.
         adapter: a name, whose newest version samples; or the very `Adapter`.
         keep: versions that `update_weights` keeps.
+
+    Raises:
+        ValueError: a bound is crossed.
     """
 
     def __init__(self, engine: Engine, adapter: str | Adapter, *, keep: int = 2) -> None:
         super().__init__()
+        if not isinstance(adapter, str | Adapter) or not adapter:
+            raise ValueError(f"adapter={adapter!r:.60} names none; give the name of an adapter, or an Adapter")
+        if whole("keep", keep) < 1:
+            raise ValueError(f"keep={keep} versions would forget the one that is added; it must be 1 or more")
         self.adapter, self._engine, self._keep = adapter, engine, keep
 
     def __eq__(self, other: object) -> bool:

@@ -118,10 +118,6 @@ class Adapters:
 
     def add(self, adapter: Adapter, loaded: Any, keep: int) -> None:
         """It is there; `keep` versions of its name stay, it included."""
-        # Another may have come first while this one was loaded.
-        if adapter.version <= self._newest.get(adapter.name, -1):
-            self._forget(adapter, loaded)
-            raise AdapterError(f"adapter {adapter} was overtaken by version {self._newest[adapter.name]} while it was loaded")
         self._newest[adapter.name] = adapter.version
         self._loaded[adapter] = loaded
         versions = [*self._kept.get(adapter.name, ()), adapter]
@@ -157,6 +153,13 @@ class Adapters:
             yield
         finally:
             self._barring -= 1
+
+    def clear(self) -> list[Any]:
+        """Let all go, used or not, for an engine that is closed; what was loaded of them."""
+        left = list(self._loaded.values())
+        self._loaded.clear()
+        self._kept.clear()
+        return left
 
     def _settle(self, adapter: Adapter) -> None:
         """Forget it, if it is neither kept nor used."""

@@ -1,5 +1,6 @@
 """The engine's contract: prompt tokens in, sampled tokens with log-probabilities and versions out."""
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -287,6 +288,10 @@ class Engine(ABC):
     def _adapters(self) -> Adapters:
         return Adapters(self._forget_adapter)
 
+    @cached_property
+    def _adding(self) -> asyncio.Lock:
+        return asyncio.Lock()
+
     @property
     def adapters(self) -> tuple[Adapter, ...]:
         """Those that are loaded, in the order in which they came; also old versions that requests still use."""
@@ -314,6 +319,11 @@ class Engine(ABC):
             raise RequestRefusedError(f"{type(self).__name__} has no adapters as it is; use an engine with capabilities.adapters")
         if whole("keep", keep) < 1:
             raise ValueError(f"keep={keep} versions would forget the one that is added; it must be 1 or more")
+        # One at a time: a version is counted up from those that are there.
+        async with self._adding:
+            return await self._added(name, path, version, keep)
+
+    async def _added(self, name: str, path: WeightSource, version: int | None, keep: int) -> Adapter:
         with self._adapters.loading(name, version) as adapter:
             try:
                 loaded = await self._load_adapter(adapter, path)

@@ -315,7 +315,11 @@ class TransformersEngine(Engine):
     async def _load_adapter(self, adapter: Adapter, path: WeightSource) -> None:
         backend = self._live_backend()
         layers = await asyncio.to_thread(load_layers, backend.model, backend.attention, path)
-        await self._live_backend().put_adapter(adapter, layers)
+        try:
+            await self._live_backend().put_adapter(adapter, layers)
+        except BaseException:
+            backend.drop_adapter(adapter)  # cancelled, it was put there to the end
+            raise
 
     def _forget_adapter(self, adapter: Adapter, loaded: None) -> None:
         if self._backend is not None:

@@ -90,6 +90,8 @@ async def test_a_loop_given_an_adapter_samples_with_its_newest_version_and_fails
         np.testing.assert_allclose(state.logprobs[6:], expected, atol=1e-6)
     with pytest.raises(ValueError, match="adapter='math' needs an engine"):
         SingleTurnAgentLoop(None, adapter="math")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="adapter='' names none"):
+        SingleTurnAgentLoop(engine, adapter="")
 
 
 async def test_three_rounds_never_exceed_the_limit() -> None:

@@ -150,6 +150,21 @@ async def test_an_adapter_is_read_once_and_a_frozen_engine_takes_one(folder: Pat
     np.testing.assert_allclose(scores, teacher_forced(adapted_model(folder, adapters[0]), PROMPT, response), atol=1e-3)
 
 
+async def test_versions_added_at_once_are_each_their_own_and_a_cancelled_one_is_not_there(folder: Path, adapters: list[Path]) -> None:
+    async with TransformersEngine(folder) as engine:
+        async with asyncio.TaskGroup() as tasks:
+            adding = [tasks.create_task(engine.add_adapter("one", path, keep=3)) for path in adapters]
+            cancelled = tasks.create_task(engine.add_adapter("one", adapters[0], keep=3))
+            await adding[1]
+            cancelled.cancel()
+        added = [call.result() for call in adding]
+        assert [adapter.version for adapter in engine.adapters] == [0, 1, 2]
+        for adapter, path in zip(added, adapters, strict=True):
+            scores = await engine.score(PROMPT, adapter=adapter)
+            np.testing.assert_allclose(scores, teacher_forced(adapted_model(folder, path), PROMPT[:1], PROMPT[1:]), atol=1e-3)
+        assert (await engine.add_adapter("one", adapters[0])).version == 3
+
+
 async def test_who_shares_the_model_sees_it_without_adapters_and_gets_it_back_as_it_was(folder: Path, adapters: list[Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     names, hidden = list(model.state_dict()), torch.randn(1, 5, 128)
