@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
 from trl.experimental.async_grpo import AsyncGRPOConfig
 from trl.experimental.async_grpo.async_grpo_trainer import (
@@ -22,12 +23,14 @@ from trl.experimental.async_grpo.async_grpo_trainer import (
     TokenBudgetBatcher,
 )
 
-from agent_loop import SamplingParams, SingleTurnAgentLoop
+from agent_loop import AgentLoop, SamplingParams, SingleTurnAgentLoop
+from agent_loop.engines.simulated import SimulatedEngine
 from agent_loop.engines.transformers import TransformersEngine
 from buffer import ReplayBuffer, RolloutGroup, RolloutState, Status
 from producer import AsyncProduceStrategy, ReplayPromptSampler
-from producer.experience import make_experience, preset
-from producer.integrations.trl import AsyncRollouts
+from producer.errors import ProducerError
+from producer.experience import AdvantageConfig, make_experience, preset
+from producer.integrations.trl import AsyncRollouts, GRPORollouts
 from tests.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.sqlite]
@@ -48,7 +51,7 @@ def rollouts_of(model: Path, out: Path, **given: Any) -> AsyncRollouts:
     buffer = ReplayBuffer.open(f"sqlite:///{out / 'run.db'}")
     engine = TransformersEngine(model, max_length=64, cache_tokens=4096)
     agent_loop = SingleTurnAgentLoop(engine, AutoTokenizer.from_pretrained(model), low, sampling=SamplingParams(max_tokens=6))
-    strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, max_staleness=1, progress=False)
+    strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, max_staleness=2, progress=False)
     return AsyncRollouts(
         strategy, agent_loop, ReplayPromptSampler(ROWS, buffer, group_size=SIZE), TASK, **{"groups_per_step": GROUPS} | given
     )
@@ -61,7 +64,7 @@ def arguments(out: Path, **changes: Any) -> AsyncGRPOConfig:
         "per_device_train_batch_size": SIZE,
         "gradient_accumulation_steps": GROUPS,
         "token_budget": 0,
-        "max_staleness": 2,
+        "max_staleness": 3,
         "max_steps": 4,
         "bf16": False,
         "use_cpu": True,
@@ -77,7 +80,7 @@ class Trainer:
     def __init__(self, model: Path, rollouts: AsyncRollouts, args: AsyncGRPOConfig, step: int = 0) -> None:
         self.model, self.rollouts, self.args = AutoModelForCausalLM.from_pretrained(model), rollouts, args
         self.state, self.version = TrainerState(global_step=step), 0
-        self.trained: set[int] = set()
+        self.drawn: set[int] = set()
         self.metrics: dict[str, list[Any]] = defaultdict(list)
 
     def tell(self, event: str) -> None:
@@ -101,9 +104,10 @@ class Trainer:
             max_staleness=self.args.max_staleness,
             metrics=self.metrics,
         )
-        collate = DataCollatorForRollout(pad_token_id=1, groups_trained=self.trained)
-        for rows in batcher(dataset) if batcher else FixedCountBatcher(dataset, 1, self.args.per_device_train_batch_size):
-            yield collate([rows])
+        planned = batcher(dataset) if batcher else FixedCountBatcher(dataset, 1, self.args.per_device_train_batch_size)
+        collate = DataCollatorForRollout(pad_token_id=1, groups_trained=self.drawn)
+        # The trainer's loader: it draws a batch more before it gives one out.
+        return iter(DataLoaderDispatcher(planned, split_batches=True, collate_fn=collate, batch_size=1))
 
     def begin(self) -> None:
         self.tell("on_train_begin")
@@ -149,7 +153,7 @@ def test_its_steps_are_ours_and_a_stopped_run_goes_on_from_its_checkpoint(model:
     by_step = {step: [group for group in first.values() if group.consumed_step == step] for step in (1, 2, 3)}
     assert [len(groups) for groups in by_step.values()] == [GROUPS] * 3
     assert {group.status for step in (1, 2) for group in by_step[step]} == {Status.ARCHIVED}
-    assert trainer.trained == {group.group_id for groups in by_step.values() for group in groups}
+    assert trainer.drawn > {group.group_id for groups in by_step.values() for group in groups}, "it draws ahead"
     for step, micro in enumerate(seen, 1):
         check_batch(by_step[step], micro)
 
@@ -160,14 +164,14 @@ def test_its_steps_are_ours_and_a_stopped_run_goes_on_from_its_checkpoint(model:
     finally:
         resumed.end()
     second = {group.group_id: group for group in stored(tmp_path)}
-    assert resumed.trained == {group.group_id for group in by_step[3]}, "what was trained on after the checkpoint comes again, the same"
+    assert resumed.drawn >= {group.group_id for group in by_step[3]}, "what was trained on after the checkpoint comes again, the same"
     for group in by_step[3]:
         assert second[group.group_id].consumed_step == 3
         assert [one.response_ids.tolist() for one in second[group.group_id].rollouts] == [
             one.response_ids.tolist() for one in group.rollouts
         ]
-    trained = Counter(group.consumed_step for group in second.values() if group.group_id in trainer.trained | resumed.trained)
-    assert trained == {1: GROUPS, 2: GROUPS, 3: GROUPS}, "the batch of step 4 may wait in the queue, untouched"
+    consumed = Counter(group.consumed_step for group in second.values())
+    assert [consumed[step] for step in (1, 2, 3, 4)] == [GROUPS] * 4, "that of step 4 was drawn ahead of it, and none is trained on twice"
     with pytest.raises(RuntimeError, match="stopped, or never opened"):
         resumed.rollouts.check_health(60.0)
 
@@ -204,7 +208,7 @@ def test_it_runs_under_a_token_budget_too(model: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"token_budget": None}, "set token_budget=0"),
-        ({"max_staleness": 1}, "set 2 or more"),
+        ({"max_staleness": 2}, "set 3 or more"),
         ({"num_generations": 2}, "group_size=4"),
         ({"gradient_accumulation_steps": 3}, "a step has 12 samples"),
         ({"temperature": 0.7}, "temperature=0.7"),
@@ -229,3 +233,44 @@ def test_a_failure_beside_the_trainer_reaches_it(model: Path, tmp_path: Path) ->
             next(trainer.batches())  # its dataset asks for our health while nothing comes
     finally:
         trainer.end()
+
+
+def test_parts_that_cannot_work_are_refused_at_once(tmp_path: Path) -> None:
+    buffer = ReplayBuffer.open(f"sqlite:///{tmp_path / 'run.db'}")
+    engine = SimulatedEngine()
+    agent_loop, sampler = SingleTurnAgentLoop(engine), ReplayPromptSampler(ROWS, buffer, group_size=SIZE)
+
+    def made(strategy: Any = None, loop: Any = agent_loop, **given: Any) -> AsyncRollouts:
+        chosen = strategy or AsyncProduceStrategy(buffer, staleness_threshold=1.0, max_staleness=1)
+        return AsyncRollouts(chosen, loop, sampler, TASK, **{"groups_per_step": 2} | given)
+
+    with pytest.raises(ValueError, match="max_staleness=None"):
+        made(AsyncProduceStrategy(buffer, staleness_threshold=1.0))
+    with pytest.raises(ValueError, match="groups_per_step=0"):
+        made(groups_per_step=0)
+    with pytest.raises(ValueError, match=r"'reinforce.*take an estimator of groups"):
+        made(advantage=AdvantageConfig("reinforce++"))
+    with pytest.raises(ValueError, match="has no engine"):
+        GRPORollouts(buffer, Unheard())
+    with pytest.raises(ValueError, match="correction='on'"):
+        GRPORollouts(buffer, agent_loop, correction="on")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="is no ReplayBuffer"):
+        GRPORollouts("sqlite:///run.db", agent_loop)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="differ in other columns"):
+        GRPORollouts(buffer, agent_loop, rows=[{"prompt": "a", "answer": "1"}, {"prompt": "a", "answer": "2"}])
+    rollouts = made()
+    with pytest.raises(ProducerError, match=r"callbacks=\[rollouts.callback\]"):
+        rollouts.weight_transfer.init_weight_transfer()
+    with pytest.raises(ProducerError, match=r"weight_transfer=rollouts\.weight_transfer"):
+        rollouts.update_model_version(1)
+    with pytest.raises(RuntimeError, match="never opened"):
+        rollouts.start()
+    with pytest.raises(ProducerError, match="not entered"):
+        GRPORollouts(buffer, agent_loop)(["a"], None)
+
+
+class Unheard(AgentLoop):
+    """Has no engine."""
+
+    async def generate(self, state: RolloutState) -> RolloutState:
+        return state

@@ -1,13 +1,18 @@
 """Shows that TRL's GRPOTrainer trains on our rollouts, goes on after a kill from what is stored, and is refused where it does not fit."""
 
+import argparse
 import asyncio
+import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from agent_loop import SamplingParams, SingleTurnAgentLoop
@@ -144,6 +150,53 @@ def test_a_reward_function_of_trl_scores_in_the_agent_loop_and_evaluations_are_n
     assert 0 < evaluated["eval_reward"] < 1
 
 
+def test_chats_are_trained_on_for_two_steps_each(model: Path, tmp_path: Path) -> None:
+    chats = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows()]
+    given: list[Any] = []
+
+    def low(completions: list[Any], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        given.extend(completions)
+        return low_tokens(completion_ids)
+
+    with rollouts_of(model, tmp_path) as rollouts:
+        trainer = trainer_of(model, options(tmp_path, 4, num_iterations=2), rollouts, reward_funcs=low, dataset=chats)
+        trainer.train()
+    groups = stored(tmp_path)
+    assert Counter(group.consumed_step for group in groups) == {1: PROMPTS, 3: PROMPTS}
+    assert {int(version) for group in groups for one in group.rollouts for version in one.versions} == {0, 2}
+    assert all(message["role"] == "assistant" for (message,) in given)
+    assert all(group.rollouts[0].messages == group.rollouts[0].row["prompt"] for group in groups)
+
+
+class Dying(TrainerCallback):
+    """Raises when a step is done, as a machine that fails."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.global_step == 3:
+            raise RuntimeError("the machine fails")
+
+
+def test_in_whatever_order_the_prompts_come_again_their_groups_are_found(model: Path, tmp_path: Path) -> None:
+    few = rows()[:PROMPTS]  # each step is an epoch, in an order of its own
+    with rollouts_of(model, tmp_path) as rollouts, pytest.raises(RuntimeError, match="the machine fails"):
+        trainer_of(model, options(tmp_path, 4), rollouts, callbacks=[Dying()], dataset=few).train()
+    before = {group.group_id: tokens(group) for group in stored(tmp_path)}
+    with rollouts_of(model, tmp_path, max_staleness=3) as rollouts:
+        trainer_of(model, options(tmp_path, 4), rollouts, dataset=few).train(resume_from_checkpoint=True)
+    after = stored(tmp_path)
+    assert Counter(group.consumed_step for group in after) == dict.fromkeys(range(1, 5), PROMPTS)
+    assert {group.group_id: tokens(group) for group in after if group.group_id in before} == before
+
+
+def test_the_example_learns_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+    example = importlib.import_module("trl_grpo")
+    for steps in (5, 10):
+        example.main(argparse.Namespace(out=tmp_path, steps=steps))
+    told = re.findall(r"reward: ([\d.]+) at the first logged step, ([\d.]+) at the last", capsys.readouterr().out)
+    assert float(told[1][1]) > float(told[0][0])
+
+
 MISFITS: list[tuple[str, str, Any, str]] = [
     ("args", "vllm_importance_sampling_correction", False, "ignores the log-probabilities"),
     ("", "temperature", 0.8, "temperature=1.0 and the trainer divides its logits by 0.8"),
@@ -228,3 +281,36 @@ def test_a_group_that_fails_stops_the_trainer_and_runs_again_when_it_starts_agai
     assert given["logprobs"][0] == [-1.0, -2.0, 0.0]
     assert given["rollout_id"] == [f"{TASK}-{group}-{member}" for group in (1, 2, 3) for member in range(4)]
     assert Counter(group.consumed_step for group in stored(tmp_path)) == {1: 3}, "each was drawn once"
+
+
+class Interrupting(SingleTurnAgentLoop):
+    """Samples two tokens, presses Ctrl-C once, and never ends by itself."""
+
+    pressed = False
+
+    async def generate(self, state: Any) -> Any:
+        state.prompt_ids = np.array([1], np.int32)
+        if state.response_ids.size:
+            state.finish_reason = "stop"
+            return state
+        state.append([7, 8], logprobs=[-1.0, -2.0], version=0)
+        if not self.pressed and state.index == 3:
+            type(self).pressed = True
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        await asyncio.Event().wait()
+        return state
+
+
+def test_ctrl_c_amid_a_call_keeps_what_was_sampled(tmp_path: Path) -> None:
+    buffer = ReplayBuffer.open(f"sqlite:///{tmp_path / 'run.db'}")
+    agent_loop = Interrupting(SimulatedEngine(), sampling=SamplingParams(max_tokens=8))
+    trainer = Standing(options(tmp_path, 1), tmp_path)
+    with GRPORollouts(buffer, agent_loop, task_name=TASK, weights=lambda model: {"seed": 0}) as rollouts:
+        rollouts._rules = replace(rollouts._rules, interrupt_timeout=0.2)
+        rollouts.begin(0, trainer.model)
+        with pytest.raises(KeyboardInterrupt):
+            rollouts(["a"] * 4 + ["b"] * 4, trainer)
+        assert Counter(group.status for group in stored(tmp_path)) == {Status.INTERRUPTED: 2}
+        given = rollouts(["b"] * 4 + ["a"] * 4, trainer)
+    assert given["completion_ids"] == [[7, 8]] * 8
+    assert [name.split("-")[1] for name in given["rollout_id"]] == ["2"] * 4 + ["1"] * 4

@@ -20,6 +20,7 @@ from producer.experience import kl_estimate, preset
 from producer.experience.advantages import grpo
 from producer.experience.estimate import Scored, estimate
 from producer.experience.losses import reduce_loss
+from producer.experience.off_policy import OffPolicy, correct
 from producer.integrations.trl import CorrectedGRPOTrainer
 from producer.integrations.trl.corrected import importance_weights, logprobs_of
 from tests.tiny_model import make_tiny_model
@@ -213,6 +214,11 @@ def test_importance_weights_and_the_loss_that_they_weigh(model: Path, tmp_path: 
         inputs["old_per_token_logps"], inputs["sampling_per_token_logps"], inputs["completion_mask"], mode=mode, clip_min=0.6, clip_max=1.5
     )
     torch.testing.assert_close(weights, inputs["importance_sampling_ratio"])
+    level, beyond = mode.split("_")
+    mask = inputs["completion_mask"].bool()
+    config = OffPolicy(weight=level, **({"truncate": (0.6, 1.5)} if beyond == "truncate" else {"mask": level, "keep": (0.6, 1.5)}))  # type: ignore[arg-type]
+    flat = {"trainer": inputs["old_per_token_logps"][mask].numpy(), "sampler": inputs["sampling_per_token_logps"][mask].numpy()}
+    np.testing.assert_allclose(correct(config, mask.sum(1), **flat).weights, weights.expand(mask.shape)[mask], rtol=1e-4)
     assert 0 < ((weights == 0) | (weights == 0.6) | (weights == 1.5)).float().mean() <= 1
     theirs = trainer.compute_loss(trainer.model, inputs)
     trainer.use_vllm = False
@@ -220,3 +226,15 @@ def test_importance_weights_and_the_loss_that_they_weigh(model: Path, tmp_path: 
     torch.testing.assert_close(trainer.compute_loss(trainer.model, inputs), theirs)
     del inputs["old_per_token_logps"]  # as where the weights have not changed since the generation
     torch.testing.assert_close(trainer.compute_loss(trainer.model, inputs), theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_sequences_of_negative_advantage_that_drifted_are_masked() -> None:
+    draw = np.random.default_rng(2)
+    trainer, sampler = draw.normal(-2, 0.5, (8, 5)), draw.normal(-2, 0.5, (8, 5))
+    advantages, mask = draw.normal(size=(8, 1)), np.arange(5) < draw.integers(1, 6, (8, 1))
+    tensors = [torch.tensor(array) for array in (advantages, trainer, sampler, mask.astype(np.int64))]
+    theirs = GRPOTrainer.get_off_policy_mask(*tensors, 0.1).expand(8, 5)[tensors[3].bool()]
+    flat = {"trainer": trainer[mask], "sampler": sampler[mask], "advantages": np.broadcast_to(advantages, mask.shape)[mask]}
+    kept = correct(OffPolicy(negative_kl=0.1), mask.sum(1), **flat).kept
+    np.testing.assert_array_equal(kept, theirs.bool())
+    assert 0 < kept.mean() < 1

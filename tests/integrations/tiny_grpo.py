@@ -70,10 +70,9 @@ def trainer_of(model: Path, args: GRPOConfig, rollouts: GRPORollouts, kind: Any 
     """The trainer, fed by `rollouts`."""
     callbacks = [rollouts.callback, *given.pop("callbacks", [])]
     reward = given.pop("reward_funcs", low_tokens)
+    dataset = Dataset.from_list(given.pop("dataset", rows()))
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    return kind(
-        str(model), reward, args, Dataset.from_list(rows()), processing_class=tokenizer, rollout_func=rollouts, callbacks=callbacks, **given
-    )
+    return kind(str(model), reward, args, dataset, processing_class=tokenizer, rollout_func=rollouts, callbacks=callbacks, **given)
 
 
 class Telling(TrainerCallback):
