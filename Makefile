@@ -15,7 +15,7 @@ else
 DEMO_NEEDS := $(VENV)/demo.stamp
 endif
 
-.PHONY: help demo test fast lint bench docs clean
+.PHONY: help demo test fast lint bench docs reference clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -42,6 +42,9 @@ bench: $(VENV)/test.stamp  ## the benchmarks, each a table of ratios
 
 docs: $(VENV)/test.stamp  ## run every code block of README and docs, and check their links and tables
 	$(BIN)/python -m pytest tests/test_docs.py
+
+reference: $(VENV)/test.stamp  ## make the tables of docs/reference that are made from the code
+	$(BIN)/python -m agent_loop.engines.offers docs/reference/engines.md
 
 clean:  ## forget the demo's runs, the virtual environment and caches
 	rm -rf .demo $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

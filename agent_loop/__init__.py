@@ -5,7 +5,7 @@ Engines are imported from their own modules (`agent_loop.engines.vllm`, ...), so
 
 from agent_loop.agent_loop import AgentLoop
 from agent_loop.engines.adapters import Adapter
-from agent_loop.engines.base import Capabilities, Completion, Engine, EngineLoad, TopTokens
+from agent_loop.engines.base import Capabilities, Completion, Engine, EngineLoad, TopLogprobs, TopTokens
 from agent_loop.rewards import Judgement, RewardFunction, RewardSet, RewardStatistics, trl_reward
 from agent_loop.sampler import Sampler
 from agent_loop.sampler_registry import create_sampler, register_sampler
@@ -29,6 +29,7 @@ __all__ = [
     "Sampler",
     "SamplingParams",
     "SingleTurnAgentLoop",
+    "TopLogprobs",
     "TopTokens",
     "create_sampler",
     "register_sampler",

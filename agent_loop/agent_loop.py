@@ -180,7 +180,8 @@ class AgentLoop(ABC):
         The engine is not asked when the response is at its limit ("length"), ends in a stop token already
         ("stop"), or was asked to stop ("abort"). `sampling.max_tokens` bounds the whole response.
 
-        Where the request fails or is cancelled midway, what was decoded of it is appended before the error is raised.
+        Where the request fails or is cancelled midway, what was decoded of it is appended before the error is raised. Of a response
+        with `structured_outputs` that did not come to its end nothing is kept: no engine can go on in the middle of a structure.
         """
         if self.engine is None:
             raise RuntimeError("this agent loop has no engine to extend a rollout with; pass engine=")
@@ -194,13 +195,15 @@ class AgentLoop(ABC):
         params = params.of_request(left, _request_seed(params.seed, state))
         ids = np.concatenate([state.prompt_ids, state.response_ids]) if state.response_ids.size else state.prompt_ids
         completion = await self._decoded(state, ids, params)
-        state.append(completion.token_ids, logprobs=completion.logprobs, version=completion.versions)
+        if completion.finish_reason != "abort" or params.structured_outputs is None:
+            state.append(completion.token_ids, logprobs=completion.logprobs, version=completion.versions)
         return completion.finish_reason
 
     async def _decoded(self, state: RolloutState, ids: NDArray[np.int32], params: SamplingParams) -> Completion:
         """The completion of a request, whose tokens `snapshot` sees as they come, and which `interrupt` reaches."""
         assert self.engine is not None
-        decoding = self._decoding[id(state)] = Decoding(state.index, self._generating.get(id(state)))
+        whole = params.structured_outputs is not None
+        decoding = self._decoding[id(state)] = Decoding(state.index, self._generating.get(id(state)), whole=whole)
         # Numbered: another buffer's rollout may have the same id in the same engine.
         request_id = f"{state.rollout_id}-{next(_REQUEST_NUMBERS)}"
         requests = self._requests.setdefault(state.group_id, set())

@@ -31,12 +31,14 @@ class Decoding:
 
     They are appended to the rollout once, when the request ends: for each piece it would copy the whole response, and
     only the completion has the last word on versions.
+
+    With `whole` a part of a response is worth nothing: an engine starts a structure anew, so that the rest could not be sampled.
     """
 
-    __slots__ = ("_member", "_pieces", "_watcher")
+    __slots__ = ("_member", "_pieces", "_watcher", "_whole")
 
-    def __init__(self, member: int, watcher: Watcher | None) -> None:
-        self._member, self._watcher = member, watcher
+    def __init__(self, member: int, watcher: Watcher | None, *, whole: bool = False) -> None:
+        self._member, self._watcher, self._whole = member, watcher, whole
         self._pieces: list[Completion] = []
 
     @property
@@ -51,8 +53,8 @@ class Decoding:
             self._watcher.decoded(self._member, len(piece.token_ids))
 
     def append_to(self, state: RolloutState) -> None:
-        """Append everything that came to the response."""
-        if self._pieces:
+        """Append everything that came to the response, unless a part of it is worth nothing."""
+        if self._pieces and not self._whole:
             whole = self._joined()
             state.append(whole.token_ids, logprobs=whole.logprobs, version=whole.versions)
 

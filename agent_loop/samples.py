@@ -6,7 +6,7 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.engines.base import Completion, FinishReason
+from agent_loop.engines.base import Completion, FinishReason, TopLogprobs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,6 +21,7 @@ class SampledSequence:
         text: decoded from all ids at once, without special tokens; None where the sampler has no tokenizer.
         score: what the reward gave (`generate_and_score`); of beam search, the length-normalised log-probability. Else None.
         error: why the reward gave none.
+        top: the likeliest tokens at each position, where `SamplingParams.top_logprobs` asked for them.
     """
 
     token_ids: NDArray[np.int32]
@@ -30,6 +31,7 @@ class SampledSequence:
     text: str | None = None
     score: float | None = None
     error: str | None = None
+    top: TopLogprobs | None = None
 
     def __post_init__(self) -> None:
         if self.finish_reason not in get_args(FinishReason):
@@ -38,7 +40,8 @@ class SampledSequence:
     @classmethod
     def of(cls, completion: Completion, text: str | None, score: float | None = None) -> "SampledSequence":
         """From what an engine gave."""
-        return cls(completion.token_ids, completion.logprobs, completion.versions, completion.finish_reason, text, score)
+        ids, logprobs, versions = completion.token_ids, completion.logprobs, completion.versions
+        return cls(ids, logprobs, versions, completion.finish_reason, text, score, top=completion.top)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, SupportsFloat, SupportsIndex
 
 
@@ -23,8 +23,12 @@ class SamplingParams:
         stop_token_ids: tokens that end the response, beside the model's EOS; the ending token is kept.
         ignore_eos: go on after EOS until `max_tokens`.
         seed: of this request; None draws from the engine's own generator.
+        top_logprobs: how many of the likeliest tokens the completion also tells at each position; 0 is none.
+        structured_outputs: what the response must be, as a mapping with one of `json` (a schema), `regex`, `choice` (a list of
+            strings), `grammar` (EBNF), `json_object` (True) and `structural_tag`; vLLM's further options may stand beside it.
 
-    `logprobs` that engines return are always those of the sampling distribution (after temperature and truncation).
+    `logprobs` that engines return are always those of the sampling distribution (after temperature, truncation and structure).
+    Engines say in `capabilities` whether they have the last two, and refuse requests for what they have not.
     """
 
     max_tokens: int = 256
@@ -37,9 +41,11 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int | None = None
+    top_logprobs: int = 0
+    structured_outputs: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k"):
+        for name in ("max_tokens", "top_k", "top_logprobs"):
             self._set(name, whole(name, getattr(self, name)))
         if self.seed is not None:
             self._set("seed", whole("seed", self.seed))
@@ -55,6 +61,10 @@ class SamplingParams:
         _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "from 0 (off) to 1")
         _require(self.repetition_penalty > 0.0, "repetition_penalty", self.repetition_penalty, "above 0; 1 is off")
         _require(all(self.stop), "stop", self.stop, "non-empty strings")
+        _require(self.top_logprobs >= 0, "top_logprobs", self.top_logprobs, "0 (none) or more")
+        if self.structured_outputs is not None:
+            _check_structure(self.structured_outputs)
+            _require(not self.ignore_eos, "ignore_eos", True, "False with structured_outputs: what follows the structure's end has none")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -83,7 +93,25 @@ class SamplingParams:
         return self.replace(**overrides)
 
 
-_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
+_NAMES = tuple(one.name for one in dataclasses.fields(SamplingParams))
+
+STRUCTURES = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+"""What `SamplingParams.structured_outputs` may ask for; one at a time."""
+
+_STRUCTURE_OPTIONS = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
+
+
+def _check_structure(given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"structured_outputs={given!r:.60} must be a mapping with one of {STRUCTURES}")
+    if unknown := sorted(set(given) - {*STRUCTURES, *_STRUCTURE_OPTIONS}):
+        raise ValueError(f"structured_outputs has unknown keys {unknown}; known are {STRUCTURES}, and beside them {_STRUCTURE_OPTIONS}")
+    asked = [name for name in STRUCTURES if given.get(name) is not None]
+    if len(asked) != 1:
+        raise ValueError(f"structured_outputs asks for {asked or 'nothing'}; it must hold one of {STRUCTURES}")
+    if asked == ["choice"]:
+        choices = _tuple("structured_outputs['choice']", given["choice"], str, "strings")
+        _require(bool(choices) and all(choices), "structured_outputs['choice']", choices, "one non-empty string or more")
 
 
 def whole(name: str, value: object) -> int:

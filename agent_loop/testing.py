@@ -27,6 +27,7 @@ from agent_loop.engines.base import Completion, Engine, PauseMode
 from agent_loop.errors import EngineClosedError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams
 from agent_loop.testing_adapters import AdapterSuite
+from agent_loop.testing_capabilities import CapabilitySuite
 from agent_loop.testing_base import InFlight
 
 __all__ = ["EngineSuite", "InFlight"]
@@ -44,7 +45,7 @@ class _InLargePieces:
         self.pieces.append(piece)
 
 
-class EngineSuite(AdapterSuite):
+class EngineSuite(AdapterSuite, CapabilitySuite):
     """Subclass it, name the class `Test...`, give a fixture `engine` that yields an open engine, and the methods of `Suite`."""
 
     # --- sampling

@@ -99,6 +99,10 @@ class Suite(ABC):
         """An adapter that cannot be loaded."""
         return "no/such/folder/of/an/adapter"
 
+    def text(self, engine: Engine, token_ids: Sequence[int]) -> str:
+        """What these tokens say, without special ones; needed of engines with `capabilities.structured_outputs`."""
+        raise NotImplementedError("this engine takes structured_outputs; give the suite `text`, which decodes tokens")
+
     def prompts(self, engine: Engine, count: int) -> list[list[int]]:
         """`count` different prompts without an EOS."""
         usable = [token for token in range(min(engine.vocab_size, 200)) if token not in engine.eos_token_ids]

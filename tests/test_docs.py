@@ -14,6 +14,7 @@ Names that a page takes from its reader (a trainer, a model) are made in `READER
 
 import ast
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import io
@@ -40,8 +41,10 @@ import buffer.errors
 import producer
 import producer.errors
 import producer.experience
-from agent_loop import SamplingParams, SingleTurnAgentLoop
+from agent_loop import Capabilities, Engine, SamplingParams, SingleTurnAgentLoop
+from agent_loop.engines import offers
 from agent_loop.engines.simulated import SimulatedEngine
+from agent_loop.sampling import STRUCTURES
 from buffer import ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.schema import metadata
 from buffer.status import TRANSITIONS
@@ -100,9 +103,10 @@ async def training(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 async def tiny_model(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A model in Hugging Face's format, as a folder."""
-    from tests.tiny_model import make_tiny_model
+    from tests.tiny_model import make_tiny_model, make_tiny_tokenizer
 
-    return {"model": make_tiny_model(folder / "model"), "trained": make_tiny_model(folder / "trained", seed=1)}
+    folders = {"model": make_tiny_model(folder / "model"), "trained": make_tiny_model(folder / "trained", seed=1)}
+    return folders | {"tokenizer": make_tiny_tokenizer()}
 
 
 async def reward_model(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -138,6 +142,7 @@ READERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Awaitable[dict[str, Any]
     "docs/how-to/choose-an-engine.md": tiny_model,
     "docs/how-to/combine-rewards.md": reward_model,
     "docs/how-to/export-and-replay.md": small_run,
+    "docs/how-to/use-vllm.md": tiny_model,
     "docs/how-to/sample-without-a-trainer.md": tiny_model,
     "docs/how-to/look-into-a-run.md": small_run,
     "docs/how-to/report-on-a-run.md": small_run,
@@ -446,6 +451,21 @@ def test_corrections_are_those_of_the_code() -> None:
 def test_tables_and_columns_are_those_of_the_schema(name: str) -> None:
     documented = [column for row in table("reference/database.md", f"`{name}`") for column in code(row[0])]
     assert documented == [column.name for column in metadata.tables[name].columns]
+
+
+def test_the_table_of_engines_is_that_of_the_code() -> None:
+    page = (ROOT / "docs/reference/engines.md").read_text()
+    assert offers.with_table(page) == page, "run `make reference`"
+    names = [row[0] for row in table("reference/engines.md", "What each engine can do")]
+    assert [name.strip("`") for name in names] == [one.name for one in dataclasses.fields(Capabilities)]
+
+
+def test_the_protocol_of_engines_is_that_of_the_code() -> None:
+    documented = {name for row in table("reference/engines.md", "The protocol") for name in code(row[0])}
+    asked = {name for name, member in vars(Engine).items() if inspect.iscoroutinefunction(member) and not name.startswith("_")}
+    assert documented == asked | {"load"}
+    documented = {name for row in table("reference/engines.md", "Structure and likely tokens") for name in code(row[0])}
+    assert documented == set(STRUCTURES)
 
 
 def test_no_table_is_documented_that_is_not_there() -> None:

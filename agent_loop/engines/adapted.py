@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_loop.engines.adapters import Adapter, InUse
-from agent_loop.engines.base import Capabilities, Completion, Engine, EngineLoad, OnTokens, PauseMode, TopTokens, WeightSource
+from agent_loop.engines.base import Capabilities, Completion, Engine, EngineLoad, OnTokens, PauseMode, TopTokens, WeightSource, WeightTransfer
 from agent_loop.errors import RequestRefusedError
 from agent_loop.sampling import SamplingParams, whole
 
@@ -130,7 +130,15 @@ class AdaptedEngine(Engine):
         """See `Engine`."""
         await self._engine.resume()
 
-    async def update_weights(self, source: WeightSource, version: int) -> None:
+    async def sleep(self, level: int = 1) -> None:
+        """See `Engine`."""
+        await self._engine.sleep(level)
+
+    async def wake_up(self, *, weights_only: bool = False) -> None:
+        """See `Engine`."""
+        await self._engine.wake_up(weights_only=weights_only)
+
+    async def update_weights(self, source: WeightSource | WeightTransfer, version: int) -> None:
         """Add the adapter's next version. Requests in flight end with theirs; those that come later have the new one.
 
         Raises:
@@ -141,6 +149,8 @@ class AdaptedEngine(Engine):
             raise RequestRefusedError(
                 f"this engine is pinned to {self.adapter}, which never changes; use with_adapter({self.adapter.name!r})"
             )
+        if isinstance(source, WeightTransfer):
+            raise RequestRefusedError("adapters do not come by a transfer of weights; give a folder")
         await self._engine.add_adapter(self.adapter, source, version, keep=self._keep)
 
     async def _load_weights(self, source: WeightSource, version: int) -> None:

@@ -4,11 +4,11 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Protocol, Self, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,15 @@ _FINISH_REASONS = get_args(FinishReason)
 
 WeightSource = str | Path | Mapping[str, Any] | Iterable[tuple[str, Any]]
 """Where new weights come from: a folder in Hugging Face's format, or a state dict (mapping or (name, tensor) pairs)."""
+
+
+@runtime_checkable
+class WeightTransfer(Protocol):
+    """The trainer's end of a transfer that moves weights past this process, such as vLLM's `TrainerWeightTransferEngine`."""
+
+    def send_weights(self) -> None:
+        """Send all weights, and return when the engine has them; blocks, and is called in a thread."""
+
 
 _ONE_TOKEN = SamplingParams(max_tokens=1)
 
@@ -48,12 +57,14 @@ class Completion:
         logprobs: float32, natural log of the probability with which each token was sampled.
         versions: int32, `engine.version` when each token was sampled; under an adapter that of the adapter.
         finish_reason: "stop" (EOS, a stop token or string), "length", or "abort" (interrupted: the tokens so far).
+        top: the likeliest tokens at each position, where `top_logprobs` asked for them; pieces have none.
     """
 
     token_ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
     versions: NDArray[np.int32]
     finish_reason: FinishReason
+    top: "TopLogprobs | None" = None
 
     def __post_init__(self) -> None:
         sizes = (len(self.token_ids), len(self.logprobs), len(self.versions))
@@ -68,6 +79,19 @@ class Completion:
         ids = np.asarray(token_ids, np.int32)
         stamped = np.full(ids.shape, versions, np.int32) if np.ndim(versions) == 0 else np.asarray(versions, np.int32)
         return cls(ids, np.asarray(logprobs, np.float32), stamped, finish_reason)  # type: ignore[arg-type]  # checked above
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TopLogprobs:
+    """The likeliest tokens at each position of a response, under the distribution that was sampled from.
+
+    Attributes:
+        token_ids: (n, k) int32, the likeliest first.
+        logprobs: (n, k) float32, natural log; -inf of tokens that truncation or structure left no chance.
+    """
+
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +109,10 @@ class EngineLoad:
     preemptions: int = 0
 
 
+ALL_TOKENS = (1 << 31) - 1
+"""In what a class of engines offers: as many tokens as the vocabulary has."""
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What an engine can do beyond what every engine must.
@@ -93,11 +121,24 @@ class Capabilities:
         score: it has `score`.
         top_tokens: the most that `top_tokens` gives; 0: it has none.
         adapters: it has `add_adapter`, and `generate`, `score` and `top_tokens` take an adapter; requests of several run at once.
+        top_logprobs: the most that `SamplingParams.top_logprobs` may ask for; 0: none.
+        structured_outputs: it takes `SamplingParams.structured_outputs`.
+        sleep: it has `sleep` and `wake_up`.
+        transfer: `update_weights` takes a `WeightTransfer`.
+        load: it has `load`.
     """
 
     score: bool = False
     top_tokens: int = 0
     adapters: bool = False
+    top_logprobs: int = 0
+    structured_outputs: bool = False
+    sleep: bool = False
+    transfer: bool = False
+    load: bool = False
+
+
+_COUNTS = ("top_tokens", "top_logprobs")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +169,12 @@ class Engine(ABC):
     coroutines of one event loop; many `generate` calls run at once.
     """
 
+    offers: ClassVar[Capabilities] = Capabilities()
+    """The most that an engine of this class can do; docs/reference/engines.md is made of it."""
+
+    only_with: ClassVar[Mapping[str, str]] = {}
+    """What a capability of `offers` needs, by its name, in words: an engine made without it lacks the capability."""
+
     _version = 0
 
     @property
@@ -152,8 +199,9 @@ class Engine(ABC):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What this engine can do beyond what every engine must; the engine must be open."""
-        return Capabilities()
+        """What this engine can do beyond what every engine must: `offers`, or a part of them. The engine must be open."""
+        counts = {name: min(count, self.vocab_size) for name in _COUNTS if (count := getattr(self.offers, name))}
+        return replace(self.offers, **counts)
 
     @abstractmethod
     async def open(self) -> None:
@@ -251,11 +299,40 @@ class Engine(ABC):
     async def resume(self) -> None:
         """Go on after `pause`; without a pause it does nothing."""
 
-    async def update_weights(self, source: WeightSource, version: int) -> None:
+    async def sleep(self, level: int = 1) -> None:
+        """Give the accelerator's memory up until `wake_up`, so that training can have it.
+
+        Requests in flight end as aborted; those that arrive meanwhile wait. Caches are lost.
+
+        Args:
+            level: 1 keeps the weights in main memory, 2 drops them too.
+
+        Raises:
+            RequestRefusedError: this engine cannot (see `capabilities`), or there is no such level.
+            EngineDeadError: the engine is gone.
+        """
+        raise RequestRefusedError(f"{type(self).__name__} does not sleep; use an engine with capabilities.sleep")
+
+    async def wake_up(self, *, weights_only: bool = False) -> None:
+        """Take the memory back after `sleep`, and go on; without a sleep it does nothing.
+
+        After level 2 the weights in force are loaded again, unless `update_weights` brought others before.
+
+        Args:
+            weights_only: take back the memory of the weights alone, so that `update_weights` can fill it before the caches take theirs;
+                a second call takes the rest.
+
+        Raises:
+            RequestRefusedError: this engine cannot sleep.
+            EngineDeadError: the engine is gone, or the weights that it dropped are.
+        """
+        raise RequestRefusedError(f"{type(self).__name__} does not sleep; use an engine with capabilities.sleep")
+
+    async def update_weights(self, source: WeightSource | WeightTransfer, version: int) -> None:
         """Put new weights in force and stamp tokens with `version` from then on.
 
-        Requests in flight go on with the new weights, and carry both versions. Caches made with the old weights are
-        dropped for requests that start later.
+        `source` is a folder, a state dict, or a transfer where `capabilities.transfer`. Requests in flight go on with the new weights,
+        and carry both versions. Caches made with the old weights are dropped for requests that start later.
 
         Raises:
             ValueError: `version` is below the present one.
@@ -271,7 +348,10 @@ class Engine(ABC):
             )
         try:
             with self._adapters.barred():
-                await self._load_weights(source, version)
+                if isinstance(source, WeightTransfer):
+                    await self._transfer_weights(source, version)
+                else:
+                    await self._load_weights(source, version)
         except (WeightUpdateError, EngineDeadError, EngineClosedError):
             raise
         except Exception as error:
@@ -281,6 +361,10 @@ class Engine(ABC):
     @abstractmethod
     async def _load_weights(self, source: WeightSource, version: int) -> None:
         """Load `source`; on failure raise and leave the old weights in force."""
+
+    async def _transfer_weights(self, transfer: WeightTransfer, version: int) -> None:
+        """As `_load_weights`, from a transfer."""
+        raise ValueError(f"{type(self).__name__} takes no transfer of weights; give a folder or a state dict")
 
     # Adapters
 
@@ -434,4 +518,16 @@ class Engine(ABC):
                 f"a prompt of {ids.size} tokens and max_tokens={params.max_tokens} exceed the model's length of "
                 f"{self.max_length}; shorten the prompt or lower max_tokens"
             )
+        if params.top_logprobs or params.structured_outputs is not None:
+            self._check_extras(params)
         return ids.astype(np.int32)
+
+    def _check_extras(self, params: SamplingParams) -> None:
+        able, name = self.capabilities, type(self).__name__
+        if params.structured_outputs is not None and not able.structured_outputs:
+            raise RequestRefusedError(f"{name} has no structured_outputs; leave them, or use an engine with that capability")
+        if params.top_logprobs > able.top_logprobs:
+            raise RequestRefusedError(
+                f"top_logprobs={params.top_logprobs} is more than the {able.top_logprobs} that {name} tells; ask for fewer, or use an "
+                "engine with capabilities.top_logprobs"
+            )

@@ -9,14 +9,16 @@ coroutine runs.
 
 import asyncio
 import itertools
-from collections.abc import Callable, Collection, Sequence
-from typing import get_args
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import (
+    ALL_TOKENS,
     Capabilities,
     Completion,
     Engine,
@@ -26,6 +28,7 @@ from agent_loop.engines.base import (
     PauseMode,
     TopTokens,
     WeightSource,
+    WeightTransfer,
 )
 from agent_loop.engines.simulated_batching import Batching
 from agent_loop.engines.simulated_clock import Alarm
@@ -59,6 +62,9 @@ class SimulatedEngine(Engine):
     weights and the adapter. An adapter shifts the distribution of a `TablePolicy`, as other weights do; a `script` says the same under
     all of them.
     """
+
+    offers = Capabilities(score=True, top_tokens=ALL_TOKENS, adapters=True, load=True)
+    only_with: ClassVar[Mapping[str, str]] = dict.fromkeys(("score", "top_tokens"), "without `script`, `lengths` or another policy")
 
     def __init__(
         self,
@@ -341,7 +347,7 @@ class SimulatedEngine(Engine):
             if request.number in self._calls:
                 await self._returning.setdefault(request.number, asyncio.Event()).wait()
 
-    async def update_weights(self, source: WeightSource, version: int) -> None:
+    async def update_weights(self, source: WeightSource | WeightTransfer, version: int) -> None:
         """See `Engine`. `source` is a mapping with an integer "seed", or any path: its name stands for its content."""
         self._check_alive()
         await super().update_weights(source, version)
@@ -372,8 +378,8 @@ class SimulatedEngine(Engine):
     @property
     def capabilities(self) -> Capabilities:
         """Adapters; and scores, where the policy is a `TablePolicy`: no other has a distribution."""
-        scores = isinstance(self.policy, TablePolicy)
-        return Capabilities(score=scores, top_tokens=self.vocab_size if scores else 0, adapters=True)
+        able = super().capabilities
+        return able if isinstance(self.policy, TablePolicy) else replace(able, score=False, top_tokens=0)
 
     async def _load_adapter(self, adapter: Adapter, path: WeightSource) -> int:
         """A simulated adapter is what simulated weights are: a mapping with an integer "seed", or any path."""

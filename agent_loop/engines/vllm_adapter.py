@@ -1,17 +1,22 @@
 """Between our words and vLLM's: starting it quietly, and translating parameters, versions and what is known of the model."""
 
+import asyncio
 import logging
 import os
 import threading
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from agent_loop.engines.base import TopLogprobs
 from agent_loop.engines.checkpoint import Checkpoint, read_checkpoint
 from agent_loop.engines.vllm_load import LoadMonitor, without_iteration_stats
-from agent_loop.engines.vllm_worker import OWNER
+from agent_loop.engines.vllm_transfer import NEEDS_CUDA
+from agent_loop.engines.vllm_worker import OWNER, WorkerExtension
 from agent_loop.errors import EngineError
 from agent_loop.sampling import SamplingParams
 
@@ -40,6 +45,8 @@ def start_engine(args: dict[str, Any], monitor: LoadMonitor, started: list[Any])
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        check_args(args)
+
         # Who asks vLLM for its own metrics gets them; else this takes their place.
         quietly = args["disable_log_stats"]
         loggers = [monitor.stat_logger()] if quietly else None
@@ -48,7 +55,38 @@ def start_engine(args: dict[str, Any], monitor: LoadMonitor, started: list[Any])
             without_iteration_stats(started[-1])
 
 
+async def to_its_end(work: Callable[..., Any], *args: Any) -> Any:
+    """Run `work` in a thread, and return when it is done; a cancellation that comes meanwhile is raised then."""
+    done = asyncio.get_running_loop().run_in_executor(None, work, *args)
+    cancelled: asyncio.CancelledError | None = None
+    while not done.done():
+        try:
+            await asyncio.wait({done})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        done.exception()  # looked at, or asyncio reports it as forgotten
+        raise cancelled
+    return done.result()
+
+
 _environment_lock = threading.Lock()
+
+
+def check_args(args: dict[str, Any]) -> None:
+    """Raise `ValueError` for what vLLM would only stumble over in its engine process, or later."""
+    from vllm.platforms import current_platform
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    extension = args["worker_extension_cls"]
+    if not issubclass(resolve_obj_by_qualname(extension), WorkerExtension):
+        raise ValueError(
+            f"worker_extension_cls={extension!r} is no subclass of agent_loop.engines.vllm_worker.WorkerExtension; make it one"
+        )
+    transfer = args.get("weight_transfer_config")
+    backend = transfer["backend"] if isinstance(transfer, dict) and "backend" in transfer else getattr(transfer, "backend", "nccl")
+    if transfer is not None and backend in NEEDS_CUDA and current_platform.is_cpu():
+        raise ValueError(f"weight transfer by {backend!r} needs GPUs; on a CPU give update_weights a folder or a state dict")
 
 
 @contextmanager
@@ -125,7 +163,7 @@ def obituary(llm: Any) -> str:
 
 def vllm_params(params: SamplingParams, eos_token_ids: Collection[int], *, piece_tokens: int | None) -> Any:
     """`params` in vLLM's words; `piece_tokens` None: the whole response at its end, else in pieces of so many tokens."""
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
     from vllm.sampling_params import SamplingParams as VLLMSamplingParams
 
     return VLLMSamplingParams(
@@ -140,8 +178,9 @@ def vllm_params(params: SamplingParams, eos_token_ids: Collection[int], *, piece
         stop_token_ids=sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}),
         ignore_eos=params.ignore_eos,
         seed=params.seed,
-        logprobs=0,
+        logprobs=params.top_logprobs,
         flat_logprobs=True,
+        structured_outputs=None if params.structured_outputs is None else StructuredOutputsParams(**params.structured_outputs),
         detokenize=bool(params.stop),
         include_stop_str_in_output=True,
         output_kind=RequestOutputKind.FINAL_ONLY if piece_tokens is None else RequestOutputKind.DELTA,
@@ -172,6 +211,19 @@ def prompt_logprobs(given: Any, ids: Sequence[int]) -> list[float]:
     if list(given.token_ids) != list(ids[1:]):
         raise EngineError(f"vLLM scored {len(given.token_ids)} tokens that are not the {len(ids) - 1} asked for")
     return [float(logprob) for logprob in given.logprobs]
+
+
+def chosen_logprobs(flat: Any, top_logprobs: int) -> list[float]:
+    """Those of the sampled tokens, from vLLM's flat list: at each position the sampled token, then the likeliest."""
+    return list(flat.logprobs) if not top_logprobs else flat.logprobs[:: top_logprobs + 1]
+
+
+def likeliest(flats: Sequence[Any], top_logprobs: int) -> TopLogprobs:
+    """The likeliest tokens at each position, from the flat lists of a response's pieces."""
+    wide = top_logprobs + 1
+    ids = np.concatenate([np.array(flat.token_ids, np.int32).reshape(-1, wide) for flat in flats])[:, 1:]
+    logprobs = np.concatenate([np.array(flat.logprobs, np.float32).reshape(-1, wide) for flat in flats])[:, 1:]
+    return TopLogprobs(ids, logprobs)
 
 
 def token_versions(spans: Sequence[Any] | None, count: int) -> list[int]:

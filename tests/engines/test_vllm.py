@@ -4,11 +4,13 @@ import asyncio
 import json
 import multiprocessing
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agent_loop import Sampler
-from agent_loop.engines.base import Engine, EngineLoad, WeightSource
+from agent_loop import Sampler, SingleTurnAgentLoop
+from agent_loop.engines.base import Capabilities, Engine, EngineLoad, WeightSource
 from agent_loop.engines.checkpoint import Checkpoint
 from agent_loop.engines.vllm import VLLMEngine
-from agent_loop.errors import EngineDeadError, RequestRefusedError, WeightUpdateError
+from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams
 from agent_loop.testing import EngineSuite, InFlight
+from buffer import RolloutGroup, RolloutState, Status
 from tests.tiny_model import make_tiny_model
 
 SLOTS = 16
@@ -50,15 +53,26 @@ def small_cache() -> Iterator[None]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def engine(models: tuple[Path, Path]) -> AsyncIterator[VLLMEngine]:
-    async with VLLMEngine(models[0], **SMALL) as engine:
+    transfer: dict[str, Any] = {"weight_transfer_config": {"backend": "store"}, "worker_extension_cls": "tests.store_transfer.Extension"}
+    async with Sleeper(models[0], **SMALL, **transfer) as engine:
         yield engine
 
 
-def all_logprobs(model: Path, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
+class Sleeper(VLLMEngine):
+    """vLLM makes no engine for sleep without a GPU. Its workers on a CPU go to sleep all the same, and only keep their memory."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, sleep=True)
+
+
+def all_logprobs(
+    model: Path, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float = 1.0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """(len(response_ids), vocabulary) teacher-forced log-probabilities by transformers."""
     ids = torch.tensor([[*prompt_ids, *response_ids]])
     with torch.inference_mode():
-        logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids).logits[0]
+        logits = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)(ids).logits[0].float()
     return torch.log_softmax(logits[len(prompt_ids) - 1 : -1] / temperature, -1)
 
 
@@ -82,6 +96,10 @@ def descendants() -> set[int]:
     return found - {os.getpid()}
 
 
+def name_of(process: int) -> str:
+    return Path(f"/proc/{process}/comm").read_text()
+
+
 class TestVLLMEngine(EngineSuite):
     tolerance = 1e-3
     eos_temperature = 2.0  # the most that vLLM takes
@@ -97,6 +115,9 @@ class TestVLLMEngine(EngineSuite):
         self, engine: Engine, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float
     ) -> NDArray[np.floating]:
         return chosen(all_logprobs(self.models[0], prompt_ids, response_ids, temperature), response_ids)
+
+    def text(self, engine: Engine, token_ids: Sequence[int]) -> str:
+        return AutoTokenizer.from_pretrained(self.models[0]).decode(token_ids, skip_special_tokens=True)  # type: ignore[no-any-return]
 
     def original_weights(self, engine: Engine) -> WeightSource:
         return self.models[0]
@@ -183,6 +204,24 @@ class TestVLLMEngine(EngineSuite):
         await engine.generate([5, 6], LONG.replace(max_tokens=3), request_id="last")
         assert engine.load() == EngineLoad(0, 0)
 
+    async def test_a_structured_rollout_that_was_interrupted_begins_anew(self, engine: VLLMEngine) -> None:
+        pattern = "[0-9]{150}"
+        sampling = SamplingParams(max_tokens=400, seed=3, structured_outputs={"regex": pattern})
+        loop = SingleTurnAgentLoop(engine, AutoTokenizer.from_pretrained(self.models[0]), sampling=sampling)
+        group = RolloutGroup(1, [RolloutState(1, 0, "default", prompt_ids=np.array([5, 6], np.int32))])
+        seen = Seen()
+        loop.watch(group, seen)
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(loop.generate_group(group))
+            await seen.some.wait()
+            assert loop.snapshot(group).rollouts[0].response_ids.size == 0, "a part of a structure cannot be continued"
+            await loop.interrupt([group.group_id])
+        (state,) = (await running).rollouts
+        assert (state.status, state.response_ids.size) == (Status.INTERRUPTED, 0)
+        (state,) = (await loop.generate_group(group)).rollouts
+        assert state.status is Status.COMPLETED
+        assert re.fullmatch(pattern, state.text or "")
+
     async def test_one_request_id_names_one_request(self, engine: VLLMEngine) -> None:
         async with asyncio.TaskGroup() as tasks:
             await InFlight(tasks, engine, [5, 6], LONG, "same").seen()
@@ -246,6 +285,38 @@ class TestVLLMEngine(EngineSuite):
             ids = response.token_ids.tolist()
         np.testing.assert_allclose(response.logprobs, chosen(all_logprobs(self.models[1], [5, 6], ids), ids), atol=1e-3)
 
+    async def test_weights_come_by_a_transfer_and_requests_in_flight_go_on(self, engine: VLLMEngine) -> None:
+        model = AutoModelForCausalLM.from_pretrained(self.models[1], dtype=torch.float32)
+        trainer = await asyncio.to_thread(store_trainer, model, engine.weight_sync_client())
+        async with self.weights_restored(engine) as version, asyncio.TaskGroup() as tasks:
+            call = await InFlight(tasks, engine, [5, 6, 7], LONG, "across").seen(5)
+            await engine.update_weights(trainer, version + 1)
+            response = await engine.generate([5, 6], SamplingParams(max_tokens=8, ignore_eos=True), request_id="transferred")
+            # Cancelled, it is sent to its end: half of the weights would be worse.
+            updating = tasks.create_task(engine.update_weights(trainer, version + 2))
+            await asyncio.sleep(0)
+            updating.cancel()
+            await asyncio.wait({updating})
+            assert (updating.cancelled(), engine.version) == (True, version + 2)
+            again = await engine.generate([5, 6], SamplingParams(max_tokens=8, ignore_eos=True, seed=1), request_id="again")
+        for one, stamp in ((response, version + 1), (again, version + 2)):
+            ids = one.token_ids.tolist()
+            np.testing.assert_allclose(one.logprobs, chosen(all_logprobs(self.models[1], [5, 6], ids), ids), atol=1e-3)
+            assert one.versions.tolist() == [stamp] * 8
+        assert {version, version + 1} <= set(call.task.result().versions.tolist())
+
+    async def test_a_transfer_that_does_not_fit_changes_nothing(self, engine: VLLMEngine) -> None:
+        old, version = await self.greedy(engine), engine.version
+        model = AutoModelForCausalLM.from_pretrained(self.models[1], dtype=torch.float32)
+        trainer = await asyncio.to_thread(store_trainer, model.model.layers, engine.weight_sync_client())
+        with pytest.raises(WeightUpdateError, match="missing"):
+            await engine.update_weights(trainer, version + 1)
+        with pytest.raises(RuntimeError, match="outside an update"):
+            await asyncio.to_thread(trainer.send_weights)
+        with pytest.raises(RuntimeError, match="to_thread"):
+            store_trainer(model, engine.weight_sync_client())
+        assert (await self.greedy(engine), engine.version) == (old, version)
+
     @pytest.mark.parametrize(
         ("fault", "match"),
         [
@@ -308,6 +379,27 @@ class TestVLLMEngine(EngineSuite):
             assert response.versions.tolist() == [engine.version] * 8
 
 
+def store_trainer(model: torch.nn.Module, client: Any) -> Any:
+    from tests.store_transfer import StoreTrainer  # which imports vLLM
+
+    return StoreTrainer(model, client)
+
+
+class Seen:
+    """A watcher of a group that says when the first tokens came."""
+
+    piece_tokens = 1
+
+    def __init__(self) -> None:
+        self.some = asyncio.Event()
+
+    def decoded(self, member: int, tokens: int) -> None:
+        self.some.set()
+
+    def ended(self, member: int) -> None:
+        self.some.set()
+
+
 def spoil_offsets(file: Path) -> None:
     """Make two tensors overlap: names, shapes and size stay right, and no reader can load the file."""
     data = file.read_bytes()
@@ -357,6 +449,11 @@ async def test_an_engine_whose_load_breaks_off_is_given_up(models: tuple[Path, P
     spoil_offsets(tmp_path / "model-00002.safetensors")
     before = descendants()
     async with Unchecked(models[0], **SMALL) as engine:
+        for ask in (engine.sleep, engine.wake_up):
+            with pytest.raises(RequestRefusedError, match="enable_sleep_mode"):
+                await ask()
+        with pytest.raises(RequestRefusedError, match="weight_transfer_config"):
+            engine.weight_sync_client()
         call = asyncio.create_task(engine.generate([5, 6], LONG, request_id="in-flight"))
         await asyncio.sleep(0)  # the request starts here
         with pytest.raises(EngineDeadError, match="mixture"):
@@ -367,6 +464,66 @@ async def test_an_engine_whose_load_breaks_off_is_given_up(models: tuple[Path, P
             await engine.generate([5, 6], LONG, request_id="after")
         assert engine.version == 0
     assert descendants() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"worker_extension_cls": "builtins.dict"}, "WorkerExtension"),
+        ({"weight_transfer_config": {"backend": "nccl"}}, "needs GPUs"),
+        ({"weight_transfer_config": {}}, "'nccl' needs GPUs"),
+        ({"enable_sleep_mode": True}, "[Ss]leep mode"),
+    ],
+)
+async def test_what_a_cpu_cannot_is_refused_before_a_process_starts(models: tuple[Path, Path], arguments: Any, match: str) -> None:
+    before = descendants()
+    with pytest.raises(EngineError, match=match):
+        await VLLMEngine(models[0], **SMALL, **arguments).open()
+    assert descendants() == before
+
+
+async def test_cancelled_while_it_opens_it_leaves_no_process(models: tuple[Path, Path]) -> None:
+    before, engine = descendants(), VLLMEngine(models[0], **SMALL)
+    opening = asyncio.create_task(engine.open())
+    while descendants() == before:
+        await asyncio.to_thread(os.sched_yield)
+    for _ in range(2):  # an impatient user
+        opening.cancel()
+        await asyncio.sleep(0)
+    await asyncio.wait({opening})
+    assert opening.cancelled()
+    assert descendants() == before
+    with pytest.raises(EngineClosedError):
+        await engine.health()
+
+
+async def test_two_workers_share_a_model_and_the_end_of_one_is_the_end_of_all(models: tuple[Path, Path]) -> None:
+    """In bfloat16, which the trained model will be in; a worker is killed in mid-generation."""
+    before = descendants()
+    async with VLLMEngine(models[0], **SMALL | {"dtype": "bfloat16"}, tensor_parallel_size=2) as engine:
+        await engine.update_weights(models[1], 1)
+        params = SamplingParams(max_tokens=24, ignore_eos=True, seed=1)
+        response = (await engine.generate([5, 6, 7], params, request_id="shared")).token_ids.tolist()
+        again = await engine.generate([5, 6, 7], params, request_id="again")
+        expected = chosen(all_logprobs(models[1], [5, 6, 7], response, dtype=torch.bfloat16), response)
+        assert again.token_ids.tolist() == response
+        np.testing.assert_allclose(again.logprobs, expected, atol=2e-2)
+        workers = [process for process in descendants() - before if "Worker" in name_of(process)]
+        assert len(workers) == 2
+        began = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            calls = [tasks.create_task(dead(engine, number, began)) for number in range(2 * SLOTS)]
+            await began.wait()
+            os.kill(workers[0], signal.SIGKILL)
+        for call in calls:
+            assert call.result().__cause__ is not None
+    assert descendants() == before
+
+
+async def dead(engine: VLLMEngine, number: int, began: asyncio.Event) -> EngineDeadError:
+    with pytest.raises(EngineDeadError) as raised:
+        await engine.generate([5, number], LONG, request_id=f"doomed-{number}", on_tokens=lambda piece: began.set())
+    return raised.value
 
 
 async def test_whoever_waits_for_an_engine_that_dies_is_told(engine: VLLMEngine, models: tuple[Path, Path]) -> None:
