@@ -4,6 +4,7 @@
 """
 
 import io
+import threading
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -80,6 +81,8 @@ class StoreTrainer(TrainerWeightTransferEngine[Any]):
         super().__init__(client=client, source=ModuleSource(model))
         self.store = TCPStore("127.0.0.1", 0, is_master=True, timeout=TIMEOUT, wait_for_workers=False)
         self.fail_after = fail_after
+        self.sending, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
         client.init_weight_transfer_engine(asdict(StoreInit(self.store.port)))
 
     @classmethod
@@ -96,4 +99,6 @@ class StoreTrainer(TrainerWeightTransferEngine[Any]):
             torch.save(tensor.detach().clone(), whole)
             self.store.set(name, whole.getvalue())
             self.client.update_weights(asdict(StoreUpdate([name])))
+            self.sending.set()
+            self.go_on.wait()
         self.client.finish_weight_update()

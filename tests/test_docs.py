@@ -103,10 +103,9 @@ async def training(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 async def tiny_model(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A model in Hugging Face's format, as a folder."""
-    from tests.tiny_model import make_tiny_model, make_tiny_tokenizer
+    from tests.tiny_model import make_tiny_model
 
-    folders = {"model": make_tiny_model(folder / "model"), "trained": make_tiny_model(folder / "trained", seed=1)}
-    return folders | {"tokenizer": make_tiny_tokenizer()}
+    return {"model": make_tiny_model(folder / "model"), "trained": make_tiny_model(folder / "trained", seed=1)}
 
 
 async def reward_model(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:

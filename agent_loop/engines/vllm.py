@@ -24,6 +24,7 @@ from agent_loop.engines.base import (
     piece_tokens,
 )
 from agent_loop.engines.vllm_adapter import (
+    Start,
     checkpoint_of,
     chosen_logprobs,
     eos_token_ids,
@@ -170,13 +171,13 @@ class VLLMEngine(WeightsOfVLLM):
         self._llm = llm
 
     async def _started(self) -> Any:
-        started: list[Any] = []
+        start = Start()
         try:
-            await to_its_end(start_engine, self._args, self._monitor, started)
-            return started.pop()
+            await to_its_end(start_engine, self._args, self._monitor, start, on_cancel=start.call_off)
+            return start.llms.pop()
         except asyncio.CancelledError:
             # A thread cannot be cancelled; left alone, its engine process would outlive this call.
-            for llm in started:
+            for llm in start.llms:
                 await to_its_end(stop_engine, llm)
             raise
         except ImportError as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import threading
 import warnings
@@ -33,8 +34,8 @@ SETTINGS = {
 """Environment of the engine process while it starts, where the user has not set these."""
 
 
-def start_engine(args: dict[str, Any], monitor: LoadMonitor, started: list[Any]) -> None:
-    """Import vLLM, start its engine process and put the `AsyncLLM` into `started`; blocks, and so runs in a thread.
+def start_engine(args: dict[str, Any], monitor: LoadMonitor, start: "Start") -> None:
+    """Import vLLM, start its engine process and put the `AsyncLLM` into `start`; blocks, and so runs in a thread.
 
     It is not returned: the frames of this thread are kept alive by tracebacks that vLLM holds, and would keep it as well.
     """
@@ -50,24 +51,52 @@ def start_engine(args: dict[str, Any], monitor: LoadMonitor, started: list[Any])
         # Who asks vLLM for its own metrics gets them; else this takes their place.
         quietly = args["disable_log_stats"]
         loggers = [monitor.stat_logger()] if quietly else None
-        started.append(AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=loggers))
+        start.begins()
+        start.llms.append(AsyncLLM.from_engine_args(AsyncEngineArgs(**args), stat_loggers=loggers))
         if quietly:
-            without_iteration_stats(started[-1])
+            without_iteration_stats(start.llms[-1])
 
 
-async def to_its_end(work: Callable[..., Any], *args: Any) -> Any:
-    """Run `work` in a thread, and return when it is done; a cancellation that comes meanwhile is raised then."""
+async def to_its_end(work: Callable[..., Any], *args: Any, on_cancel: Callable[[], None] | None = None) -> Any:
+    """Run `work` in a thread, and return when it is done; a cancellation that comes meanwhile is raised then.
+
+    `on_cancel` may hasten it: it is called at a cancellation, and from then on twice a second.
+    """
     done = asyncio.get_running_loop().run_in_executor(None, work, *args)
     cancelled: asyncio.CancelledError | None = None
     while not done.done():
         try:
-            await asyncio.wait({done})
+            await asyncio.wait({done}, timeout=0.5 if cancelled is not None and on_cancel is not None else None)
         except asyncio.CancelledError as error:
             cancelled = error
+        if cancelled is not None and on_cancel is not None:
+            on_cancel()
     if cancelled is not None:
         done.exception()  # looked at, or asyncio reports it as forgotten
         raise cancelled
     return done.result()
+
+
+class Start:
+    """A start of vLLM: what came of it, and how it is called off."""
+
+    def __init__(self) -> None:
+        self.llms: list[Any] = []
+        self._before: set[Any] | None = None
+
+    def begins(self) -> None:
+        """The engine processes that there are now are those of others."""
+        self._before = _engine_cores()
+
+    def call_off(self) -> None:
+        """Kill the engine process that loads, so that vLLM's start fails now and not when a large model is loaded."""
+        if self._before is not None and not self.llms:
+            for process in _engine_cores() - self._before:
+                process.kill()
+
+
+def _engine_cores() -> set[Any]:
+    return {process for process in multiprocessing.active_children() if process.name.startswith("EngineCore")}
 
 
 _environment_lock = threading.Lock()
