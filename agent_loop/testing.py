@@ -27,8 +27,8 @@ from agent_loop.engines.base import Completion, Engine, PauseMode
 from agent_loop.errors import EngineClosedError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams
 from agent_loop.testing_adapters import AdapterSuite
-from agent_loop.testing_capabilities import CapabilitySuite
 from agent_loop.testing_base import InFlight
+from agent_loop.testing_capabilities import CapabilitySuite
 
 __all__ = ["EngineSuite", "InFlight"]
 

@@ -7,7 +7,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_loop.engines.adapters import Adapter, InUse
-from agent_loop.engines.base import Capabilities, Completion, Engine, EngineLoad, OnTokens, PauseMode, TopTokens, WeightSource, WeightTransfer
+from agent_loop.engines.base import (
+    Capabilities,
+    Completion,
+    Engine,
+    EngineLoad,
+    OnTokens,
+    PauseMode,
+    TopTokens,
+    WeightSource,
+    WeightTransfer,
+)
 from agent_loop.errors import RequestRefusedError
 from agent_loop.sampling import SamplingParams, whole
 
