@@ -125,6 +125,8 @@ class BeamSearchSampler(Sampler):
     async def _sequences(
         self, engine: Engine, prompt: Prompt, params: SamplingParams, key: tuple[int, int], num_samples: int
     ) -> tuple[SampledSequence, ...]:
+        if prompt.images:
+            raise RequestRefusedError("beam search asks for likely tokens, which engines tell of tokens alone; leave the images")
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.engine.eos_token_ids)
         search = Search(self.beams, stops, params.max_tokens, self.length_penalty)
         count = min(search.needed, self.engine.vocab_size)

@@ -29,10 +29,11 @@ class ChatTemplate(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """One input on its way: its token ids, and the row that it came as."""
+    """One input on its way: its token ids, the row that it came as, and its images in order."""
 
     ids: NDArray[Any]
     row: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[Any, ...] = ()
 
 
 def as_list(inputs: Input | Sequence[Input]) -> list[Input]:
@@ -85,16 +86,16 @@ def prompt_of(given: Any, tokenizer: Tokenizer | None, template: Any) -> Prompt:
     """The token ids of one input.
 
     Raises:
-        RequestRefusedError: it is none of the known forms, or holds images; the value and what to do are named.
+        RequestRefusedError: it is none of the known forms; the value and what to do are named.
     """
     if isinstance(given, Mapping):
-        return Prompt(_ids_of_row(given, tokenizer, template), given)
+        return Prompt(_ids_of_row(given, tokenizer, template), given, _images(given.get("messages"), given))
     if isinstance(given, str | bytes):
         raise RequestRefusedError(f"{given!r:.60} is text; give token ids, {{'prompt': text}}, or call generate_from_prompts")
     if not isinstance(given, Sequence | np.ndarray) and not hasattr(given, "__array__"):
         raise RequestRefusedError(f"{given!r:.60} is no input; give token ids, a row or a list of chat messages")
     if isinstance(given, Sequence) and given and all(map(_is_message, given)):
-        return Prompt(_ids_of_chat(given, None, tokenizer, template), {"messages": given})
+        return Prompt(_ids_of_chat(given, None, tokenizer, template), {"messages": given}, _images(given, {}))
     return Prompt(_ids(given))
 
 
@@ -102,8 +103,8 @@ def _ids_of_row(row: Mapping[str, Any], tokenizer: Tokenizer | None, template: A
     named = [way for way in _WAYS if row.get(way) is not None]
     if not named:
         raise RequestRefusedError(f"a row with {sorted(row)} holds no prompt; give one of {_WAYS}")
-    if any(row.get(media) for media in ("images", "videos", "media")):
-        raise RequestRefusedError("the input holds images or other media, and engines take token ids only; leave them out")
+    if others := [media for media in ("videos", "audios", "media") if row.get(media)]:
+        raise RequestRefusedError(f"the input holds {others}, and engines take images only; leave them out")
     if named[0] == "prompt_ids":
         return _ids(row["prompt_ids"])
     if named[0] == "messages":
@@ -117,15 +118,37 @@ def _ids_of_chat(messages: Any, tools: Any, tokenizer: Tokenizer | None, templat
     for message in messages:
         if not _is_message(message):
             raise RequestRefusedError(f"{message!r:.60} is no chat message; give mappings with a role and a content")
-        parts = message.get("content")
-        if isinstance(parts, list) and (kinds := {part.get("type") for part in parts if isinstance(part, Mapping)} - {"text"}):
-            raise RequestRefusedError(f"a message holds parts of types {sorted(map(str, kinds))}; engines take text only, leave them out")
+        if kinds := {part.get("type") for part in _parts(message)} - {"text", "image"}:
+            raise RequestRefusedError(
+                f"a message holds parts of types {sorted(map(str, kinds))}; engines take text and images, "
+                "{'type': 'image', 'image': an image of Pillow or a path}"
+            )
     try:
         chat: Any = template_of(template, tokenizer)
         ids = chat.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False)
     except Exception as error:
         raise RequestRefusedError(f"the chat template failed: {error}") from error
     return _ids(ids)
+
+
+def _parts(message: Any) -> list[Mapping[str, Any]]:
+    content = message.get("content")
+    return [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+
+
+def _images(messages: Any, row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Those of the messages' parts; a part without one has the next of the row's `images`."""
+    rest, found = list(row.get("images") or ()), list[Any]()
+    parts = [part for message in messages or () if isinstance(message, Mapping) for part in _parts(message)]
+    for part in (part for part in parts if part.get("type") == "image"):
+        if part.get("image") is None and not rest:
+            raise RequestRefusedError("a message speaks of an image that is not there; give it as part['image'], or in the row's images")
+        found.append(rest.pop(0) if part.get("image") is None else part["image"])
+    if rest and found:
+        raise RequestRefusedError(
+            f"{len(rest)} of the row's images belong to no part of its messages; give a part of type 'image' for each"
+        )
+    return tuple(found or rest)
 
 
 def _ids(given: Any) -> NDArray[Any]:

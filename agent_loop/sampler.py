@@ -114,7 +114,8 @@ class Sampler:
 
         Args:
             inputs: one or many of: token ids (list, array, or a row with `prompt_ids`), a chat (a list of messages, or a row with
-                `messages` and maybe `tools`), or a row with text as `prompt`. A row's `sampling` overrides the parameters.
+                `messages` and maybe `tools`), or a row with text as `prompt`. A row's `sampling` overrides the parameters. Images are
+                parts of messages, `{"type": "image", "image": ...}`, or a row's `images`, in order: of Pillow, or paths of files.
             sampling_params: an object, or a mapping of its fields; None takes the defaults.
             adapter_name: of an adapter of the engine, whose newest version samples all of this call. "" is the sampler's engine as it is.
             num_samples: 1 or more.
@@ -258,6 +259,8 @@ class Sampler:
             raise RequestRefusedError(f"{type(self.engine).__name__} cannot score prompts; leave prompt_logprobs, or use another engine")
         params = given if isinstance(given, SamplingParams) else SamplingParams().overridden(given or {})
         prompts = [self._prompt(place, one, params) for place, one in enumerate(as_list(inputs))]
+        if asked.prompt_logprobs and any(prompt.images for prompt, _ in prompts):
+            raise RequestRefusedError("engines score tokens alone, and inputs hold images; leave prompt_logprobs")
         seed = self._seed_of(next(self._drawn)) if params.seed is None else params.seed
         # Held: one version samples and scores all of it, whatever is added meanwhile.
         policy = self.engine.base_model if asked.use_base_model else self.engine
@@ -284,6 +287,7 @@ class Sampler:
         """An input and its parameters, checked."""
         try:
             prompt = prompt_of(given, self.tokenizer, self._template)
+            self.engine.check_media(prompt.images)
             how = params.overridden(prompt.row.get("sampling") or {})
             return replace(prompt, ids=self.engine.check_request(prompt.ids, how)), how
         except (RequestRefusedError, ValueError) as error:
@@ -318,7 +322,8 @@ class Sampler:
 
     async def _one(self, engine: Engine, prompt: Prompt, params: SamplingParams, key: tuple[int, int, int]) -> SampledSequence:
         asked = params.of_request(params.max_tokens, _request_seed(*key))
-        completion = await engine.generate(prompt.ids, asked, request_id=f"sampler-{next(_NUMBERS)}")
+        name, media = f"sampler-{next(_NUMBERS)}", prompt.images or None
+        completion = await engine.generate(prompt.ids, asked, request_id=name, media=media)
         return SampledSequence.of(completion, self._text(completion.token_ids.tolist()))
 
     def _text(self, token_ids: list[int]) -> str | None:

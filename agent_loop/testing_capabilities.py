@@ -112,6 +112,11 @@ class CapabilitySuite(Suite):
         assert (transfer.sent, engine.version) == (False, version)
         assert await self.greedy(engine) == old
 
+    async def test_images_are_refused_where_none_are_taken(self, engine: Engine) -> None:
+        if not engine.capabilities.images:  # what an image is, and what it changes, only the model's own tests can say
+            with pytest.raises(RequestRefusedError, match="images"):
+                await engine.generate(self.prompts(engine, 1)[0], SamplingParams(max_tokens=1), request_id="seen", media=["image.png"])
+
     async def test_it_tells_its_load_if_it_says_so(self, engine: Engine) -> None:
         async with asyncio.TaskGroup() as tasks:
             call = await InFlight(tasks, engine, self.prompts(engine, 1)[0], self.long(), "load").seen(3)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,12 +109,13 @@ class AdaptedEngine(Engine):
         request_id: str,
         session_id: str | None = None,
         adapter: str | Adapter | None = None,
+        media: Sequence[Any] | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
         """See `Engine`; without `adapter` with its own."""
         which = self._which(adapter)
         return await self._engine.generate(
-            prompt_ids, params, request_id=request_id, session_id=session_id, adapter=which, on_tokens=on_tokens
+            prompt_ids, params, request_id=request_id, session_id=session_id, adapter=which, media=media, on_tokens=on_tokens
         )
 
     async def score(

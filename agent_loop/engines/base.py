@@ -123,6 +123,7 @@ class Capabilities:
         adapters: it has `add_adapter`, and `generate`, `score` and `top_tokens` take an adapter; requests of several run at once.
         top_logprobs: the most that `SamplingParams.top_logprobs` may ask for; 0: none.
         structured_outputs: it takes `SamplingParams.structured_outputs`.
+        images: `generate` takes images as `media`.
         sleep: it has `sleep` and `wake_up`.
         transfer: `update_weights` takes a `WeightTransfer`.
         load: it has `load`.
@@ -133,6 +134,7 @@ class Capabilities:
     adapters: bool = False
     top_logprobs: int = 0
     structured_outputs: bool = False
+    images: bool = False
     sleep: bool = False
     transfer: bool = False
     load: bool = False
@@ -220,6 +222,7 @@ class Engine(ABC):
         request_id: str,
         session_id: str | None = None,
         adapter: str | Adapter | None = None,
+        media: Sequence[Any] | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
         """Sample one response.
@@ -231,6 +234,8 @@ class Engine(ABC):
             session_id: the same for all requests of one rollout, its turns and continuations; an engine may keep by it
                 what belongs together. None: the request stands alone.
             adapter: the name of one, whose newest version samples the whole response, or the very `Adapter`. None: the model itself.
+            media: images that the prompt speaks of, in its order: of Pillow, or paths of files; where `capabilities.images`. The prompt
+                has one image token for each, as chat templates write it: the engine makes as many of it as the model wants.
             on_tokens: sees new tokens as they come, for checkpoints; each token exactly once. Where the call fails or is
                 cancelled, it has seen all tokens but those that an engine elsewhere had not sent yet.
 
@@ -238,7 +243,8 @@ class Engine(ABC):
             The whole response, or after `interrupt` the tokens so far with finish reason "abort".
 
         Raises:
-            RequestRefusedError: an empty prompt, ids outside the vocabulary, no room for `max_tokens`, or an adapter that is not there.
+            RequestRefusedError: an empty prompt, ids outside the vocabulary, no room for `max_tokens`, an adapter that is not there, or
+                images that do not fit.
             EngineDeadError: the engine is gone.
             EngineError: this request failed.
 
@@ -521,6 +527,13 @@ class Engine(ABC):
         if params.top_logprobs or params.structured_outputs is not None:
             self._check_extras(params)
         return ids.astype(np.int32)
+
+    def check_media(self, media: Sequence[Any] | None) -> None:
+        """Raise `RequestRefusedError` if there are images, and the engine takes none."""
+        if media and not self.capabilities.images:
+            raise RequestRefusedError(
+                f"{len(media)} images, and this {type(self).__name__} takes none; leave them, or use an engine with capabilities.images"
+            )
 
     def _check_extras(self, params: SamplingParams) -> None:
         able, name = self.capabilities, type(self).__name__

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,10 +176,12 @@ class SimulatedEngine(Engine):
         request_id: str,
         session_id: str | None = None,
         adapter: str | Adapter | None = None,
+        media: Sequence[Any] | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
         """See `Engine`."""
         self._check_alive()
+        self.check_media(media)
         what = Request(self.check_request(prompt_ids, params), request_id, params.seed, session_id)
         if params.stop:
             raise RequestRefusedError(f"stop={params.stop} needs decoded text, and a simulated engine has none; use stop_token_ids")

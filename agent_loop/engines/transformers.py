@@ -216,6 +216,7 @@ class TransformersEngine(Engine):
         request_id: str,
         session_id: str | None = None,
         adapter: str | Adapter | None = None,
+        media: Sequence[Any] | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
         """Sample one response; see `Engine.generate`.
@@ -223,6 +224,7 @@ class TransformersEngine(Engine):
         A piece is one token, whatever `on_tokens` asks for, and carries the finish reason "abort" until the last.
         """
         self._live_backend()
+        self.check_media(media)
         ids = self.check_request(prompt_ids, params)
         with self.using_adapter(adapter) as used:
             flight = self._admit(ids.tolist(), params, request_id, None if used is None else used.adapter, on_tokens)

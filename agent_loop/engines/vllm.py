@@ -41,6 +41,7 @@ from agent_loop.engines.vllm_adapter import (
     vllm_params,
 )
 from agent_loop.engines.vllm_load import LoadMonitor
+from agent_loop.engines.vllm_media import with_images
 from agent_loop.engines.vllm_weights import WeightsOfVLLM
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
@@ -62,12 +63,20 @@ class VLLMEngine(WeightsOfVLLM):
     """
 
     offers = Capabilities(
-        score=True, top_tokens=ALL_TOKENS, top_logprobs=ALL_TOKENS, structured_outputs=True, sleep=True, transfer=True, load=True
+        score=True,
+        top_tokens=ALL_TOKENS,
+        top_logprobs=ALL_TOKENS,
+        structured_outputs=True,
+        images=True,
+        sleep=True,
+        transfer=True,
+        load=True,
     )
     only_with: ClassVar[Mapping[str, str]] = {
         "top_tokens": "up to `max_logprobs`, 20 by default",
         "top_logprobs": "up to `max_logprobs`, 20 by default",
         "structured_outputs": "with a tokenizer",
+        "images": "with a model that sees",
         "sleep": "with `enable_sleep_mode=True`, on GPUs",
         "transfer": "with `weight_transfer_config`; vLLM's own back ends need GPUs",
         "load": "with `disable_log_stats=True`, the default",
@@ -251,6 +260,7 @@ class VLLMEngine(WeightsOfVLLM):
         request_id: str,
         session_id: str | None = None,
         adapter: str | Adapter | None = None,
+        media: Sequence[Any] | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
         """Sample one response; see `Engine.generate`.
@@ -259,19 +269,21 @@ class VLLMEngine(WeightsOfVLLM):
         when they arrive, and the finish reason "abort" until the last.
         """
         ids = self.check_request(prompt_ids, params)
+        self.check_media(media)
         if adapter is not None:
             self.check_adapter(adapter)
         if params.stop and self._alive().tokenizer is None:
             raise RequestRefusedError(f"stop={params.stop!r} needs a tokenizer, and the engine was started without; use stop_token_ids")
         if request_id in self._running or request_id in self._held:
             raise RequestRefusedError(f"request id {request_id!r} is in flight already; give every request its own")
-        if self._draining and not await self._turn(request_id):
+        given = await self._seen(ids.tolist(), params, request_id, media) if media else None
+        if (media and given is None) or (self._draining and not await self._turn(request_id)):
             return Completion.of([], [], self._version, "abort")
         self._running.add(request_id)
         self._idle.clear()
         try:
             with self._translated():
-                return await self._sample(ids, params, request_id, session_id, on_tokens)
+                return await self._sample(given or _plain(ids), params, request_id, session_id, on_tokens)
         finally:
             self._running.discard(request_id)
             if not self._running:
@@ -279,17 +291,15 @@ class VLLMEngine(WeightsOfVLLM):
 
     async def _sample(
         self,
-        ids: NDArray[np.int32],
+        given: Any,
         params: SamplingParams,
         request_id: str,
         session_id: str | None,
         on_tokens: OnTokens | None,
     ) -> Completion:
-        from vllm.inputs.engine import tokens_input
-
         # Given as "rendered" input, a request is known to vLLM before its first await, so that `interrupt` misses none.
         # The salt keeps blocks of the prefix cache apart by version: those of requests in flight outlive an update.
-        given = tokens_input(ids.tolist(), cache_salt=str(self._version))
+        given["cache_salt"] = str(self._version)
         tokens, logprobs, flats = list[int](), list[float](), list[Any]()
         asked = vllm_params(params, self._eos_token_ids, piece_tokens=None if on_tokens is None else piece_tokens(on_tokens))
         async with aclosing(self._alive().generate(given, asked, request_id, session_id=session_id)) as outputs:
@@ -306,6 +316,16 @@ class VLLMEngine(WeightsOfVLLM):
             raise EngineError(f"vLLM ended request {request_id!r} with {part.finish_reason!r}; known are {get_args(FinishReason)}")
         completion = Completion.of(tokens, logprobs, token_versions(part.weight_versions, len(tokens)), part.finish_reason)
         return replace(completion, top=likeliest(flats, params.top_logprobs)) if params.top_logprobs else completion
+
+    async def _seen(self, ids: list[int], params: SamplingParams, request_id: str, media: Sequence[Any]) -> Any:
+        """The prompt with its images; None if it was interrupted meanwhile."""
+        turn = self._held[request_id] = asyncio.get_running_loop().create_future()
+        try:
+            with self._translated():
+                given = await with_images(self._alive(), ids, media, params.max_tokens)
+            return None if turn.done() and not turn.result() else given
+        finally:
+            del self._held[request_id]
 
     async def interrupt(self, request_ids: Collection[str] | None = None) -> None:
         """End the given requests, or all, early; see `Engine.interrupt`."""
@@ -328,6 +348,7 @@ class VLLMEngine(WeightsOfVLLM):
             top_tokens=told,
             top_logprobs=told,
             structured_outputs=llm.tokenizer is not None,
+            images=bool(llm.model_config.is_multimodal_model),
             sleep=bool(llm.model_config.enable_sleep_mode),
             transfer=llm.vllm_config.weight_transfer_config is not None,
             load=bool(self._args["disable_log_stats"]),
@@ -424,3 +445,10 @@ class VLLMEngine(WeightsOfVLLM):
         for request_id in request_ids:
             if not self._held[request_id].done():
                 self._held[request_id].set_result(proceed)
+
+
+def _plain(ids: NDArray[np.int32]) -> Any:
+    """A prompt of tokens alone, as vLLM has it once it is rendered."""
+    from vllm.inputs.engine import tokens_input
+
+    return tokens_input(ids.tolist())

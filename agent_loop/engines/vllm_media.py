@@ -1,0 +1,47 @@
+"""Images on their way into vLLM: opened, checked, and made part of a prompt."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agent_loop.errors import RequestRefusedError
+
+
+async def with_images(llm: Any, ids: list[int], images: Sequence[Any], max_tokens: int) -> Any:
+    """What `AsyncLLM.generate` takes for this prompt and its images; the processor runs in a thread of vLLM.
+
+    Raises:
+        RequestRefusedError: something that is no image, images that do not fit the prompt, or no room for them and `max_tokens`.
+    """
+    from vllm.inputs import TokensPrompt
+
+    opened = [_opened(place, image) for place, image in enumerate(images)]
+    prompt = TokensPrompt(prompt_token_ids=ids, multi_modal_data={"image": opened})
+    try:
+        (given,) = await llm.renderer.render_cmpl_async([prompt])
+    except Exception as error:
+        # Whatever a model's own processor raises, assertions included.
+        raise RequestRefusedError(
+            f"the model's processor does not take {len(opened)} images with this prompt, which needs one image token for each: {error}"
+        ) from error
+    size, most = len(given["prompt_token_ids"]), int(llm.model_config.max_model_len)
+    if size + max_tokens > most:
+        raise RequestRefusedError(
+            f"a prompt of {size} tokens, those of its images included, and max_tokens={max_tokens} exceed the model's length of {most}; "
+            "use fewer or smaller images, or lower max_tokens"
+        )
+    return given
+
+
+def _opened(place: int, image: Any) -> Any:
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image
+    if not isinstance(image, str | Path):
+        raise RequestRefusedError(f"image {place} is {image!r:.60}; give an image of Pillow, or the path of a file")
+    try:
+        with Image.open(image) as file:
+            return file.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise RequestRefusedError(f"image {place} cannot be opened from {str(image)!r:.120}: {error}") from error

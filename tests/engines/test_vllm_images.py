@@ -1,0 +1,137 @@
+"""Shows that images reach the model: log-probabilities are those of a forward pass with them, and what is no image is refused."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer, Idefics3ForConditionalGeneration
+
+from agent_loop import Sampler, SamplingParams
+from agent_loop.engines.vllm import VLLMEngine
+from agent_loop.errors import RequestRefusedError
+from tests.tiny_seeing_model import IMAGE, make_tiny_seeing_model
+
+PARAMS = SamplingParams(max_tokens=8, ignore_eos=True, seed=1)
+RED, BLUE = (Image.new("RGB", (40, 30), colour) for colour in ((255, 0, 0), (0, 0, 255)))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_seeing_model(tmp_path_factory.mktemp("seeing"))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def engine(model: Path) -> AsyncIterator[VLLMEngine]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        async with VLLMEngine(model, dtype="float32", max_model_len=256, enforce_eager=True, max_num_seqs=16) as engine:
+            yield engine
+
+
+def prompt_of(model: Path, images: int) -> list[int]:
+    text = "user: " + f"{IMAGE} " * images + "what?"
+    ids: list[int] = AutoTokenizer.from_pretrained(model).encode(text)
+    return ids
+
+
+def expected(model: Path, images: Sequence[Image.Image], response: Sequence[int]) -> NDArray[np.floating]:
+    """Teacher-forced log-probabilities by transformers, whose processor makes the image tokens."""
+    given = AutoProcessor.from_pretrained(model)(text="user: " + f"{IMAGE} " * len(images) + "what?", images=[images], return_tensors="pt")
+    ids = torch.cat([given["input_ids"], torch.tensor([response])], dim=1)
+    with torch.inference_mode():
+        seeing = Idefics3ForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+        logits = seeing(input_ids=ids, pixel_values=given["pixel_values"]).logits[0, -len(response) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0].numpy()
+
+
+async def test_logprobs_are_those_of_a_model_that_sees_the_images(engine: VLLMEngine, model: Path, tmp_path: Path) -> None:
+    assert engine.capabilities.images
+    RED.save(tmp_path / "red.png")
+    cases: list[tuple[list[Any], list[Image.Image]]] = [([RED], [RED]), ([BLUE], [BLUE]), ([tmp_path / "red.png", BLUE], [RED, BLUE])]
+    async with asyncio.TaskGroup() as tasks:
+        calls = [
+            tasks.create_task(engine.generate(prompt_of(model, len(media)), PARAMS, request_id=f"see-{number}", media=media))
+            for number, (media, _) in enumerate(cases)
+        ]
+    for call, (_, images) in zip(calls, cases, strict=True):
+        response = call.result()
+        np.testing.assert_allclose(response.logprobs, expected(model, images, response.token_ids.tolist()), atol=1e-3)
+    red, blue = calls[0].result(), calls[1].result()
+    assert not np.allclose(red.logprobs, expected(model, [BLUE], red.token_ids.tolist()), atol=1e-2), "the image makes no difference"
+    assert red.token_ids.tolist() != blue.token_ids.tolist()
+
+
+async def test_an_interrupted_response_to_an_image_is_continued(engine: VLLMEngine, model: Path) -> None:
+    long = PARAMS.replace(max_tokens=200)
+    async with asyncio.TaskGroup() as tasks:
+        began = asyncio.Event()
+        call = tasks.create_task(
+            engine.generate(prompt_of(model, 1), long, request_id="cut", media=[RED], on_tokens=lambda piece: began.set())
+        )
+        await began.wait()
+        await engine.interrupt(["cut"])
+    kept = call.result().token_ids.tolist()
+    assert call.result().finish_reason == "abort"
+    rest = await engine.generate([*prompt_of(model, 1), *kept], PARAMS, request_id="cut", media=[RED])
+    both = np.concatenate([call.result().logprobs, rest.logprobs])
+    np.testing.assert_allclose(both, expected(model, [RED], [*kept, *rest.token_ids.tolist()]), atol=1e-3)
+
+
+async def test_an_interrupt_reaches_a_request_whose_images_are_looked_at(engine: VLLMEngine, model: Path) -> None:
+    call = asyncio.create_task(engine.generate(prompt_of(model, 1), PARAMS, request_id="early", media=[RED]))
+    await asyncio.sleep(0)  # it has come to its first wait, for the processor
+    with pytest.raises(RequestRefusedError, match="in flight"):
+        await engine.generate(prompt_of(model, 1), PARAMS, request_id="early", media=[RED])
+    await engine.interrupt()
+    assert ((await call).finish_reason, len((await call).token_ids)) == ("abort", 0)
+
+
+@pytest.mark.parametrize(
+    ("images", "media", "match"),
+    [
+        (1, ["no/such/file.png"], "image 0 cannot be opened"),
+        (1, [7], "image 0 is 7"),
+        (0, [RED], "one image token for each"),
+        (1, [RED, BLUE], "one image token for each"),
+        (35, [RED] * 35, "those of its images included"),
+    ],
+)
+async def test_what_is_no_image_of_the_prompt_is_refused(engine: VLLMEngine, model: Path, images: int, media: Any, match: str) -> None:
+    with pytest.raises(RequestRefusedError, match=match):
+        await engine.generate(prompt_of(model, images), PARAMS, request_id="bad", media=media)
+    again = await engine.generate(prompt_of(model, 1), PARAMS, request_id="bad", media=[RED])
+    assert len(again.token_ids) == 8
+
+
+async def test_a_sampler_takes_chats_with_images(engine: VLLMEngine, model: Path) -> None:
+    sampler = Sampler(engine, AutoTokenizer.from_pretrained(model))
+    chat = [{"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": "what?"}]}]
+    row = {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}], "images": [RED]}
+    plain, (of_chat,), (of_row,) = [
+        await sampler.sample(given, PARAMS, num_samples=2) for given in ([{"prompt_ids": [5, 6]}, [7, 8]], chat, row)
+    ]
+    assert len(plain) == 2
+    assert of_chat.prompt_ids.tolist() == of_row.prompt_ids.tolist()
+    first, second = [sequence.token_ids.tolist() for sequence in of_chat.sequences]
+    assert first != second
+    assert [sequence.token_ids.tolist() for sequence in of_row.sequences] == [first, second]
+    blue = [{"role": "user", "content": [{"type": "image", "image": BLUE}, {"type": "text", "text": "what?"}]}]
+    ((seen,), _) = [response.sequences for response in await sampler.sample([blue, blue], PARAMS)]
+    assert seen.token_ids.tolist() != first
+    for bad, match in [
+        ({"messages": row["messages"]}, "not there"),
+        ({**row, "images": [RED, BLUE]}, "belong to no part"),
+        ({**row, "videos": ["a.mp4"]}, "videos"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "audio"),
+    ]:
+        with pytest.raises(RequestRefusedError, match=match):
+            await sampler.sample(bad, PARAMS)  # type: ignore[arg-type]
+    with pytest.raises(RequestRefusedError, match="prompt_logprobs"):
+        await sampler.sample(chat, PARAMS, prompt_logprobs=True)
