@@ -66,7 +66,12 @@ def is_async(reward: object) -> bool:
 
 async def _asked(reward: Callable[[Any], Any], subject: Any, timeout: float, threads: asyncio.Semaphore) -> Any:
     if getattr(reward, "own_deadlines", False):
-        return await reward(subject)
+        try:
+            return await reward(subject)
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(f"reward {name_of(reward)} raised {type(error).__name__}: {error}") from error
     slot: AbstractAsyncContextManager[Any] = nullcontext() if is_async(reward) else threads
     async with slot:
         return await answer(reward, subject, timeout, name_of(reward), "reward_timeout")

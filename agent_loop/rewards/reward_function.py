@@ -23,7 +23,8 @@ class RewardFunction:
     """A reward function and how it is asked.
 
     Attributes:
-        function: of a rollout, or of a group; sync or async. It may give None: it has no say on this rollout.
+        function: of a rollout, or of a group; sync or async. It may give None: it has no say on this rollout. Of a `Judgement` the
+            score is the part, and the metrics are kept.
         of_group: it judges whole groups, and gives a number or None for each of the rollouts.
         shaping: it counts in `reward`, which trains, and not in `score`, which filters see.
         timeout: seconds for one call.
