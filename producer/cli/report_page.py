@@ -178,7 +178,7 @@ def _waste(report: RunReport, own: Sequence[str]) -> Table:
 def _failures(report: RunReport, own: Sequence[str]) -> Iterator[Sequence[str]]:
     for one in report.overview.failures:
         if one.task_name in own:
-            reason = escaped((one.reason or "")[:_LONGEST_REASON])
+            reason = escaped(str(one.reason or "")[:_LONGEST_REASON])
             yield clock(one.at), str(one.group_id), shown_name(one.task_name), str(one.status), reason
 
 

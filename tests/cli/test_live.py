@@ -22,6 +22,7 @@ from rich.console import Console
 from buffer import ReplayBuffer, Status
 from producer.cli import records
 from producer.cli.live_view import Pace, live_view
+from tests import postgres
 from tests.buffer.groups import a_group, put_all, url
 from tests.cli.command import MILLRACE, asked, environment, in_process
 
@@ -153,7 +154,28 @@ def test_what_is_committed_is_shown_at_once(run: Path) -> None:
         assert process.wait(60) == 143
 
 
-async def test_changes_are_told_of_every_commit_and_of_none_that_was_seen(tmp_path: Path) -> None:
+def test_changes_of_another_process_are_told_on_postgresql(
+    server: postgres.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(postgres.ADDRESS, server.address)
+
+    async def watch() -> None:
+        async with (
+            ReplayBuffer.open(url(tmp_path)) as writer,
+            ReplayBuffer.open(url(tmp_path), read_only=True) as reader,
+            aclosing(reader.changes(3600)) as changes,
+        ):
+            await anext(changes)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(writer.put(a_group(1)))
+                await anext(changes)
+            assert (await reader.counts("math"))[Status.COMPLETED] == 1
+
+    asyncio.run(watch())
+    postgres.drop_schemas(server.address)
+
+
+async def test_changes_are_told_of_every_commit(tmp_path: Path) -> None:
     async with ReplayBuffer.open(url(tmp_path)) as writer, ReplayBuffer.open(url(tmp_path), read_only=True) as reader:
         for buffer in (writer, reader):
             async with aclosing(buffer.changes(3600)) as changes:
@@ -163,11 +185,9 @@ async def test_changes_are_told_of_every_commit_and_of_none_that_was_seen(tmp_pa
                     tasks.create_task(writer.put(a_group(number)))
                     await anext(changes)
                 assert (await buffer.counts("math"))[Status.COMPLETED] == number
-        async with aclosing(reader.changes(0.3)) as changes:
-            await anext(changes)
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.2):
-                    await anext(changes)
+        async with aclosing(reader.changes(0.05)) as changes:
+            for _ in range(3):
+                await anext(changes)  # in any case, after a while
         with pytest.raises(ValueError, match="every=0"):
             await anext(reader.changes(0))
 
