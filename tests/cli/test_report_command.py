@@ -18,7 +18,7 @@ import pytest
 
 from buffer import ReplayBuffer, RunReport, Status
 from producer.cli.report_page import html, page
-from producer.cli.report_panels import panels
+from producer.cli.report_panels import Panel, Series, panels
 from producer.cli.report_svg import chart, nice_marks, short
 from tests import postgres
 from tests.buffer.groups import a_group, put_all, url
@@ -270,6 +270,12 @@ def test_marks_are_round_and_numbers_short() -> None:
     assert len(nice_marks(0.0, 1e300, 4)) <= 6
     assert [short(value) for value in (0, 0.25, 1234, 12345, 3.4e6, -2e9)] == ["0", "0.25", "1234", "12.3k", "3.4M", "-2G"]
     assert short(0.125, share=True) == "12.5%"
+
+
+@pytest.mark.parametrize(("values", "low", "high"), [([0, 0], "0", "1"), ([3, 3], "0", "3"), ([-2, -2], "-2", "0"), ([2, 4], "0", "4")])
+def test_values_that_are_all_equal_have_an_axis_from_0(values: list[float], low: str, high: str) -> None:
+    drawn = chart(Panel("", [(1, 1), (2, 2)], [Series("", values, 0)], 1))
+    assert (drawn.up[0].text, drawn.up[-1].text) == (low, high)
 
 
 def test_the_page_tells_of_waste_and_bias_over_the_whole_run(tmp_path: Path) -> None:
