@@ -43,9 +43,9 @@ def dr_grpo(rewards: Rewards, group_ids: ArrayLike) -> NDArray[np.float64]:
 def rloo(rewards: Rewards, group_ids: ArrayLike) -> NDArray[np.float64]:
     """r - mean of the others: REINFORCE leave-one-out (Ahmadian et al. 2024), which is n / (n - 1) times (r - mean)."""
     groups = Groups.of(rewards, group_ids)
-    counts = groups.counts[groups.index].astype(np.float64)
+    counts = groups.counts.astype(np.float64)
     factor: NDArray[np.float64] = counts / np.maximum(counts - 1, 1)
-    return groups.centred() * factor
+    return groups.centred() * factor[groups.index]
 
 
 def opo(rewards: Rewards, group_ids: ArrayLike, lengths: ArrayLike) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ precision, while the mean of equal numbers need not be that number; and a consta
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +24,7 @@ class Groups:
     scored: NDArray[np.bool_]  # (N,)
     counts: NDArray[np.intp]  # (G,) members with a reward
     above_least: NDArray[np.float64]  # (N,) reward minus the least of its group; 0 without a reward
+    whole: bool  # whether all have a reward: then nothing is picked out
 
     @classmethod
     def of(cls, rewards: Rewards, group_ids: ArrayLike) -> "Groups":
@@ -35,19 +37,26 @@ class Groups:
         ids = np.asarray(group_ids).reshape(-1)
         if values.shape != ids.shape:
             raise ValueError(f"{values.size} rewards came with {ids.size} group ids; give one a rollout")
-        if np.isinf(values).any():
+        scored = np.isfinite(values)
+        whole = bool(scored.all())
+        if not whole and np.isinf(values).any():
             at = int(np.argmax(np.isinf(values)))
             raise ValueError(f"reward {at} is {values[at]}; rewards are finite, or None where there is none")
-        unique, index = np.unique(ids, return_inverse=True)
-        scored = ~np.isnan(values)
-        least = np.full(unique.size, np.inf)
+        index, number = _index_of(ids)
+        counts = np.bincount(index if whole else index[scored], minlength=number)
+        least = np.full(counts.size, np.inf)
+        if whole:
+            np.minimum.at(least, index, values)
+            return cls(values, index, scored, counts, values - least[index], whole)
         np.minimum.at(least, index[scored], values[scored])
         above = np.zeros_like(values)
         above[scored] = values[scored] - least[index[scored]]
-        return cls(values, index, scored, np.bincount(index[scored], minlength=unique.size), above)
+        return cls(values, index, scored, counts, above, whole)
 
     def sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """(G,) sums of `values` (N,) over the members with a reward."""
+        if self.whole:
+            return np.bincount(self.index, weights=values, minlength=self.counts.size).astype(np.float64, copy=False)
         return np.bincount(self.index[self.scored], weights=values[self.scored], minlength=self.counts.size).astype(np.float64)
 
     def centred(self, weights: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
@@ -57,7 +66,8 @@ class Groups:
         else:
             total = self.sums(weights)
             means = np.divide(self.sums(weights * self.above_least), total, out=np.zeros_like(total), where=total > 0)
-        return np.where(self.scored, self.above_least - means[self.index], 0.0)
+        centred: NDArray[np.float64] = self.above_least - means[self.index]
+        return centred if self.whole else np.where(self.scored, centred, 0.0)
 
     def std(self, centred: NDArray[np.float64], ddof: int) -> NDArray[np.float64]:
         """(N,) standard deviation of each member's group, from what `centred()` gave; 0 for a group of one."""
@@ -76,6 +86,16 @@ class Groups:
         np.maximum.at(largest, self.index, self.above_least)
         known = self.counts > 0
         return float(np.mean(largest[known] == 0)) if known.any() else 0.0
+
+
+def _index_of(ids: NDArray[Any]) -> tuple[NDArray[np.intp], int]:
+    """(N,) 0 .. G - 1 in the order of the ids, and G. A batch mostly comes group after group; then nothing is sorted."""
+    if ids.size and ids.dtype.kind in "iu" and bool((ids[1:] >= ids[:-1]).all()):
+        index = np.zeros(ids.size, np.intp)
+        np.cumsum(ids[1:] != ids[:-1], out=index[1:])
+        return index, int(index[-1]) + 1
+    unique, index = np.unique(ids, return_inverse=True)
+    return index, unique.size
 
 
 def divide(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -57,4 +57,5 @@ def split(
     padded = experience.attention_mask is not None
     lengths = experience.layout.lengths
     plan = balance(lengths, ranks, token_budget=token_budget, micro_batches=micro_batches, cost=cost, padded=padded)
-    return [[part(experience, numbers) for numbers in of_rank] for of_rank in plan]
+    whole = replace(experience, whole=experience.whole or experience.totals)  # counted once
+    return [[part(whole, numbers) for numbers in of_rank] for of_rank in plan]

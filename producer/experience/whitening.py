@@ -27,16 +27,20 @@ def whiten(
     inside = np.ones(every.shape, np.bool_) if mask is None else np.asarray(mask) != 0
     if inside.shape != every.shape:
         raise ValueError(f"mask {inside.shape} and values {every.shape} differ in shape")
-    whitened = np.zeros(every.shape)
-    known = every[inside]
+    whole = bool(inside.all())  # mostly so, where tokens are flat: then none are picked out and put back
+    known = every.flatten() if whole else every[inside]
     if known.size == 0:
-        return whitened
+        return np.zeros(every.shape)
     if centre:
         known -= known[0]  # so that equal values are 0 exactly, whatever their mean rounds to
         known -= known.mean()
     deviation = np.sqrt(np.dot(known, known) / max(known.size - ddof, 1) + eps)
-    if deviation > 0:
-        whitened[inside] = known / deviation
+    if not deviation > 0:
+        return np.zeros(every.shape)
+    known /= deviation
+    whitened: NDArray[np.float64] = known.reshape(every.shape) if whole else np.zeros(every.shape)
+    if not whole:
+        whitened[inside] = known
     return whitened
 
 

@@ -201,3 +201,13 @@ def test_bad_arguments_are_refused_with_their_value() -> None:
         gdpo([1.0, 2.0], [0, 0])
     with pytest.raises(ValueError, match="for 2 parts"):
         gdpo([[1.0, 2.0]], [0], [1.0])
+
+
+@pytest.mark.parametrize("advantage", ESTIMATORS)
+def test_group_ids_may_be_any_numbers_in_any_order(advantage: AdvantageFn) -> None:
+    rewards = [1.0, 0.0, 2.0, 5.0, 5.0, 1.0]
+    expected = advantage(rewards, [0, 0, 0, 1, 1, 1])
+    for ids in ([7, 7, 7, 2**40, 2**40, 2**40], [9, 9, 9, -3, -3, -3], np.array([1, 1, 1, 2, 2, 2], np.uint8)):
+        np.testing.assert_array_equal(advantage(rewards, ids), expected)
+    order = [3, 0, 4, 1, 5, 2]
+    np.testing.assert_allclose(advantage([rewards[at] for at in order], [at // 3 for at in order]), expected[order], atol=1e-12)
