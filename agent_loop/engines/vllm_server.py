@@ -1,0 +1,656 @@
+"""vLLM servers over HTTP as one engine: `VLLMServerEngine` spreads requests over replicas and keeps them at one policy."""
+
+import asyncio
+import itertools
+import random
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
+from contextlib import AsyncExitStack, aclosing
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent_loop.engines.adapters import Adapter
+from agent_loop.engines.base import (
+    Capabilities,
+    Completion,
+    Engine,
+    EngineLoad,
+    OnTokens,
+    PauseMode,
+    TopTokens,
+    WeightSource,
+    piece_tokens,
+)
+from agent_loop.engines.server.answers import read_likely, read_scores, read_whole
+from agent_loop.engines.server.breaker import Breaker
+from agent_loop.engines.server.client import Server, generate_body, look_body, new_session, server_url
+from agent_loop.engines.server.desk import Desk
+from agent_loop.engines.server.facts import Facts
+from agent_loop.engines.server.faults import ReplicaBusy, ReplicaError
+from agent_loop.engines.server.fleet import Care, Fleet
+from agent_loop.engines.server.replica import Flight, Replica, ReplicaStatus, Ticket
+from agent_loop.engines.server.weights import AT_START, Staged, Weights, check_seen, load, version_of
+from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError, WeightUpdateError
+from agent_loop.sampling import SamplingParams, number, whole
+
+Result = TypeVar("Result")
+
+ABORT_SECONDS = 5.0
+"""For which the last tokens of an interrupted request are waited for."""
+
+
+class VLLMServerEngine(Engine):
+    """One or many `vllm serve` processes, each of which holds the whole model: replicas.
+
+    A request goes to the replica with the fewest in flight, and requests of one session to the same one while it costs little. Where a
+    replica breaks off, the request goes on at another one with the tokens that it has. New weights are put into all replicas while
+    none of them samples; one that misses them serves again when it has caught up. Versions and log-probabilities are the servers' own
+    record; of tokens whose replica died, the version is that in force when they arrived.
+
+    The servers need `VLLM_SERVER_DEV_MODE=1`, `--enable-scale-out` and `--logprobs-mode processed_logprobs`. Whoever reaches the
+    endpoints of that mode governs the server: bind it to loopback or a private interface.
+    """
+
+    def __init__(
+        self,
+        urls: str | Iterable[str],
+        *,
+        api_key: str | None = None,
+        adopt: bool = False,
+        max_in_flight: int = 256,
+        affinity_slack: int = 8,
+        stream_tokens: int = 16,
+        attempts: int = 5,
+        recompute: bool = False,
+        weights_folder: str | Path | None = None,
+        vocab_size: int | None = None,
+        eos_token_ids: Collection[int] | None = None,
+        max_logprobs: int = 20,
+        open_seconds: float = 600.0,
+        health_seconds: float = 5.0,
+        control_seconds: float = 60.0,
+        load_seconds: float = 1800.0,
+        stall_seconds: float = 300.0,
+        patience_seconds: float = 60.0,
+    ) -> None:
+        """Say which servers; `open` connects to them.
+
+        Args:
+            urls: of the servers, such as "http://127.0.0.1:8000".
+            api_key: of the servers, where they ask for one.
+            adopt: take the weights that the servers hold, with the version that they are labelled with. Otherwise servers that an
+                earlier engine updated serve after the first `update_weights` only.
+            max_in_flight: requests that a replica holds at once; more wait here.
+            affinity_slack: how many requests more than the least loaded replica that of the session may have.
+            stream_tokens: how many tokens a server sends at once where nobody watches them; so many are lost at most when it dies.
+            attempts: replicas that may fail one request before it fails.
+            recompute: at a weight update, compute the attention cache of requests in flight anew.
+            weights_folder: where weights that are given as tensors are written for the servers; None: the temporary folder.
+            vocab_size: of the model; None asks the server.
+            eos_token_ids: tokens that end a response; None asks the server.
+            max_logprobs: what the servers were told with `--max-logprobs`.
+            open_seconds: for which servers that are not up yet are waited for.
+            health_seconds: between two probes of a replica.
+            control_seconds: for which a control call may go unanswered.
+            load_seconds: for which loading weights may take.
+            stall_seconds: for which a response that has begun may stand still before it goes on elsewhere.
+            patience_seconds: for which requests wait while no replica serves; then they fail with `EngineDeadError`.
+
+        Raises:
+            ValueError: no address, one that is no server's, or one given twice; a bound is crossed.
+        """
+        super().__init__()
+        self._urls = _checked_urls(urls)
+        for name, value in (("max_in_flight", max_in_flight), ("stream_tokens", stream_tokens), ("attempts", attempts)):
+            if whole(name, value) < 1:
+                raise ValueError(f"{name}={value} must be 1 or more")
+        if whole("affinity_slack", affinity_slack) < 0:
+            raise ValueError(f"{affinity_slack=} must be 0 (only the least loaded replica) or more")
+        times = {"open": open_seconds, "health": health_seconds, "control": control_seconds, "load": load_seconds}
+        for name, seconds in (times | {"stall": stall_seconds, "patience": patience_seconds}).items():
+            if number(f"{name}_seconds", seconds) <= 0:
+                raise ValueError(f"{name}_seconds={seconds} must be above 0")
+        self._api_key, self._adopt = api_key, adopt
+        self._stream_tokens, self._attempts, self._max_logprobs = stream_tokens, attempts, max_logprobs
+        self._connect_seconds, self._control_seconds, self._load_seconds = min(10.0, control_seconds), control_seconds, load_seconds
+        self._weights = Weights(weights_folder, recompute=recompute)
+        self._fleet = Fleet(self._weights, Care(open_seconds, health_seconds, stall_seconds, patience_seconds), vocab_size, eos_token_ids)
+        self._desk = self._fleet.desk = Desk(self._fleet.serving, max_in_flight, affinity_slack)
+        self._session: Any = None
+        self._group: asyncio.TaskGroup | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._facts: Facts | None = None
+        self._closed = False
+        self._control = asyncio.Lock()
+        self._flights: dict[str, Flight] = {}
+        self._looks: set[Ticket] = set()
+        self._names = itertools.count()
+
+    # What the model is
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of prompt and response together; the engine must be open."""
+        return self._alive().max_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids lie in `range(vocab_size)`; the engine must be open."""
+        return self._alive().vocab_size
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Of the model's generation config, or else its config; the engine must be open."""
+        return self._alive().eos_token_ids
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Scores, and as many likely tokens as `max_logprobs` says."""
+        facts = self._alive()
+        return Capabilities(score=True, top_tokens=min(self._max_logprobs, facts.vocab_size))
+
+    def _alive(self) -> Facts:
+        if self._closed:
+            raise EngineClosedError("the engine was closed; make a new one")
+        if self._facts is None:
+            raise EngineClosedError("the engine is not open; use `async with`, or await open()")
+        return self._facts
+
+    # Opening and closing
+
+    async def open(self) -> None:
+        """Connect to the servers, and wait for those that are not up yet; they must all serve the same.
+
+        Raises:
+            EngineError: a server did not come up, is too old, was started without what is needed, or serves another model, with the
+                remedy.
+            EngineClosedError: this engine was closed; make a new one.
+        """
+        if self._closed:
+            raise EngineClosedError("this engine was closed; make a new one")
+        if self._group is not None:
+            raise EngineError("this engine is open already")
+        self._session = new_session(self._api_key, self._connect_seconds)
+        try:
+            replicas = [self._replica(url) for url in self._urls]
+            self._fleet.replicas = {replica.url: replica for replica in replicas}
+            await _together(self._fleet.connect(replica, adopt=self._adopt) for replica in replicas)
+            assert self._fleet.facts is not None
+            self._begin(replicas, self._fleet.facts)
+        except BaseException:
+            await self._session.close()
+            raise
+        self._group = await asyncio.TaskGroup().__aenter__()
+        self._facts = self._fleet.facts
+        for replica in replicas:
+            if replica.label == self._weights.label:
+                self._fleet.admit(replica)
+            self._tasks.append(self._group.create_task(self._fleet.tend(replica)))
+
+    def _begin(self, replicas: Sequence[Replica], facts: Facts) -> None:
+        labels = sorted({replica.label for replica in replicas})
+        if not self._adopt:
+            self._weights.begin(AT_START if labels == [AT_START] else None, facts.root, tied=facts.tied)
+            return
+        version = version_of(labels[0]) if len(labels) == 1 else None
+        if version is None:
+            raise EngineError(f"weights labelled {labels} cannot be adopted: all servers must hold the same, with a version")
+        self._version = version
+        self._weights.begin(labels[0], facts.root, tied=facts.tied)
+
+    def _replica(self, url: str) -> Replica:
+        return Replica(Server(self._session, url, self._control_seconds, self._load_seconds), Breaker())
+
+    async def close(self) -> None:
+        """Let go of the servers, which run on; requests in flight return what they have, with "abort"."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._group is None:
+            return
+        flights = list(self._flights.values())
+        for ticket in (*flights, *self._looks):
+            ticket.called_back = True
+            ticket.cut(None)
+        self._desk.call_back((*flights, *self._looks))
+        async with self._control:  # an update under way comes to its end: half of one would spoil the servers
+            for flight in flights:
+                await flight.over.wait()
+            if self._fleet.frozen:
+                await self._each(self._fleet.serving(), lambda replica: replica.server.resume())
+            for task in self._tasks:
+                task.cancel()
+            await self._group.__aexit__(None, None, None)
+        self._fleet.close()
+        self._desk.close()
+        self._weights.drop()
+        await self._session.close()
+
+    async def health(self) -> None:
+        """Return if a replica answers."""
+        self._alive()
+        if self._fleet.hopeless is not None:
+            raise EngineDeadError(str(self._fleet.hopeless))
+        well, errors = await self._each(self._fleet.serving(), lambda replica: replica.server.health())
+        if not well:
+            causes = "; ".join(f"{replica.url}: {replica.cause}" for replica in self._fleet.replicas.values())
+            raise EngineDeadError(f"no replica serves: {causes}") from next(iter(errors), None)
+
+    def load(self) -> EngineLoad | None:
+        """Requests that a token came of run, the others wait; None while paused."""
+        if self._facts is None or self._fleet.frozen:
+            return None
+        running = sum(flight.decoding for flight in self._flights.values())
+        return EngineLoad(running, len(self._flights) - running)
+
+    # Replicas
+
+    def replicas(self) -> tuple[ReplicaStatus, ...]:
+        """How each replica stands."""
+        return tuple(replica.status() for replica in self._fleet.replicas.values())
+
+    async def until_serving(self, count: int) -> None:
+        """Wait until `count` replicas serve."""
+        self._alive()
+        await self._fleet.until_serving(count)
+
+    async def add_replica(self, url: str) -> None:
+        """Take a further server in, while others serve; it is given the weights in force, and gets requests from then on.
+
+        Raises:
+            EngineError: it did not come up, or is not one that this engine can use.
+            ValueError: the address is no server's, or is there already.
+        """
+        self._alive()
+        replica = self._replica(server_url(url))
+        if replica.url in self._fleet.replicas:
+            raise ValueError(f"{replica.url} is a replica of this engine already")
+        await self._fleet.connect(replica, adopt=False)
+        self._alive()
+        self._fleet.replicas[replica.url] = replica
+        try:
+            async with replica.control:
+                await self._fleet.recover(replica)
+        except ReplicaError as error:
+            del self._fleet.replicas[replica.url]
+            raise EngineError(f"{replica.url} was not taken in: {error}") from error
+        assert self._group is not None
+        self._tasks.append(self._group.create_task(self._fleet.tend(replica)))
+
+    async def remove_replica(self, url: str, *, drain: bool = True) -> None:
+        """Send a replica no more requests; those that it has end there, or without `drain` go on elsewhere at once.
+
+        Raises:
+            ValueError: there is no such replica.
+        """
+        self._alive()
+        replica = self._fleet.replicas.get(server_url(url))
+        if replica is None:
+            raise ValueError(f"{url} is no replica of this engine; it has {sorted(self._fleet.replicas)}")
+        replica.leaving = True
+        self._fleet.retire(replica, "it was removed")
+        if not drain:
+            replica.cut(ReplicaError(f"{replica.url} was removed"))
+        for ticket in list(replica.tickets):
+            await ticket.over.wait() if drain else None
+        self._fleet.replicas.pop(replica.url, None)
+        replica.kick.set()
+
+    # Requests
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int] | NDArray[np.int32],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        session_id: str | None = None,
+        adapter: str | Adapter | None = None,
+        on_tokens: OnTokens | None = None,
+    ) -> Completion:
+        """Sample one response; see `Engine.generate`.
+
+        Pieces given to `on_tokens` carry `version` as it is when they arrive, and the finish reason "abort" until the last. A stop string
+        of which one half came before a replica died, and the other half after, is not found.
+        """
+        ids = self.check_request(prompt_ids, params)
+        if adapter is not None:
+            self.check_adapter(adapter)
+        if request_id in self._flights:
+            raise RequestRefusedError(f"request id {request_id!r} is in flight already; give every request its own")
+        flight = self._flights[request_id] = Flight(ids, params, session_id, on_tokens)
+        try:
+            while not flight.finish:
+                await self._fly(flight)
+            return flight.completion()
+        finally:
+            del self._flights[request_id]
+            flight.over.set()
+
+    async def _fly(self, flight: Flight) -> None:
+        """Let it go on at one replica, as far as it gets there."""
+        replica = await self._placed(flight)
+        try:
+            if replica is None or flight.called_back:
+                flight.finish = "abort"
+            else:
+                flight.place = replica
+                await self._talk(replica, flight)
+        except ReplicaError as error:
+            assert replica is not None
+            self._blame(replica, flight, error)
+            flight.settle(self._stop_ids(flight.params))
+        finally:
+            flight.server_id = None
+            if replica is not None:
+                self._desk.leave(flight, replica)
+
+    async def _placed(self, ticket: Ticket) -> Replica | None:
+        if self._weights.label is None:
+            raise EngineError(
+                "the servers hold weights that an earlier run left there; call update_weights before anything else, or make the "
+                "engine with adopt=True to take them as they are"
+            )
+        if self._fleet.hopeless is not None and not ticket.called_back:
+            raise EngineDeadError(str(self._fleet.hopeless))
+        return None if ticket.called_back else await self._desk.place(ticket)
+
+    async def _talk(self, replica: Replica, flight: Flight) -> None:
+        facts, loop = self._alive(), asyncio.get_running_loop()
+        ids, params = flight.start()
+        pieces = self._stream_tokens if flight.on_tokens is None else piece_tokens(flight.on_tokens)
+        name, salt = f"millrace-{id(self):x}-{next(self._names)}", self._weights.label or AT_START
+        body = generate_body(facts.model, ids, params, self._stop_ids(params), name=name, salt=salt, piece=pieces)
+        piece = None
+        try:
+            async with flight.talking(), aclosing(replica.server.stream(body, flight.session_id, facts.vocab_size)) as stream:
+                async for piece in stream:
+                    flight.take(piece, self._version, loop.time())
+        except TimeoutError:
+            if flight.error is not None:
+                raise flight.error from None
+            flight.finish = "abort"
+            return
+        assert piece is not None, "a stream ends after a piece with a finish reason, or raises"
+        oldest = flight.stamp(piece.labels, self._weights.versions)
+        if oldest is not None and oldest < self._weights.versions[salt]:
+            self._fleet.take_out(replica, ReplicaError(f"{replica.url} holds older weights than those in force; was it restarted?"))
+        if piece.finish == "abort" and not flight.called_back:
+            raise ReplicaError(f"{replica.url} ended a request that nobody interrupted; is it shutting down?", lost=True)
+        flight.finish = piece.finish
+        replica.busy.accepted()
+        replica.breaker.succeeded()
+
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        # EOS by name: the server knows it from the tokenizer, which may be absent.
+        ends = frozenset[int]() if params.ignore_eos else self._alive_facts().eos_token_ids
+        return ends.union(params.stop_token_ids)
+
+    def _alive_facts(self) -> Facts:
+        assert self._facts is not None
+        return self._facts
+
+    def _blame(self, replica: Replica, ticket: Ticket, error: ReplicaError) -> None:
+        """Note that a replica failed a request; raises if too many did."""
+        if isinstance(error, ReplicaBusy):
+            replica.busy.refused(asyncio.get_running_loop().time(), error.retry_after, random.random())
+            return
+        ticket.avoid = replica.url
+        if error is ticket.error:  # cut off by us, who know already
+            return
+        self._fleet.blame(replica, error)
+        ticket.faults += 1
+        if ticket.faults >= self._attempts:
+            raise EngineError(f"the request failed {ticket.faults} times, at last: {error}") from error
+
+    async def interrupt(self, request_ids: Collection[str] | None = None) -> None:
+        """End the given requests, or all, early; see `Engine.interrupt`.
+
+        Of one that no token came of yet, what the server may have sampled meanwhile is left there.
+        """
+        self._alive()
+        chosen = list(self._flights) if request_ids is None else [name for name in request_ids if name in self._flights]
+        await self._interrupt([self._flights[name] for name in dict.fromkeys(chosen)])
+
+    async def _interrupt(self, flights: Sequence[Flight]) -> None:
+        there: dict[Replica, list[str]] = {}
+        loop = asyncio.get_running_loop()
+        for flight in flights:
+            flight.called_back = True
+            if flight.server_id is None or flight.place is None:
+                flight.cut(None)
+            else:
+                there.setdefault(flight.place, []).append(flight.server_id)
+                loop.call_later(ABORT_SECONDS, flight.cut, None)
+        self._desk.call_back(flights)
+        await self._each(there, lambda replica: replica.server.abort(there[replica]))
+
+    # Scores
+
+    async def score(
+        self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1, adapter: str | Adapter | None = None
+    ) -> NDArray[np.float32]:
+        """See `Engine`. A prefill beside the other requests; the prefix cache is of no use to it."""
+        ids = self.check_score(token_ids, start).tolist()
+        if adapter is not None:
+            self.check_adapter(adapter)
+        scores, _ = await self._look(ids, 0, lambda answer, _: read_scores(answer, ids))
+        return np.array(scores[start - 1 :], np.float32)
+
+    async def top_tokens(
+        self, token_ids: Sequence[int] | NDArray[np.int32], count: int, *, adapter: str | Adapter | None = None
+    ) -> TopTokens:
+        """See `Engine`. One step beside the other requests, with the prefix cache."""
+        ids = self.check_top_tokens(token_ids, count).tolist()
+        if adapter is not None:
+            self.check_adapter(adapter)
+        vocab_size = self.vocab_size
+        likely, version = await self._look(ids, count, lambda _, choice: read_likely(choice, count, vocab_size))
+        return TopTokens.of(likely.keys(), likely.values(), version)
+
+    async def _look(self, ids: list[int], likely: int, read: Callable[[dict[str, Any], dict[str, Any]], Result]) -> tuple[Result, int]:
+        """What the answer to a request that is no rollout says, and its version: asked again where weights changed meanwhile."""
+        facts, ticket = self._alive(), Ticket()
+        self._looks.add(ticket)
+        try:
+            while True:
+                replica = await self._placed(ticket)
+                if replica is None or ticket.called_back:
+                    raise EngineClosedError("the engine was closed meanwhile")
+                label = self._weights.label or AT_START
+                body = look_body(facts.model, ids, likely_tokens=likely, salt=label)
+                try:
+                    async with ticket.talking():
+                        answer = await replica.server.ask(body)
+                    choice, told = read_whole(answer, facts.vocab_size)
+                    value = read(answer, choice)
+                    if told == label == self._weights.label:
+                        return value, self._version
+                except TimeoutError:
+                    continue
+                except ReplicaError as error:
+                    self._blame(replica, ticket, error)
+                finally:
+                    self._desk.leave(ticket, replica)
+        finally:
+            self._looks.discard(ticket)
+            ticket.over.set()
+
+    # Pauses
+
+    async def pause(self, mode: PauseMode = "abort") -> None:
+        """Stop sampling until `resume`; see `Engine.pause`. Control calls are carried out one after another."""
+        if mode not in get_args(PauseMode):
+            raise ValueError(f"unknown pause mode {mode!r}; known are {get_args(PauseMode)}")
+        async with self._control:
+            self._alive()
+            try:
+                if mode == "wait":
+                    await self._drain()
+                self._desk.set_gate("shut")
+                if mode == "abort":
+                    await self._interrupt(list(self._flights.values()))
+                await self._freeze()
+            finally:
+                if not self._fleet.frozen:
+                    self._desk.set_gate("open")
+
+    async def _drain(self) -> None:
+        """Let all requests in flight finish, those without a place included, while later ones wait here."""
+        flights = list(self._flights.values())
+        self._desk.begin_all(flights)
+        self._desk.set_gate("draining")
+        await self._thaw()
+        for flight in flights:
+            await flight.over.wait()
+
+    async def _freeze(self) -> None:
+        self._fleet.frozen = True
+        for replica in self._fleet.replicas.values():
+            if not replica.serving:
+                replica.cut(ReplicaError(f"{replica.url} does not serve"))
+        await self._each(self._fleet.serving(), lambda replica: replica.server.pause())
+
+    async def _thaw(self) -> None:
+        if self._fleet.frozen:
+            self._fleet.frozen = False
+            await self._each(self._fleet.serving(), lambda replica: replica.server.resume())
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        async with self._control:
+            self._alive()
+            await self._thaw()
+            self._desk.set_gate("open")
+
+    async def _each(
+        self, replicas: Iterable[Replica], action: Callable[[Replica], Awaitable[None]]
+    ) -> tuple[list[Replica], list[Exception]]:
+        """Do something with each replica at once; those with which it failed are taken out."""
+        done, errors = list[Replica](), list[Exception]()
+
+        async def act(replica: Replica) -> None:
+            try:
+                await action(replica)
+                done.append(replica)
+            except (ReplicaError, EngineError) as error:
+                errors.append(error)
+                self._fleet.take_out(replica, error)
+
+        async with asyncio.TaskGroup() as tasks:
+            for replica in replicas:
+                tasks.create_task(act(replica))
+        return done, errors
+
+    # Weights
+
+    async def _load_weights(self, source: WeightSource, version: int) -> None:
+        """Put new weights into all replicas while none samples, with requests in flight frozen meanwhile.
+
+        A path must lead to the same folder here and at all servers; tensors are written to a temporary folder first. What does not fit
+        the model is refused before a server is touched. Cancelled, it comes to its end first. A replica where a load breaks off is out
+        until it is restarted: what it holds may be a mixture.
+        """
+        self._alive()
+        assert self._group is not None
+        updating = self._group.create_task(_outcome(self._update(source, version)))
+        cancelled: asyncio.CancelledError | None = None
+        while not updating.done():
+            try:
+                await asyncio.wait([updating])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
+        if (failure := updating.result()) is not None:
+            raise failure
+
+    async def _update(self, source: WeightSource, version: int) -> None:
+        async with self._control, AsyncExitStack() as held:
+            self._alive()
+            staged = await self._weights.stage(source)
+            try:
+                replicas = self._fleet.well()
+                for replica in replicas:
+                    await held.enter_async_context(replica.control)
+                self._desk.set_gate("shut")
+                await self._put(staged, version, replicas)
+            except BaseException:
+                staged.drop()
+                raise
+            finally:
+                if not self._fleet.frozen:
+                    self._desk.set_gate("open")
+
+    async def _put(self, staged: Staged, version: int, replicas: Sequence[Replica]) -> None:
+        label, folder = self._weights.new_label(version), staged.checkpoint.folder
+
+        async def prepare(replica: Replica) -> None:
+            await replica.server.pause()
+            await check_seen(replica.server, folder, extended=_extended(replica))
+
+        async def finish(replica: Replica) -> None:
+            # Without `recompute` it clears nothing while requests are in flight; the salts see to those.
+            await replica.server.reset_cache(running=self._weights.recompute)
+            if not self._fleet.frozen:
+                await replica.server.resume()
+
+        ready, errors = await self._each(replicas, prepare)
+        loaded, more = await self._each(ready, lambda replica: load(replica.server, folder, label, extended=_extended(replica)))
+        labelled, most = await self._each(loaded, lambda replica: replica.server.set_label(label))
+        if not labelled:
+            raise self._none_took(version, [*errors, *more, *most])
+        # From here on they count: no token of theirs was sampled yet.
+        self._weights.put_in_force(staged, label, version)
+        self._version = version
+        for replica in labelled:
+            replica.label = label
+        for replica in self._fleet.serving():
+            if replica not in labelled:
+                self._fleet.take_out(replica, ReplicaError(f"{replica.url} missed the weights of version {version}"))
+        finished, _ = await self._each(labelled, finish)
+        for replica in finished:
+            self._fleet.admit(replica)
+
+    def _none_took(self, version: int, errors: Sequence[Exception]) -> Exception:
+        causes = "; ".join(map(str, errors)) or "; ".join(f"{one.url}: {one.cause}" for one in self._fleet.replicas.values())
+        error = WeightUpdateError(f"no replica took the weights of version {version}, {self._version} is still in force: {causes}")
+        error.__cause__ = next(iter(errors), None)
+        return error
+
+
+def _extended(replica: Replica) -> bool:
+    return replica.facts is not None and replica.facts.extended
+
+
+def _checked_urls(urls: str | Iterable[str]) -> list[str]:
+    listed = [server_url(url) for url in ([urls] if isinstance(urls, str) else urls)]
+    if not listed:
+        raise ValueError("urls is empty; give the address of one vLLM server or more, such as 'http://127.0.0.1:8000'")
+    if len(set(listed)) < len(listed):
+        raise ValueError(f"urls={listed} holds an address twice")
+    return listed
+
+
+async def _together(actions: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """All at once; the first failure is raised as it is, and ends the others."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for action in actions:
+                tasks.create_task(action)
+    except* EngineError as group:
+        errors: BaseException = group
+        while isinstance(errors, BaseExceptionGroup):
+            errors = errors.exceptions[0]
+        raise errors from None
+
+
+async def _outcome(action: Coroutine[Any, Any, None]) -> Exception | None:
+    """What it raised, for a task whose failure must not end its siblings."""
+    try:
+        await action
+    except Exception as error:  # noqa: BLE001 - it is raised where the update was asked for
+        return error
+    return None

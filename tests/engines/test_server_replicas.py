@@ -1,0 +1,491 @@
+"""Shows that an engine over several servers loses and doubles no token, whatever its replicas do: on real sockets, over simulated vLLM."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from numpy.typing import NDArray
+
+from agent_loop.engines.base import Completion, Engine, WeightSource
+from agent_loop.engines.simulated import SimulatedEngine
+from agent_loop.engines.vllm_server import VLLMServerEngine
+from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError, WeightUpdateError
+from agent_loop.sampling import SamplingParams
+from agent_loop.testing import EngineSuite, InFlight
+from tests.engines.simulated_server import GENERATE, SimulatedServer, answer, hang, raw_stream
+
+PARAMS = SamplingParams(max_tokens=40, ignore_eos=True, seed=5)
+REFERENCE = SimulatedEngine()
+QUICK: dict[str, Any] = {"open_seconds": 5.0, "health_seconds": 0.05, "control_seconds": 2.0, "patience_seconds": 5.0}
+
+
+def weights(folder: Path, seed: int) -> Path:
+    """A folder of weights, as far as anybody looks into it."""
+    path = folder / f"weights-{seed}"
+    path.mkdir(exist_ok=True)
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    return path
+
+
+def fast() -> SimulatedEngine:
+    return SimulatedEngine(slots=16)
+
+
+def slow() -> SimulatedEngine:
+    """Slow enough that a test can act on what runs."""
+    return SimulatedEngine(slots=16, tokens_per_second=400.0)
+
+
+@asynccontextmanager
+async def served(count: int = 2, make: Any = fast, **options: Any) -> AsyncIterator[tuple[VLLMServerEngine, list[SimulatedServer]]]:
+    """An engine over so many servers."""
+    async with AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(SimulatedServer(make)) for _ in range(count)]
+        engine = await stack.enter_async_context(VLLMServerEngine([server.url for server in servers], **QUICK | options))
+        yield engine, servers
+
+
+async def ask(engine: Engine, name: str, params: SamplingParams = PARAMS, **more: Any) -> Completion:
+    return await engine.generate([5, 6, 7], params, request_id=name, **more)
+
+
+def asked(server: SimulatedServer) -> int:
+    return server.calls.count(GENERATE)
+
+
+def check_tokens(completion: Completion, prompt: Sequence[int] = (5, 6, 7), seeds: tuple[int, ...] = (0,)) -> None:
+    """Each log-probability is that of its token after all before it: one that was lost, doubled or misplaced would show."""
+    ids, context = completion.token_ids.tolist(), list(prompt)
+    policy: Any = REFERENCE.policy
+    for token, logprob, version in zip(ids, completion.logprobs, completion.versions, strict=True):
+        assert policy.log_probs(context, seeds[version], SamplingParams())[token] == pytest.approx(logprob, abs=1e-5)
+        context.append(token)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def servers() -> AsyncIterator[list[SimulatedServer]]:
+    async with SimulatedServer(fast) as one, SimulatedServer(fast) as other:
+        yield [one, other]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def engine(servers: list[SimulatedServer]) -> AsyncIterator[Engine]:
+    async with VLLMServerEngine([server.url for server in servers]) as engine:
+        yield engine
+
+
+class TestOverSimulatedServers(EngineSuite):
+    tolerance = 1e-5
+
+    @pytest.fixture(autouse=True)
+    def _places(self, servers: list[SimulatedServer], tmp_path: Path) -> None:
+        self.servers, self.folder = servers, tmp_path
+
+    def make_engine(self) -> Engine:
+        return VLLMServerEngine([server.url for server in self.servers], adopt=True)
+
+    async def reference_logprobs(
+        self, engine: Engine, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float
+    ) -> NDArray[np.floating]:
+        return REFERENCE.reference_logprobs(prompt_ids, response_ids, 0, SamplingParams(temperature=temperature))
+
+    def original_weights(self, engine: Engine) -> WeightSource:
+        return weights(self.folder, 0)
+
+    def new_weights(self, engine: Engine) -> WeightSource:
+        return weights(self.folder, 1)
+
+
+# --- which replica
+
+
+async def test_requests_go_to_the_least_loaded_replica() -> None:
+    async with served(make=slow) as (engine, servers), asyncio.TaskGroup() as tasks:
+        calls = [InFlight(tasks, engine, [5, 6], PARAMS, f"r{number}") for number in range(10)]
+        for call in calls:
+            await call.seen()
+        assert [server.engine.running for server in servers] == [5, 5]
+        assert [one.in_flight for one in engine.replicas()] == [5, 5]
+
+
+async def test_a_session_stays_with_its_replica_until_that_is_much_busier() -> None:
+    async with served(make=slow, affinity_slack=2) as (engine, servers):
+        for turn in range(4):
+            await ask(engine, f"turn-{turn}", PARAMS.replace(max_tokens=2), session_id="a b/ü")
+        assert sorted(map(asked, servers)) == [1, 5]  # each was asked once at the opening
+        home = max(servers, key=asked)
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(4):
+                tasks.create_task(ask(engine, f"s{number}", session_id="a b/ü"))
+        assert asked(home) < 9
+
+
+async def test_no_more_requests_than_the_bound_are_at_a_replica_and_others_come_in_order() -> None:
+    async with served(make=slow, max_in_flight=3) as (engine, servers), asyncio.TaskGroup() as tasks:
+        ended: list[int] = []
+        calls = [tasks.create_task(ask(engine, f"r{number}", PARAMS.replace(max_tokens=4))) for number in range(24)]
+        for number, call in enumerate(calls):
+            call.add_done_callback(lambda _, number=number: ended.append(number))
+        while not all(call.done() for call in calls):
+            assert all(server.engine.running + server.engine.waiting <= 3 for server in servers)
+            await asyncio.wait([call for call in calls if not call.done()], return_when=asyncio.FIRST_COMPLETED)
+        assert [sorted(ended[place : place + 6]) for place in range(0, 24, 6)] == [
+            list(range(place, place + 6)) for place in range(0, 24, 6)
+        ]
+
+
+# --- replicas that fail
+
+
+async def test_what_a_killed_replica_had_goes_on_elsewhere_with_every_token_once() -> None:
+    async with served(make=slow) as (engine, servers):
+        async with asyncio.TaskGroup() as tasks:
+            calls = [InFlight(tasks, engine, [5, 6, 7], PARAMS.replace(seed=number), f"r{number}") for number in range(12)]
+            for call in calls:
+                await call.seen(3)
+            await servers[0].kill()
+        for call in calls:
+            completion = call.task.result()
+            assert (len(completion.token_ids), completion.finish_reason) == (40, "length")
+            assert completion.token_ids.tolist() == call.tokens
+            check_tokens(completion)
+        assert [one.serving for one in engine.replicas()] == [False, True]
+        assert "cannot be reached" in engine.replicas()[0].cause
+        await engine.health()
+        await servers[0].start()
+        await engine.until_serving(2)
+
+
+async def test_a_restarted_server_is_given_the_weights_in_force_before_it_serves(tmp_path: Path) -> None:
+    async with served() as (engine, servers):
+        await engine.update_weights(weights(tmp_path, 3), 1)
+        await servers[0].kill()
+        while engine.replicas()[0].serving:
+            check_tokens(await ask(engine, "while-down"), seeds=(0, 3))
+        await servers[0].start()
+        await engine.until_serving(2)
+        before = asked(servers[0])
+        for number in range(4):
+            completion = await ask(engine, f"r{number}")
+            check_tokens(completion, seeds=(0, 3))
+            assert set(completion.versions.tolist()) == {1}
+        assert asked(servers[0]) > before
+
+
+async def test_a_server_that_restarts_unnoticed_is_found_out_by_the_first_response_which_says_what_sampled_it(tmp_path: Path) -> None:
+    async with served(1, health_seconds=60.0) as (engine, servers):
+        await engine.update_weights(weights(tmp_path, 3), 1)
+        await servers[0].kill()
+        await servers[0].start()
+        first, second = await ask(engine, "first"), await ask(engine, "second")
+        for completion in (first, second):
+            check_tokens(completion, seeds=(0, 3))
+        assert set(second.versions.tolist()) == {1}
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_replica_without_room_is_left_alone_for_as_long_as_it_says(status: int) -> None:
+    async with served(health_seconds=60.0) as (engine, servers):
+        for server in servers:
+            server.fault(GENERATE, answer(status, **{"Retry-After": "0"}))
+        check_tokens(await ask(engine, "both-refuse-once"))
+        servers[0].fault(GENERATE, answer(status, **{"Retry-After": "60"}))
+        count = [asked(server) for server in servers]
+        for number in range(6):
+            check_tokens(await ask(engine, f"r{number}"))
+        assert asked(servers[0]) <= count[0] + 1
+        assert [one.serving for one in engine.replicas()] == [True, True], "being full is no failure"
+
+
+def event(token_ids: str = "[4]", content: str = '[{"token_id": 4, "logprob": -1.0}]', finish: str = "null") -> Any:
+    """A stream of one event."""
+    choice = f'{{"token_ids": {token_ids}, "logprobs": {{"content": {content}}}, "finish_reason": {finish}}}'
+    return raw_stream(f'data: {{"request_id": "a", "choices": [{choice}]}}\n\n'.encode())
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (answer(500), "500"),
+        (raw_stream(b"data: {not json}\n\n"), "no JSON"),
+        (raw_stream(b"data: []\n\n"), "no JSON object"),
+        (raw_stream(b"data: {}\n\n"), "unknown form"),
+        (raw_stream(b'data: {"error": {"message": "engine died"}}\n\n'), "engine died"),
+        (event("[64]", '[{"token_id": 64, "logprob": -1.0}]'), "64 outside"),
+        (event(content='[{"token_id": 4, "logprob": NaN}]'), "nan"),
+        (event(content='[{"token_id": 4, "logprob": -9999.0}]'), "-9999"),
+        (event(content='[{"token_id": 4, "logprob": 0.5}]'), "0.5"),
+        (event(content='[{"token_id": 5, "logprob": -1.0}]'), "token 5 where"),
+        (event("[4, 5]"), "2 tokens with 1"),
+        (event("[]", "[]", '"tired"'), "tired"),
+        (event(finish='"stop"'), "versions"),
+        (event(str([4] * 41), str([{"token_id": 4, "logprob": -1.0}] * 41).replace("'", '"')), "more than the 40"),
+        (raw_stream(b": nothing but a comment\n\n"), "without a finish reason"),
+    ],
+)
+async def test_nonsense_is_refused_and_asked_again_elsewhere_and_fails_where_there_is_nothing_else(fault: Any, says: str) -> None:
+    async with served(attempts=3) as (engine, servers):
+        servers[0].fault(GENERATE, fault)
+        servers[1].fault(GENERATE, fault)
+        completion = await ask(engine, "once")
+        assert len(completion.token_ids) == 40
+        for server in servers:
+            server.fault(GENERATE, *[fault] * 4)
+        with pytest.raises(EngineError, match=f"(?s)failed 3 times.*{says}"):
+            await ask(engine, "always")
+        for server in servers:
+            server.faults.clear()
+        await engine.until_serving(2)
+        check_tokens(await ask(engine, "after"))
+
+
+async def test_what_a_server_refuses_is_refused() -> None:
+    async with served() as (engine, servers):
+        servers[0].fault(GENERATE, answer(400))
+        servers[1].fault(GENERATE, answer(400))
+        with pytest.raises(RequestRefusedError, match="400"):
+            await ask(engine, "refused")
+        for server in servers:
+            server.faults.clear()
+        check_tokens(await ask(engine, "after"))
+
+
+async def test_a_server_that_answers_nothing_any_more_is_left() -> None:
+    async with served(make=slow, control_seconds=0.2) as (engine, servers), asyncio.TaskGroup() as tasks:
+        calls = [await InFlight(tasks, engine, [5, 6, 7], PARAMS, f"r{number}").seen(2) for number in range(4)]
+        # It holds its connections, and is silent on all of them: as after SIGSTOP.
+        await servers[0].engine.pause("keep")
+        servers[0].fault("/health", *[hang] * 50)
+        for call in calls:
+            check_tokens(await call.task)
+            assert len(call.tokens) == 40
+        assert not engine.replicas()[0].serving
+
+
+async def test_a_response_that_stands_still_goes_on_elsewhere() -> None:
+    policy: Any = REFERENCE.policy
+    logprob = float(policy.log_probs([5, 6, 7], 0, SamplingParams())[4])
+    choice = {"token_ids": [4], "logprobs": {"content": [{"token_id": 4, "logprob": logprob}]}, "finish_reason": None}
+    first = b"data: " + json.dumps({"request_id": "a", "choices": [choice]}).encode() + b"\n\n"
+    async with served(stall_seconds=0.1) as (engine, servers):
+        servers[0].fault(GENERATE, raw_stream(first, end=False))
+        servers[1].faults = servers[0].faults  # whichever is asked first
+        completion = await ask(engine, "r")
+        assert (completion.token_ids[0], len(completion.token_ids)) == (4, 40)
+        check_tokens(completion)
+
+
+async def test_a_server_that_ends_its_requests_on_its_way_down_has_them_go_on_elsewhere() -> None:
+    async with served(make=slow) as (engine, servers), asyncio.TaskGroup() as tasks:
+        calls = [await InFlight(tasks, engine, [5, 6, 7], PARAMS, f"r{number}").seen(2) for number in range(4)]
+        await servers[0].engine.interrupt()
+        for call in calls:
+            assert (await call.task).finish_reason == "length"
+            check_tokens(call.task.result())
+
+
+async def test_requests_wait_for_a_replica_and_fail_when_none_comes_back() -> None:
+    async with served(1, patience_seconds=0.3) as (engine, servers):
+        await servers[0].kill()
+        with pytest.raises(EngineDeadError, match="no replica serves"):
+            await ask(engine, "waits")
+        with pytest.raises(EngineDeadError, match="no replica serves"):
+            await ask(engine, "at-once")
+        with pytest.raises(EngineDeadError):
+            await engine.health()
+        await servers[0].start()
+        await engine.until_serving(1)
+        check_tokens(await ask(engine, "again"))
+
+
+async def test_a_cancelled_request_that_waits_leaves_no_trace() -> None:
+    async with served(1, make=slow, max_in_flight=1) as (engine, _), asyncio.TaskGroup() as tasks:
+        running = await InFlight(tasks, engine, [5, 6, 7], PARAMS, "running").seen()
+        waiting = [InFlight(tasks, engine, [5, 6, 7], PARAMS, f"w{number}") for number in range(3)]
+        await asyncio.sleep(0)  # they wait from here on
+        waiting[0].task.cancel()
+        await engine.interrupt(["w1"])
+        assert (await waiting[1].task).finish_reason == "abort"
+        check_tokens(await running.task)
+        assert (await waiting[2].task).finish_reason == "length"
+    assert waiting[0].task.cancelled()
+
+
+# --- weights
+
+
+async def test_a_replica_that_missed_an_update_is_out_until_it_has_caught_up(tmp_path: Path) -> None:
+    async with served(make=slow) as (engine, servers), asyncio.TaskGroup() as tasks:
+        calls = [await InFlight(tasks, engine, [5, 6, 7], PARAMS, f"r{number}").seen(2) for number in range(6)]
+        servers[0].fault("/pause", answer(500))
+        await engine.update_weights(weights(tmp_path, 2), 1)
+        assert engine.version == 1
+        await engine.until_serving(2)
+        assert servers[0].label == servers[1].label
+        for call in calls:
+            completion = await call.task
+            assert set(completion.versions.tolist()) == {0, 1}
+            check_tokens(completion, seeds=(0, 2))
+
+
+async def test_a_replica_where_a_load_broke_off_is_out_until_it_is_restarted(tmp_path: Path) -> None:
+    async with served() as (engine, servers):
+        servers[0].fault("/collective_rpc", answer(200, {"results": ["True"]}), answer(200, {"results": ["True"]}), answer(500))
+        await engine.update_weights(weights(tmp_path, 2), 1)
+        for number in range(4):
+            check_tokens(await ask(engine, f"r{number}"), seeds=(0, 2))
+        assert asked(servers[0]) == 1, "only at the opening"
+        assert "restart it" in engine.replicas()[0].cause or "500" in engine.replicas()[0].cause
+        await servers[0].kill()
+        await servers[0].start()
+        await engine.until_serving(2)
+        assert servers[0].label == servers[1].label
+
+
+async def test_an_update_that_no_replica_takes_leaves_the_old_weights(tmp_path: Path) -> None:
+    async with served() as (engine, servers):
+        for server in servers:
+            server.fault("/pause", answer(500))
+        with pytest.raises(WeightUpdateError, match="0 is still in force"):
+            await engine.update_weights(weights(tmp_path, 2), 1)
+        check_tokens(await ask(engine, "after"))
+        for server in servers:
+            server.fault("/collective_rpc", answer(200, {"results": ["False"]}))
+        with pytest.raises(WeightUpdateError, match="does not find"):
+            await engine.update_weights(weights(tmp_path, 2), 1)
+        check_tokens(await ask(engine, "after"))
+        assert engine.version == 0
+        await engine.update_weights(weights(tmp_path, 2), 1)
+        check_tokens(await ask(engine, "new"), seeds=(0, 2))
+
+
+async def test_a_cancelled_update_comes_to_its_end(tmp_path: Path) -> None:
+    async with served() as (engine, _):
+        for turns in (1, 5, 20, 60):
+            updating = asyncio.create_task(engine.update_weights(weights(tmp_path, turns), engine.version + 1))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            updating.cancel()
+            await asyncio.wait([updating])
+            completion = await ask(engine, "after")
+            assert set(completion.versions.tolist()) == {engine.version}
+            check_tokens(completion, seeds=(0, *[turns] * engine.version))
+
+
+async def test_a_replica_may_come_late_and_go_while_requests_run(tmp_path: Path) -> None:
+    async with served(1, make=slow) as (engine, servers), SimulatedServer(slow) as late:
+        await engine.update_weights(weights(tmp_path, 2), 1)
+        async with asyncio.TaskGroup() as tasks:
+            calls = [await InFlight(tasks, engine, [5, 6, 7], PARAMS, f"r{number}").seen(2) for number in range(3)]
+            await engine.add_replica(late.url + "/v1")
+            assert late.label == servers[0].label
+            with pytest.raises(ValueError, match="already"):
+                await engine.add_replica(late.url)
+            await engine.remove_replica(servers[0].url, drain=False)
+            with pytest.raises(ValueError, match="no replica"):
+                await engine.remove_replica(servers[0].url)
+        for call in calls:
+            check_tokens(call.task.result(), seeds=(0, 2))
+            assert len(call.tokens) == 40
+        assert [one.url for one in engine.replicas()] == [late.url]
+        assert late.engine.statistics().tokens > 0
+
+
+async def test_servers_that_an_earlier_engine_updated_wait_for_weights_unless_adopted(tmp_path: Path) -> None:
+    async with served(patience_seconds=0.3) as (engine, servers):
+        await engine.update_weights(weights(tmp_path, 2), 7)
+        urls = [server.url for server in servers]
+        async with VLLMServerEngine(urls, adopt=True, **QUICK) as adopted:
+            assert adopted.version == 7
+            assert (await ask(adopted, "adopted")).versions.tolist() == [7] * 40
+        async with VLLMServerEngine(urls, **QUICK) as fresh:
+            with pytest.raises(EngineError, match="earlier run left"):
+                await ask(fresh, "too-early")
+            await fresh.update_weights(weights(tmp_path, 3), 5)
+            check_tokens(await ask(fresh, "fresh"), seeds=(0, 0, 0, 0, 0, 3))
+            with pytest.raises(EngineError, match="another"):
+                await ask(engine, "robbed")
+            assert (await ask(fresh, "still-fresh")).versions.tolist() == [5] * 40
+
+
+# --- servers that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("told", "hidden", "says"),
+    [
+        ({"version": "0.31.4"}, set(), r"0\.31\.4"),
+        ({}, {"/is_paused"}, "VLLM_SERVER_DEV_MODE=1"),
+        ({}, {GENERATE}, "--enable-scale-out"),
+        ({"max_model_len": 100}, set(), "max_length"),
+        ({"id": "another"}, set(), "'another'"),
+        ({"vocab_size": 63}, set(), "vocab_size"),
+        ({"root": None}, set(), "generative model"),
+        ({"vocab_size": None}, set(), "give vocab_size"),
+    ],
+)
+async def test_a_server_that_does_not_fit_is_refused_at_the_opening(told: dict[str, Any], hidden: set[str], says: str) -> None:
+    async with SimulatedServer() as good, SimulatedServer(**told) as bad:
+        bad.hidden = hidden
+        engine = VLLMServerEngine([good.url, bad.url], **QUICK)
+        with pytest.raises(EngineError, match=says):
+            await engine.open()
+        await engine.close()
+        with pytest.raises(EngineClosedError):
+            await engine.open()
+
+
+async def test_a_server_whose_logprobs_are_not_those_sampled_from_is_refused() -> None:
+    entry = {"token_id": 4, "logprob": -1.5}
+    choice = {"token_ids": [4], "logprobs": {"content": [entry]}, "weight_versions": [{"version": "default", "start": 0, "end": 1}]}
+    async with SimulatedServer() as server:
+        server.fault(GENERATE, answer(200, {"choices": [choice]}))
+        with pytest.raises(EngineError, match="--logprobs-mode processed_logprobs"):
+            await VLLMServerEngine(server.url, **QUICK).open()
+
+
+async def test_a_server_on_a_cpu_without_our_extension_is_refused() -> None:
+    async with SimulatedServer(extended=False) as server:
+        with pytest.raises(EngineError, match="--worker-extension-cls"):
+            await VLLMServerEngine(server.url, **QUICK).open()
+
+
+async def test_a_server_that_is_not_there_yet_is_waited_for() -> None:
+    server = SimulatedServer()
+    await server.start()
+    await server.kill()
+    with pytest.raises(EngineError, match=r"did not come up in 0\.3 s"):
+        await VLLMServerEngine(server.url, open_seconds=0.3).open()
+    async with VLLMServerEngine(server.url, open_seconds=10.0) if await _later(server) else None as engine:  # type: ignore[union-attr]
+        check_tokens(await ask(engine, "r"))
+    await server.kill()
+
+
+async def _later(server: SimulatedServer) -> bool:
+    await server.start()
+    return True
+
+
+@pytest.mark.parametrize(
+    ("urls", "options", "match"),
+    [
+        ([], {}, "urls is empty"),
+        ("127.0.0.1:8000", {}, "no server's address"),
+        ("ftp://host", {}, "no server's address"),
+        ("http://host:1/v2", {}, "names a path"),
+        (["http://host:1", "http://host:1/v1"], {}, "twice"),
+        ("http://host:1", {"max_in_flight": 0}, "max_in_flight=0"),
+        ("http://host:1", {"affinity_slack": -1}, "affinity_slack=-1"),
+        ("http://host:1", {"health_seconds": 0}, "health_seconds=0"),
+    ],
+)
+def test_bad_arguments_are_refused_at_construction(urls: Any, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        VLLMServerEngine(urls, **options)
