@@ -40,8 +40,8 @@ def create_sampler(name: str, *args: Any, **options: Any) -> Sampler:
     """A sampler by name; what it needs is imported now, and nothing is started: `async with` or `with` opens it.
 
     Args:
-        name: "simulated", "transformers", "vllm", "beam_search", or one that was registered, here or by an installed package.
-        args: of its factory; for "transformers" and "vllm" the model, for "beam_search" the engine.
+        name: "simulated", "transformers", "vllm", "vllm_server", "beam_search", or one registered here or by a package.
+        args: of its factory; for "transformers" and "vllm" the model, for "vllm_server" the addresses, for "beam_search" the engine.
         options: `tokenizer` and `template` of the sampler, others of the engine. By default the tokenizer is the model folder's.
 
     Raises:
@@ -100,6 +100,13 @@ def _vllm(model: Any, *, tokenizer: Any = None, template: Any = None, **options:
     return _made("vllm", "VLLMEngine", model, tokenizer=tokenizer, template=template, options=options)
 
 
+def _vllm_server(urls: Any, *, tokenizer: Any = None, template: Any = None, seed: int | None = None, **options: Any) -> Sampler:
+    engine = importlib.import_module("agent_loop.engines.vllm_server").VLLMServerEngine(urls, **options)
+    sampler = Sampler(engine, tokenizer, seed=seed)
+    sampler.set_template(template)
+    return sampler
+
+
 def _tokenizer(model: Any) -> Any:
     """The model's own; None for a model object and for a folder without one."""
     if not isinstance(model, str | Path) or (Path(model).is_dir() and not any(Path(model).glob("tokenizer*"))):
@@ -118,4 +125,5 @@ _BUILT_IN: dict[str, Callable[..., Sampler]] = {
     "simulated": _simulated,
     "transformers": _transformers,
     "vllm": _vllm,
+    "vllm_server": _vllm_server,
 }

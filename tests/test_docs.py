@@ -130,6 +130,16 @@ async def training_with_trl(folder: Path, patch: pytest.MonkeyPatch) -> dict[str
     return await tiny_model(folder, patch) | {"dataset": [{"prompt": f"What is {a} + {a}?"} for a in range(20)]}
 
 
+async def two_servers(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Two vLLM servers, simulated, and a folder of weights for them."""
+    from tests.engines.simulated_server import SimulatedServer, write_weights
+
+    servers = [SimulatedServer() for _ in range(2)]
+    for server in servers:
+        await server.start()
+    return {"servers": servers, "urls": [server.url for server in servers], "weights": write_weights(folder, 1)}
+
+
 async def small_run(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """run.db in the page's folder, as a run with failures leaves it."""
     await make_run(folder / "run.db")
@@ -147,6 +157,7 @@ READERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Awaitable[dict[str, Any]
     "docs/how-to/report-on-a-run.md": small_run,
     "docs/how-to/score-log-probabilities.md": tiny_model,
     "docs/how-to/resume-a-run.md": small_run,
+    "docs/how-to/serve-with-vllm.md": two_servers,
     "docs/how-to/simulate-a-run.md": small_run,
     "docs/how-to/use-adapters.md": tiny_adapter,
     "docs/how-to/train-with-trl.md": training_with_trl,
@@ -212,7 +223,10 @@ async def names(
     if "postgresql" in page:
         server: postgres.Server = request.getfixturevalue("server")
         own["url"] = postgres.schema_url(server.address, tmp_path, "run.db")
-    yield own | ({} if reader is None else await reader(tmp_path, monkeypatch))
+    own |= {} if reader is None else await reader(tmp_path, monkeypatch)
+    yield dict(own)
+    for started in own.get("servers", ()):
+        await started.kill()
 
 
 # --- running blocks

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "vllm", "transformers", "trl", "httpx", "torchdata", "datasets")
+HEAVY = ("torch", "vllm", "transformers", "trl", "httpx", "aiohttp", "torchdata", "datasets")
 
 
 @pytest.mark.parametrize("package", ["buffer", "agent_loop", "producer", "producer.experience"])

@@ -252,8 +252,13 @@ class VLLMServerEngine(Engine):
         return tuple(replica.status() for replica in self._fleet.replicas.values())
 
     async def until_serving(self, count: int) -> None:
-        """Wait until `count` replicas serve."""
+        """Wait until `count` replicas serve.
+
+        Raises:
+            EngineError: they hold weights of an earlier run, and wait for `update_weights` themselves.
+        """
         self._alive()
+        self._check_weights()
         await self._fleet.until_serving(count)
 
     async def add_replica(self, url: str) -> None:
@@ -347,12 +352,15 @@ class VLLMServerEngine(Engine):
             if replica is not None:
                 self._desk.leave(flight, replica)
 
-    async def _placed(self, ticket: Ticket) -> Replica | None:
+    def _check_weights(self) -> None:
         if self._weights.label is None:
             raise EngineError(
                 "the servers hold weights that an earlier run left there; call update_weights before anything else, or make the "
                 "engine with adopt=True to take them as they are"
             )
+
+    async def _placed(self, ticket: Ticket) -> Replica | None:
+        self._check_weights()
         if self._fleet.hopeless is not None and not ticket.called_back:
             raise EngineDeadError(str(self._fleet.hopeless))
         return None if ticket.called_back else await self._desk.place(ticket)

@@ -24,6 +24,15 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 GENERATE = "/inference/v1/generate"
 
 
+def write_weights(folder: Path, seed: int) -> Path:
+    """A folder of weights, as far as anybody looks into it."""
+    path = folder / f"weights-{seed}"
+    path.mkdir(exist_ok=True)
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    return path
+
+
 def answer(status: int, body: Any = None, **headers: str) -> Handler:
     """A fault: answer with this, once."""
 

@@ -18,20 +18,11 @@ from agent_loop.engines.vllm_server import VLLMServerEngine
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams
 from agent_loop.testing import EngineSuite, InFlight
-from tests.engines.simulated_server import GENERATE, SimulatedServer, answer, hang, raw_stream
+from tests.engines.simulated_server import GENERATE, SimulatedServer, answer, hang, raw_stream, write_weights
 
 PARAMS = SamplingParams(max_tokens=40, ignore_eos=True, seed=5)
 REFERENCE = SimulatedEngine()
 QUICK: dict[str, Any] = {"open_seconds": 5.0, "health_seconds": 0.05, "control_seconds": 2.0, "patience_seconds": 5.0}
-
-
-def weights(folder: Path, seed: int) -> Path:
-    """A folder of weights, as far as anybody looks into it."""
-    path = folder / f"weights-{seed}"
-    path.mkdir(exist_ok=True)
-    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    return path
 
 
 def fast() -> SimulatedEngine:
@@ -97,10 +88,10 @@ class TestOverSimulatedServers(EngineSuite):
         return REFERENCE.reference_logprobs(prompt_ids, response_ids, 0, SamplingParams(temperature=temperature))
 
     def original_weights(self, engine: Engine) -> WeightSource:
-        return weights(self.folder, 0)
+        return write_weights(self.folder, 0)
 
     def new_weights(self, engine: Engine) -> WeightSource:
-        return weights(self.folder, 1)
+        return write_weights(self.folder, 1)
 
 
 # --- which replica
@@ -165,7 +156,7 @@ async def test_what_a_killed_replica_had_goes_on_elsewhere_with_every_token_once
 
 async def test_a_restarted_server_is_given_the_weights_in_force_before_it_serves(tmp_path: Path) -> None:
     async with served() as (engine, servers):
-        await engine.update_weights(weights(tmp_path, 3), 1)
+        await engine.update_weights(write_weights(tmp_path, 3), 1)
         await servers[0].kill()
         while engine.replicas()[0].serving:
             check_tokens(await ask(engine, "while-down"), seeds=(0, 3))
@@ -181,7 +172,7 @@ async def test_a_restarted_server_is_given_the_weights_in_force_before_it_serves
 
 async def test_a_server_that_restarts_unnoticed_is_found_out_by_the_first_response_which_says_what_sampled_it(tmp_path: Path) -> None:
     async with served(1, health_seconds=60.0) as (engine, servers):
-        await engine.update_weights(weights(tmp_path, 3), 1)
+        await engine.update_weights(write_weights(tmp_path, 3), 1)
         await servers[0].kill()
         await servers[0].start()
         first, second = await ask(engine, "first"), await ask(engine, "second")
@@ -325,7 +316,7 @@ async def test_a_replica_that_missed_an_update_is_out_until_it_has_caught_up(tmp
     async with served(make=slow) as (engine, servers), asyncio.TaskGroup() as tasks:
         calls = [await InFlight(tasks, engine, [5, 6, 7], PARAMS, f"r{number}").seen(2) for number in range(6)]
         servers[0].fault("/pause", answer(500))
-        await engine.update_weights(weights(tmp_path, 2), 1)
+        await engine.update_weights(write_weights(tmp_path, 2), 1)
         assert engine.version == 1
         await engine.until_serving(2)
         assert servers[0].label == servers[1].label
@@ -338,7 +329,7 @@ async def test_a_replica_that_missed_an_update_is_out_until_it_has_caught_up(tmp
 async def test_a_replica_where_a_load_broke_off_is_out_until_it_is_restarted(tmp_path: Path) -> None:
     async with served() as (engine, servers):
         servers[0].fault("/collective_rpc", answer(200, {"results": ["True"]}), answer(200, {"results": ["True"]}), answer(500))
-        await engine.update_weights(weights(tmp_path, 2), 1)
+        await engine.update_weights(write_weights(tmp_path, 2), 1)
         for number in range(4):
             check_tokens(await ask(engine, f"r{number}"), seeds=(0, 2))
         assert asked(servers[0]) == 1, "only at the opening"
@@ -354,22 +345,22 @@ async def test_an_update_that_no_replica_takes_leaves_the_old_weights(tmp_path: 
         for server in servers:
             server.fault("/pause", answer(500))
         with pytest.raises(WeightUpdateError, match="0 is still in force"):
-            await engine.update_weights(weights(tmp_path, 2), 1)
+            await engine.update_weights(write_weights(tmp_path, 2), 1)
         check_tokens(await ask(engine, "after"))
         for server in servers:
             server.fault("/collective_rpc", answer(200, {"results": ["False"]}))
         with pytest.raises(WeightUpdateError, match="does not find"):
-            await engine.update_weights(weights(tmp_path, 2), 1)
+            await engine.update_weights(write_weights(tmp_path, 2), 1)
         check_tokens(await ask(engine, "after"))
         assert engine.version == 0
-        await engine.update_weights(weights(tmp_path, 2), 1)
+        await engine.update_weights(write_weights(tmp_path, 2), 1)
         check_tokens(await ask(engine, "new"), seeds=(0, 2))
 
 
 async def test_a_cancelled_update_comes_to_its_end(tmp_path: Path) -> None:
     async with served() as (engine, _):
         for turns in (1, 5, 20, 60):
-            updating = asyncio.create_task(engine.update_weights(weights(tmp_path, turns), engine.version + 1))
+            updating = asyncio.create_task(engine.update_weights(write_weights(tmp_path, turns), engine.version + 1))
             for _ in range(turns):
                 await asyncio.sleep(0)
             updating.cancel()
@@ -381,7 +372,7 @@ async def test_a_cancelled_update_comes_to_its_end(tmp_path: Path) -> None:
 
 async def test_a_replica_may_come_late_and_go_while_requests_run(tmp_path: Path) -> None:
     async with served(1, make=slow) as (engine, servers), SimulatedServer(slow) as late:
-        await engine.update_weights(weights(tmp_path, 2), 1)
+        await engine.update_weights(write_weights(tmp_path, 2), 1)
         async with asyncio.TaskGroup() as tasks:
             calls = [await InFlight(tasks, engine, [5, 6, 7], PARAMS, f"r{number}").seen(2) for number in range(3)]
             await engine.add_replica(late.url + "/v1")
@@ -400,7 +391,7 @@ async def test_a_replica_may_come_late_and_go_while_requests_run(tmp_path: Path)
 
 async def test_servers_that_an_earlier_engine_updated_wait_for_weights_unless_adopted(tmp_path: Path) -> None:
     async with served(patience_seconds=0.3) as (engine, servers):
-        await engine.update_weights(weights(tmp_path, 2), 7)
+        await engine.update_weights(write_weights(tmp_path, 2), 7)
         urls = [server.url for server in servers]
         async with VLLMServerEngine(urls, adopt=True, **QUICK) as adopted:
             assert adopted.version == 7
@@ -408,7 +399,7 @@ async def test_servers_that_an_earlier_engine_updated_wait_for_weights_unless_ad
         async with VLLMServerEngine(urls, **QUICK) as fresh:
             with pytest.raises(EngineError, match="earlier run left"):
                 await ask(fresh, "too-early")
-            await fresh.update_weights(weights(tmp_path, 3), 5)
+            await fresh.update_weights(write_weights(tmp_path, 3), 5)
             check_tokens(await ask(fresh, "fresh"), seeds=(0, 0, 0, 0, 0, 3))
             with pytest.raises(EngineError, match="another"):
                 await ask(engine, "robbed")

@@ -90,7 +90,8 @@ async def check_endpoints(server: Server, facts: Facts) -> None:
     if paused:
         raise ReplicaError(f"{server.url} is paused")  # it would not answer
     # One token is left to sample, so that the log-probability of the sampling distribution is 0, and no other one is.
-    body = look_body(facts.model, [1 % facts.vocab_size], likely_tokens=1, salt=label, temperature=1.0, top_k=1)
+    prompt = [facts.vocab_size // part for part in (3, 2, 5)]  # no padding, after which all tokens may be equally likely
+    body = look_body(facts.model, prompt, likely_tokens=1, salt=label, temperature=1.0, top_k=1)
     try:
         choice, _ = read_whole(await server.ask(body, seconds=server.load_seconds), facts.vocab_size)
     except NoSuchEndpoint as error:
