@@ -449,7 +449,7 @@ def test_names_are_registered_by_a_decorator_once(monkeypatch: pytest.MonkeyPatc
     for taken in ("mine", "vllm", ""):
         with pytest.raises(ValueError, match="taken are"):
             register_sampler(taken)
-    with pytest.raises(ValueError, match=r"'nobody'; known are \[.*'mine', 'simulated', 'transformers', 'vllm'\]"):
+    with pytest.raises(ValueError, match=r"'nobody'; known are \[.*'mine', 'simulated', 'transformers', 'vllm', 'vllm_server'\]"):
         create_sampler("nobody")
     register_sampler("wrong")(SimulatedEngine)  # type: ignore[type-var]
     with pytest.raises(TypeError, match="no Sampler"):

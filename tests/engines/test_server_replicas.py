@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 from numpy.typing import NDArray
 
+from agent_loop import create_sampler
 from agent_loop.engines.base import Completion, Engine, WeightSource
 from agent_loop.engines.simulated import SimulatedEngine
 from agent_loop.engines.vllm_server import VLLMServerEngine
@@ -92,6 +93,17 @@ class TestOverSimulatedServers(EngineSuite):
 
     def new_weights(self, engine: Engine) -> WeightSource:
         return write_weights(self.folder, 1)
+
+
+async def test_a_sampler_over_servers_is_made_by_name(servers: list[SimulatedServer]) -> None:
+    async with create_sampler("vllm_server", [server.url for server in servers], adopt=True, seed=3) as sampler:
+        responses = await sampler.sample([[5, 6], [7, 8]], PARAMS, num_samples=2)
+    for prompt, response in zip(([5, 6], [7, 8]), responses, strict=True):
+        assert len({sequence.token_ids.tobytes() for sequence in response.sequences}) == 2
+        for sequence in response.sequences:
+            assert len(sequence.token_ids) == 40
+            expected = REFERENCE.reference_logprobs(prompt, sequence.token_ids.tolist(), 0)
+            np.testing.assert_allclose(sequence.logprobs, expected, atol=1e-5)
 
 
 # --- which replica

@@ -11,6 +11,9 @@ from agent_loop.engines.server.faults import ReplicaError
 NO_LOGPROB = -9990.0
 """vLLM writes -9999 where it has no log-probability, or one that is no number."""
 
+MOST_TOKENS = 1 << 22
+"""Of one response; versions of more are nonsense."""
+
 LARGEST_EVENT = 16 << 20
 """Bytes of one event of a stream; more is no answer to our requests."""
 
@@ -111,7 +114,7 @@ def read_spans(spans: Any) -> list[str]:
     try:
         for span in spans:
             label, start, end = span["version"], span["start"], span["end"]
-            if type(label) is not str or start != len(labels) or not start <= end <= start + LARGEST_EVENT:
+            if type(label) is not str or start != len(labels) or not start <= end <= MOST_TOKENS:
                 raise ReplicaError(f"versions in spans that do not follow one another: {spans!r:.100}")
             labels += [label] * (end - start)
     except (KeyError, TypeError) as error:

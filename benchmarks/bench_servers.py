@@ -1,0 +1,162 @@
+"""What `VLLMServerEngine` costs over a bare HTTP client, and what a second replica gives.
+
+    python -m benchmarks.bench_servers [--repeats 5] [--real]
+
+The simulated servers run in a thread of their own, so that the CPU time of the main thread is the client's alone. `--real` starts a vLLM
+server of a tiny model, for which the work outside the model weighs most: the ratio is a lower bound.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import aiohttp
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from agent_loop.engines.server.client import GENERATE, generate_body
+from agent_loop.engines.simulated import SimulatedEngine
+from agent_loop.engines.vllm_server import VLLMServerEngine
+from agent_loop.sampling import SamplingParams
+from examples.two_replicas import Replica
+from tests.engines.simulated_server import SimulatedServer
+
+PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
+PIECE = 16
+
+Ask = Callable[[int], Awaitable[int]]
+
+
+@contextlib.contextmanager
+def simulated(make: Callable[[], SimulatedEngine], count: int) -> Iterator[list[str]]:
+    """The addresses of so many servers in a thread of their own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    servers = [SimulatedServer(make) for _ in range(count)]
+    try:
+        for server in servers:
+            asyncio.run_coroutine_threadsafe(server.start(), loop).result()
+        yield [server.url for server in servers]
+    finally:
+        for server in servers:
+            asyncio.run_coroutine_threadsafe(server.kill(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+def ours(engine: VLLMServerEngine, params: SamplingParams) -> Ask:
+    async def ask(number: int) -> int:
+        return len((await engine.generate(PROMPT, params, request_id=str(number))).token_ids)
+
+    return ask
+
+
+def bare(session: aiohttp.ClientSession, url: str, model: str, params: SamplingParams) -> Ask:
+    """The same request as one would write it by hand, its tokens and log-probabilities included."""
+
+    async def ask(number: int) -> int:
+        body = generate_body(model, PROMPT, params, (), name=f"bare-{number}", salt="default", piece=PIECE)
+        tokens, logprobs = list[int](), list[float]()
+        async with session.post(url + GENERATE, json=body) as response:
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    choice = json.loads(line[6:])["choices"][0]
+                    tokens += choice["token_ids"]
+                    logprobs += [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        return len(tokens)
+
+    return ask
+
+
+async def rate(ask: Ask, requests: int) -> float:
+    """Tokens a second of `requests` coroutines at once."""
+    start = time.perf_counter()
+    tokens = sum(await asyncio.gather(*(ask(number) for number in range(requests))))
+    return tokens / (time.perf_counter() - start)
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+async def scaling(repeats: int) -> None:
+    """Two replicas against one, each with 16 slots of 100 tokens a second."""
+    params, ratios = SamplingParams(max_tokens=64, ignore_eos=True), list[float]()
+    with simulated(lambda: SimulatedEngine(slots=16, tokens_per_second=100.0), 2) as urls:
+        for _ in range(repeats):
+            rates = []
+            for count in (1, 2):
+                async with VLLMServerEngine(urls[:count]) as engine:
+                    rates.append(await rate(ours(engine, params), 128))
+            ratios.append(rates[1] / rates[0])
+    print(f"| two replicas against one, 128 requests of 64 tokens, simulated | {spread(ratios)} |")
+
+
+async def client_time(repeats: int) -> None:
+    """CPU time of the client, and latency of a request alone: ours beside the bare one."""
+    params = SamplingParams(max_tokens=64 * PIECE, ignore_eos=True)
+    pieces: dict[str, list[float]] = {"ours": [], "bare": []}
+    latencies: dict[str, list[float]] = {"ours": [], "bare": []}
+    with simulated(lambda: SimulatedEngine(slots=64), 1) as (url,):
+        async with VLLMServerEngine(url) as engine, aiohttp.ClientSession() as session:
+            for repeat in range(repeats + 1):
+                for name in ("ours", "bare") if repeat % 2 else ("bare", "ours"):
+                    ask = {"ours": ours(engine, params), "bare": bare(session, url, "simulated", params)}[name]
+                    short = SamplingParams(max_tokens=1, ignore_eos=True)
+                    quick = {"ours": ours(engine, short), "bare": bare(session, url, "simulated", short)}[name]
+                    begun = time.thread_time()
+                    await rate(ask, 16)
+                    pieces[name].append((time.thread_time() - begun) / 16 / 64 * 1e6)
+                    for number in range(100):
+                        begun = time.perf_counter()
+                        await quick(number)
+                        latencies[name].append((time.perf_counter() - begun) * 1e3)
+    for name in ("ours", "bare"):
+        print(f"| event loop's time a piece of {PIECE} tokens, us: {name} | {spread(pieces[name][1:], 0)} |")
+    middle = {name: statistics.median(times[100:]) for name, times in latencies.items()}
+    print(f"| latency of a request for one token, p50, ms: ours and bare | {middle['ours']:.2f} and {middle['bare']:.2f} |")
+
+
+async def real(repeats: int, requests: int, tokens: int) -> None:
+    """One vLLM server: ours against the bare client, in turns."""
+    from tests.tiny_model import make_tiny_model
+
+    params, ratios = SamplingParams(max_tokens=tokens, ignore_eos=True), list[float]()
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_tiny_model(Path(folder) / "model")
+        small = ("--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--max-num-seqs", "64")
+        with Replica(model, *small, log=Path(folder) / "log") as replica:
+            async with VLLMServerEngine(replica.url) as engine, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+                asks = {"ours": ours(engine, params), "bare": bare(session, replica.url, str(model), params)}
+                for repeat in range(repeats + 1):
+                    names = ("ours", "bare") if repeat % 2 else ("bare", "ours")
+                    rates = {name: await rate(asks[name], requests) for name in names}
+                    if repeat:
+                        ratios.append(rates["ours"] / rates["bare"])
+    print(f"| one vLLM server, tokens/s of ours against a bare client, {requests} requests of {tokens} tokens | {spread(ratios)} |")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--real", action="store_true")
+    arguments = parser.parse_args()
+    print("| | median (least to most) |\n| --- | --- |")
+    asyncio.run(scaling(arguments.repeats))
+    asyncio.run(client_time(arguments.repeats))
+    if arguments.real:
+        asyncio.run(real(arguments.repeats, 128, 64))
+
+
+if __name__ == "__main__":
+    main()
