@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +62,16 @@ def last_words(logs: Path) -> str:
     return "\n\n".join(log.read_text()[-5000:] for log in sorted(logs.iterdir()))
 
 
+@cache
+def reference(model: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+
 def logprobs(model: Path, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float = 1.0) -> NDArray[np.floating]:
     """(len(response_ids),) teacher-forced log-probabilities by transformers."""
     ids = torch.tensor([[*prompt_ids, *response_ids]])
     with torch.inference_mode():
-        logits = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids).logits[0]
+        logits = reference(model)(ids).logits[0]
     chosen = torch.log_softmax(logits[len(prompt_ids) - 1 : -1] / temperature, -1)
     return chosen.gather(1, torch.as_tensor(response_ids, dtype=torch.int64)[:, None])[:, 0].numpy()
 
@@ -133,7 +139,7 @@ class TestVLLMServerEngine(EngineSuite):
         self, engine: VLLMServerEngine, servers: list[Replica]
     ) -> None:
         """Last, since one server is gone afterwards."""
-        prompts = self.prompts(engine, 48)
+        prompts = self.prompts(engine, 32)
         async with asyncio.TaskGroup() as tasks:
             calls = [
                 InFlight(tasks, engine, prompt, LONG.replace(seed=number), f"killed-{number}") for number, prompt in enumerate(prompts)
