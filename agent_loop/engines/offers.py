@@ -10,6 +10,7 @@ from agent_loop.engines.base import ALL_TOKENS, Capabilities, Engine
 
 ENGINES = {
     "VLLMEngine": "agent_loop.engines.vllm",
+    "VLLMServerEngine": "agent_loop.engines.vllm_server",
     "TransformersEngine": "agent_loop.engines.transformers",
     "SimulatedEngine": "agent_loop.engines.simulated",
 }

@@ -3,16 +3,18 @@
 import asyncio
 import itertools
 import random
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import (
+    ALL_TOKENS,
     Capabilities,
     Completion,
     Engine,
@@ -52,6 +54,9 @@ class VLLMServerEngine(Engine):
     The servers need `VLLM_SERVER_DEV_MODE=1`, `--enable-scale-out` and `--logprobs-mode processed_logprobs`. Whoever reaches the
     endpoints of that mode governs the server: bind it to loopback or a private interface.
     """
+
+    offers = Capabilities(score=True, top_tokens=ALL_TOKENS, load=True)
+    only_with: ClassVar[Mapping[str, str]] = {"top_tokens": "up to `max_logprobs`, 20 by default"}
 
     def __init__(
         self,
@@ -148,8 +153,7 @@ class VLLMServerEngine(Engine):
     @property
     def capabilities(self) -> Capabilities:
         """Scores, and as many likely tokens as `max_logprobs` says."""
-        facts = self._alive()
-        return Capabilities(score=True, top_tokens=min(self._max_logprobs, facts.vocab_size))
+        return replace(self.offers, top_tokens=min(self._max_logprobs, self._alive().vocab_size))
 
     def _alive(self) -> Facts:
         if self._closed:
@@ -313,6 +317,7 @@ class VLLMServerEngine(Engine):
         request_id: str,
         session_id: str | None = None,
         adapter: str | Adapter | None = None,
+        media: Sequence[Any] | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
         """Sample one response; see `Engine.generate`.
@@ -321,6 +326,7 @@ class VLLMServerEngine(Engine):
         of which one half came before a replica died, and the other half after, is not found.
         """
         ids = self.check_request(prompt_ids, params)
+        self.check_media(media)
         if adapter is not None:
             self.check_adapter(adapter)
         if request_id in self._flights:
