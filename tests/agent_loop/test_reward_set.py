@@ -293,6 +293,70 @@ async def test_a_plain_reward_may_give_score_and_reward_apart() -> None:
     assert "gave inf; it must give a finite number" in str(group.rollouts[0].error)
 
 
+OUTCOMES = st.lists(st.none() | st.floats(-5, 5) | st.sampled_from(["raises", "hangs", "nan"]), min_size=1, max_size=4)
+
+
+@st.composite
+def scripted(draw: st.DrawFn) -> tuple[dict[str, list[Any]], dict[str, dict[str, Any]], dict[str, float]]:
+    """Functions by what their calls do one after the other, the last again and again; their options; their weights."""
+    names = draw(st.lists(NAMES, min_size=1, max_size=4, unique=True))
+    outcomes = {name: draw(OUTCOMES) for name in names}
+    policies = st.sampled_from(["fail", "skip", 0.5])
+    options = {name: {"on_error": draw(policies), "retries": draw(st.integers(0, 2)), "shaping": draw(st.booleans())} for name in names}
+    options[names[0]]["shaping"] = False
+    return outcomes, options, {name: draw(st.sampled_from([0.5, 1.0, -2.0])) for name in names}
+
+
+@given(scripted())
+def test_whatever_functions_do_the_judgement_is_that_of_the_rules(case: Any) -> None:
+    outcomes, options, weights = case
+    calls = Counter[str]()
+
+    def function(name: str) -> Callable[[RolloutState], Any]:
+        async def reward(state: RolloutState) -> Any:
+            outcome = outcomes[name][min(calls[name], len(outcomes[name]) - 1)]
+            calls[name] += 1
+            if outcome == "hangs":
+                await asyncio.sleep(1000)
+            if outcome == "raises":
+                raise LookupError
+            return math.nan if outcome == "nan" else outcome
+
+        return reward
+
+    def by_the_rules(name: str) -> tuple[str, Any]:
+        """Of one judgement: what the first call that does not fail gives, within the retries."""
+        for call in range(1 + options[name]["retries"]):
+            outcome = outcomes[name][min(call, len(outcomes[name]) - 1)]
+            if not isinstance(outcome, str):
+                return ("no say", None) if outcome is None else ("part", outcome)
+        return {"fail": ("failed", None), "skip": ("skipped", None)}.get(options[name]["on_error"], ("part", 0.5))
+
+    reward = RewardSet({name: RewardFunction(function(name), timeout=10.0, **options[name]) for name in outcomes}, weights)
+    state = state_of()
+    try:
+        judgement = virtual_time.run(reward(state))
+    except RewardError:
+        judgement = None
+    ends = {name: by_the_rules(name) for name in outcomes}
+    parts = {name: value for name, (kind, value) in ends.items() if kind == "part"}
+    assert state.reward_parts == parts
+
+    def total(names: set[str]) -> float | None:
+        present, lost = (sum(abs(weights[name]) for name in names if ends[name][0] == kind) for kind in ("part", "skipped"))
+        return sum(weights[name] * parts[name] for name in names & set(parts)) * (present + lost) / present if present else None
+
+    expected = total({name for name in outcomes if not options[name]["shaping"]}), total(set(outcomes))
+    if None in expected or any(kind == "failed" for kind, _ in ends.values()):
+        assert judgement is None
+    else:
+        assert judgement is not None
+        assert (judgement.score, judgement.reward) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
+    statistics = [reward.statistics[name, ""] for name in outcomes]
+    assert sum(own.parts + own.filled for own in statistics) == len(parts)
+    assert {name: reward.statistics[name, ""].calls for name in outcomes} == dict(calls)
+
+
 # -- of a group -------------------------------------------------------------------------------------------------
 
 
