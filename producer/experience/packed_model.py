@@ -13,9 +13,10 @@ Tensor = Any
 
 MASKED_HERE = frozenset({"eager", "sdpa", "flex_attention"})
 """Attention that transformers gives a mask made from position ids; the others are told where sequences begin."""
-LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""Of packed logits to plain ones, relative to their spread. What a sequence sees of another one changes them by far more."""
-DIFFERENCE_OF_HALF = 0.05
+LARGEST_DIFFERENCE = {torch.float32: 0.01, torch.float64: 0.01}
+"""Of packed numbers to plain ones, relative to their spread; float32 may be multiplied in TF32. What a sequence sees of another one
+changes them by more."""
+DIFFERENCE_OF_HALF = 0.1
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,45 @@ def test_weights_are_those_of_the_definitions(config: OffPolicy, lengths: list[i
     np.testing.assert_allclose(made.weights[~near], expected[~near], rtol=1e-9)
 
 
+@given(config=CONFIGS, lengths=st.lists(st.integers(0, 4), min_size=1, max_size=6), data=st.data())
+def test_neither_order_nor_shards_change_a_weight(config: OffPolicy, lengths: list[int], data: st.DataObject) -> None:
+    logs = arrays.arrays(np.float64, sum(lengths), elements=st.floats(-3, 0, width=16))
+    bounds = np.cumsum(lengths)[:-1]
+    pairs = list(zip(np.split(data.draw(logs), bounds), np.split(data.draw(logs), bounds), strict=True))
+
+    def weights(chosen: list[int]) -> list[float]:
+        trainer, sampler = (np.concatenate([np.zeros(0), *(pairs[number][side] for number in chosen)]) for side in (0, 1))
+        return correct(config, [lengths[number] for number in chosen], trainer=trainer, sampler=sampler).weights.tolist()
+
+    order = data.draw(st.permutations(range(len(lengths))))
+    assert weights(order) == pytest.approx([weight for number in order for weight in weights([number])], rel=1e-9)
+
+
+def test_weighed_samples_of_one_policy_have_the_expectation_of_the_other() -> None:
+    """Over all sequences of two tokens out of three: products of ratios are exact, single ratios are for the first token."""
+    draw = np.random.default_rng(0)
+    p, q = (draw.dirichlet(np.ones(3), 4) for _ in range(2))  # the first token's distribution, then one after each first token
+    pairs = [(first, second) for first in range(3) for second in range(3)]
+
+    def logs(policy: np.ndarray) -> np.ndarray:
+        return np.log([[policy[0, first], policy[1 + first, second]] for first, second in pairs])
+
+    def weights(config: OffPolicy) -> np.ndarray:
+        return correct(config, [2] * 9, trainer=logs(p), sampler=logs(q)).weights.reshape(9, 2)
+
+    values = draw.normal(size=9)
+    expected = np.exp(logs(p).sum(1)) @ values
+    sampled = np.exp(logs(q).sum(1))
+    exact = weights(OffPolicy("sequence", truncate=(0, math.inf)))[:, 0]
+    assert sampled @ (exact * values) == pytest.approx(expected)
+    assert sampled @ exact == pytest.approx(1.0)
+    # Token by token the first is exact, and the second is still of what q made the first.
+    by_token = weights(OffPolicy("token", truncate=(0, math.inf)))
+    first = np.array([value for value in draw.normal(size=3) for _ in range(3)])
+    assert sampled @ (by_token[:, 0] * first) == pytest.approx(np.exp(logs(p).sum(1)) @ first)
+    assert sampled @ (by_token[:, 1] * values) != pytest.approx(expected)
+
+
 BAD = st.sampled_from([math.nan, math.inf, -math.inf, 1e308, -1e308, 0.0, -1.0, 700.0, -700.0, -3.4e38])
 
 
