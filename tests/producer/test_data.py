@@ -236,6 +236,21 @@ async def test_beside_a_producer_weights_are_updated_from_the_training_thread(tm
         assert (await buffer.audit()).ok
 
 
+async def test_a_loader_that_looks_ahead_commits_by_the_step_of_the_batch(buffer: ReplayBuffer) -> None:
+    data_loader = pytest.importorskip("accelerate.data_loader")
+    dataset = dataset_of(buffer, make=make_experience)
+
+    def train() -> list[tuple[int, int | None]]:
+        steps = []
+        for batch in data_loader.DataLoaderShard(dataset, batch_size=None):
+            steps.append((int(batch["step"][0]), dataset.step))
+            dataset.commit(steps[-1][0])
+        return steps
+
+    # It asks for the next batch before it gives this one.
+    assert await in_a_thread(train) == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 6)]
+
+
 class Unwatched(torch.utils.data.IterableDataset):
     """A dataset that holds another, as libraries wrap them."""
 
