@@ -1,5 +1,6 @@
 """One transformers model, read over packed rows: each sequence sees itself only, and logits exist for a few tokens at a time."""
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -172,6 +173,8 @@ class PackedModel:
         allowed = LARGEST_DIFFERENCE.get(dtype, DIFFERENCE_OF_HALF)
         spread = (expected - expected.mean(-1, keepdim=True)).float().norm()
         difference = float((found.to(expected.device) - expected).float().norm() / spread)
+        if math.isnan(difference):
+            raise ValueError(f"{type(self.inner).__name__} gives numbers that are not finite; its weights have diverged or are damaged")
         if not difference <= allowed:
             raise ValueError(
                 f"{type(self.inner).__name__} {why}: numbers are off by {difference:.2g} of their spread, where rounding is below "

@@ -267,6 +267,19 @@ def test_models_that_cannot_be_read_packed_are_refused_and_read_one_by_one() -> 
         Scorer(Doubled(small("Qwen3").config)).score(sequences(64), STARTS)
 
 
+def test_a_model_that_diverged_is_told_from_one_that_cannot_be_packed(folder: Path) -> None:
+    """Before its first use it is refused; after that its rollouts are left out, each with the reason."""
+    model = load(folder)
+    scorer = Scorer(model)
+    scorer.score(sequences(), STARTS)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite; its weights have diverged"):
+        Scorer(model).score(sequences(), STARTS)
+    with pytest.raises(ValueError, match=r"'trainer_not_finite': 2"):
+        make_experience(groups(), attached=scorer.attached(groups()), off_policy="tis")
+
+
 def test_what_makes_no_sense_is_refused(model: Any) -> None:
     scorer = Scorer(model)
     for given, starts, why in (
