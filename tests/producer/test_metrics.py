@@ -120,7 +120,8 @@ async def produce(buffer: ReplayBuffer, engine: SimulatedEngine, batches: int, *
 
 @pytest.mark.parametrize("keep", [True, False], ids=["partial rollouts", "begun anew"])
 async def test_generated_is_what_the_engine_sampled_and_adds_up(buffer: ReplayBuffer, keep: bool) -> None:
-    async with CountingEngine(lengths=lognormal_lengths(12, 1.2, longest=200), slots=16) as engine:
+    # Not so fast that what a batch does not wait for has ended, or not begun, when the batch is whole.
+    async with CountingEngine(lengths=lognormal_lengths(12, 1.2, longest=200), slots=16, tokens_per_second=2000) as engine:
         batches = await produce(buffer, engine, 6, enable_partial_rollout=keep, group_filter=every_third)
         for batch in batches:
             generated, parts = tokens(batch.metrics)
