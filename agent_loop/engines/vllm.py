@@ -11,7 +11,7 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.engines.adapters import Adapter
+from agent_loop.engines.adapters import Adapter, InUse
 from agent_loop.engines.base import (
     ALL_TOKENS,
     Capabilities,
@@ -21,6 +21,7 @@ from agent_loop.engines.base import (
     OnTokens,
     PauseMode,
     TopTokens,
+    WeightSource,
     piece_tokens,
 )
 from agent_loop.engines.vllm_adapter import (
@@ -41,6 +42,7 @@ from agent_loop.engines.vllm_adapter import (
     vllm_params,
 )
 from agent_loop.engines.vllm_load import LoadMonitor
+from agent_loop.engines.vllm_lora import Staged, stage
 from agent_loop.engines.vllm_media import with_images
 from agent_loop.engines.vllm_weights import WeightsOfVLLM
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError
@@ -65,6 +67,7 @@ class VLLMEngine(WeightsOfVLLM):
     offers = Capabilities(
         score=True,
         top_tokens=ALL_TOKENS,
+        adapters=True,
         top_logprobs=ALL_TOKENS,
         structured_outputs=True,
         images=True,
@@ -75,6 +78,7 @@ class VLLMEngine(WeightsOfVLLM):
     only_with: ClassVar[Mapping[str, str]] = {
         "top_tokens": "up to `max_logprobs`, 20 by default",
         "top_logprobs": "up to `max_logprobs`, 20 by default",
+        "adapters": "with `enable_lora=True`",
         "structured_outputs": "with a tokenizer",
         "images": "with a model that sees",
         "sleep": "with `enable_sleep_mode=True`, on GPUs",
@@ -171,6 +175,8 @@ class VLLMEngine(WeightsOfVLLM):
             # Asked once, then remembered: see `_sample` on why no request may wait for this answer.
             await llm.get_supported_tasks()
             await llm.update_weight_version(str(self._version))
+            if llm.vllm_config.lora_config is not None:
+                await llm.collective_rpc("mend_rows_without_adapter")
             self._model = self._weights = await asyncio.to_thread(checkpoint_of, llm.model_config)
         except BaseException:
             await to_its_end(stop_engine, llm)
@@ -207,6 +213,8 @@ class VLLMEngine(WeightsOfVLLM):
                 await asyncio.wait({llm.output_handler})
         if self._scratch is not None:
             self._scratch.cleanup()
+        for staged in self._adapters.clear():
+            staged.folder.cleanup()
 
     async def health(self) -> None:
         """Return once the engine process answers."""
@@ -270,24 +278,23 @@ class VLLMEngine(WeightsOfVLLM):
         """
         ids = self.check_request(prompt_ids, params)
         self.check_media(media)
-        if adapter is not None:
-            self.check_adapter(adapter)
         if params.stop and self._alive().tokenizer is None:
             raise RequestRefusedError(f"stop={params.stop!r} needs a tokenizer, and the engine was started without; use stop_token_ids")
         if request_id in self._running or request_id in self._held:
             raise RequestRefusedError(f"request id {request_id!r} is in flight already; give every request its own")
-        given = await self._seen(ids.tolist(), params, request_id, media) if media else None
-        if (media and given is None) or (self._draining and not await self._turn(request_id)):
-            return Completion.of([], [], self._version, "abort")
-        self._running.add(request_id)
-        self._idle.clear()
-        try:
-            with self._translated():
-                return await self._sample(given or _plain(ids), params, request_id, session_id, on_tokens)
-        finally:
-            self._running.discard(request_id)
-            if not self._running:
-                self._idle.set()
+        with self.using_adapter(adapter) as used:
+            given = await self._seen(ids.tolist(), params, request_id, media) if media else None
+            if (media and given is None) or (self._draining and not await self._turn(request_id)):
+                return Completion.of([], [], self._version, "abort")
+            self._running.add(request_id)
+            self._idle.clear()
+            try:
+                with self._translated():
+                    return await self._sample(given or _plain(ids), params, request_id, session_id, used, on_tokens)
+            finally:
+                self._running.discard(request_id)
+                if not self._running:
+                    self._idle.set()
 
     async def _sample(
         self,
@@ -295,14 +302,18 @@ class VLLMEngine(WeightsOfVLLM):
         params: SamplingParams,
         request_id: str,
         session_id: str | None,
+        used: InUse | None,
         on_tokens: OnTokens | None,
     ) -> Completion:
         # Given as "rendered" input, a request is known to vLLM before its first await, so that `interrupt` misses none.
-        # The salt keeps blocks of the prefix cache apart by version: those of requests in flight outlive an update.
+        # The salt keeps blocks of the prefix cache apart by version: those of requests in flight outlive an update. vLLM itself keeps them
+        # apart by adapter.
         given["cache_salt"] = str(self._version)
         tokens, logprobs, flats = list[int](), list[float](), list[Any]()
         asked = vllm_params(params, self._eos_token_ids, piece_tokens=None if on_tokens is None else piece_tokens(on_tokens))
-        async with aclosing(self._alive().generate(given, asked, request_id, session_id=session_id)) as outputs:
+        lora, version = (None, None) if used is None else (used.loaded.request, used.adapter.version)
+        named = {"session_id": session_id, "lora_request": lora}
+        async with aclosing(self._alive().generate(given, asked, request_id, **named)) as outputs:
             async for output in outputs:
                 part = output.outputs[0]
                 new, new_logprobs = list(part.token_ids), chosen_logprobs(part.logprobs, params.top_logprobs)
@@ -311,10 +322,12 @@ class VLLMEngine(WeightsOfVLLM):
                 if params.top_logprobs:
                     flats.append(part.logprobs)
                 if on_tokens is not None and new:
-                    on_tokens(Completion.of(new, new_logprobs, self._version, part.finish_reason or "abort"))
+                    stamp = self._version if version is None else version
+                    on_tokens(Completion.of(new, new_logprobs, stamp, part.finish_reason or "abort"))
         if part.finish_reason not in get_args(FinishReason):
             raise EngineError(f"vLLM ended request {request_id!r} with {part.finish_reason!r}; known are {get_args(FinishReason)}")
-        completion = Completion.of(tokens, logprobs, token_versions(part.weight_versions, len(tokens)), part.finish_reason)
+        versions = token_versions(part.weight_versions, len(tokens)) if version is None else version
+        completion = Completion.of(tokens, logprobs, versions, part.finish_reason)
         return replace(completion, top=likeliest(flats, params.top_logprobs)) if params.top_logprobs else completion
 
     async def _seen(self, ids: list[int], params: SamplingParams, request_id: str, media: Sequence[Any]) -> Any:
@@ -352,16 +365,36 @@ class VLLMEngine(WeightsOfVLLM):
             sleep=bool(llm.model_config.enable_sleep_mode),
             transfer=llm.vllm_config.weight_transfer_config is not None,
             load=bool(self._args["disable_log_stats"]),
+            adapters=llm.vllm_config.lora_config is not None,
         )
+
+    # Adapters
+
+    async def _load_adapter(self, adapter: Adapter, path: WeightSource) -> Staged:
+        llm = self._alive()
+        if self._asleep:
+            raise EngineError("the engine sleeps; await wake_up() first")
+        staged: Staged = await to_its_end(stage, adapter, path, {} if self._model is None else self._model.shapes)
+        try:
+            # What vLLM cannot load is told now; with the first request it would end the engine.
+            with self._translated():
+                await llm.add_lora(staged.request)
+        except BaseException:
+            self._forget_adapter(adapter, staged)
+            raise
+        return staged
+
+    def _forget_adapter(self, adapter: Adapter, loaded: Staged) -> None:
+        # vLLM drops what it has loaded when it needs the room for another.
+        loaded.folder.cleanup()
 
     async def score(
         self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1, adapter: str | Adapter | None = None
     ) -> NDArray[np.float32]:
         """See `Engine`. A prefill beside the other requests; the prefix cache is of no use to it."""
         ids = self.check_score(token_ids, start).tolist()
-        if adapter is not None:
-            self.check_adapter(adapter)
-        output, _ = await self._look(ids, look_params())
+        with self.using_adapter(adapter) as used:
+            output, _ = await self._look(ids, look_params(), used)
         return np.array(prompt_logprobs(output.prompt_logprobs, ids)[start - 1 :], np.float32)
 
     async def top_tokens(
@@ -369,23 +402,23 @@ class VLLMEngine(WeightsOfVLLM):
     ) -> TopTokens:
         """See `Engine`. One step beside the other requests, with the prefix cache."""
         ids = self.check_top_tokens(token_ids, count).tolist()
-        if adapter is not None:
-            self.check_adapter(adapter)
-        output, version = await self._look(ids, look_params(likely_tokens=count))
+        with self.using_adapter(adapter) as used:
+            output, version = await self._look(ids, look_params(likely_tokens=count), used)
         told = output.outputs[0].logprobs
         likely = dict(zip(told.token_ids, told.logprobs, strict=True))  # the sampled token is told twice
-        return TopTokens.of(likely.keys(), likely.values(), version)
+        return TopTokens.of(likely.keys(), likely.values(), version if used is None else used.adapter.version)
 
-    async def _look(self, ids: list[int], params: Any) -> tuple[Any, int]:
-        """The answer to a request that is no rollout, and the version that gave it: asked again where a pause ended it, or weights
+    async def _look(self, ids: list[int], params: Any, used: InUse | None) -> tuple[Any, int]:
+        """The answer to a request that is no rollout, and the version of the weights: asked again where a pause ended it, or weights
         changed meanwhile, since parts of a long prompt are computed in several steps."""
         from vllm.inputs.engine import tokens_input
 
+        under = None if used is None else used.loaded.request
         while True:
             version, name = self._version, f"millrace-look-{next(self._looks)}"
             given = tokens_input(ids, cache_salt=str(version))
             with self._translated():
-                async with aclosing(self._alive().generate(given, params, name)) as outputs:
+                async with aclosing(self._alive().generate(given, params, name, lora_request=under)) as outputs:
                     async for output in outputs:
                         if output.outputs[0].finish_reason != "abort" and version == self._version:
                             return output, version

@@ -49,3 +49,27 @@ class WorkerExtension:
         for layer in self.model_runner.get_model().modules():
             if isinstance(layer, ParallelLMHead):
                 layer.quant_method.process_weights_after_loading(layer)
+
+    def mend_rows_without_adapter(self) -> None:
+        """Have requests of the model itself answered by the model, beside requests of adapters in one batch.
+
+        vLLM's operators for CPUs look up the adapter of such a row, which is -1, as the last one of the list.
+        """
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            from vllm.lora.ops.torch_ops import lora_ops
+            from vllm.lora.punica_wrapper import punica_cpu
+
+            # Under both names: what is called by the other operators, and by the layers.
+            lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = _without_rows_of_none(lora_ops.bgmv_shrink)
+
+
+def _without_rows_of_none(shrink: Any) -> Any:
+    """vLLM's first product of an adapter, with nothing in the rows that have none; the second one makes nothing of that."""
+
+    def bgmv_shrink(inputs: Any, weights: Any, output: Any, indices: Any, scaling: float = 1.0) -> None:
+        shrink(inputs, weights, output, indices, scaling)
+        output[: len(indices)][indices < 0] = 0
+
+    return bgmv_shrink
