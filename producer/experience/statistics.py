@@ -53,12 +53,12 @@ def batch_statistics(experience: Experience, *, current: ArrayLike | None = None
     Args:
         experience: from `make_experience`.
         current: (N, T) log-probabilities of its tokens under the policy as it is now, where the tokens stand, for the ratios; what lies
-            outside the mask may be anything.
+            outside the mask may be anything. If not given, `experience.trainer_logprobs`.
 
     Raises:
         ValueError: `current` has another shape, or is not finite on a trained token.
     """
-    tokens = _Tokens.of(experience, current)
+    tokens = _Tokens.of(experience, experience.trainer_logprobs if current is None else current)
     found = _of(experience, tokens, np.ones(len(experience.rollout_ids), np.bool_))
     names, versions = _task_names(experience), tokens.oldest_versions()
     by_task = {name: _of(experience, tokens, np.array([own == name for own in names])) for name in sorted(set(names))}

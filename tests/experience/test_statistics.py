@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buffer import RolloutGroup, RolloutState, Status
-from producer.experience import Attached, Experience, batch_statistics, make_experience
+from producer.experience import Attached, Experience, OffPolicy, batch_statistics, make_experience
 from producer.experience.statistics import advantage_statistics, entropy_statistics, kl_statistics, ratio_statistics, spread
 
 
@@ -76,6 +76,25 @@ def test_ratios_of_the_policy_that_sampled_are_one() -> None:
     assert [own[f"ratio/{what}"] for what in ("mean", "std", "min", "max", "effective", "far")] == [1, 0, 1, 1, 1, 0]
     moved = batch_statistics(experience, current=np.where(experience.loss_mask, experience.logprobs + math.log(1.5), np.nan)).all
     assert (moved["ratio/mean"], moved["ratio/far"], moved["ratio/effective"]) == pytest.approx((1.5, 1.0, 1.0), rel=1e-6)
+
+
+def test_a_correction_that_takes_tokens_out_and_parts_of_a_batch_have_statistics_too() -> None:
+    states, _, _ = batch(1)
+    groups = [RolloutGroup(n, [state for state in states if state.group_id == n], states_of) for n, states_of in ((1, "a"), (2, "b-2"))]
+    trainer = {state.rollout_id: state.logprobs + 0.1 for state in states}
+    experience = make_experience(
+        groups, advantage="rloo", attached=Attached(trainer=trainer, version=3), off_policy=OffPolicy(max_staleness=0, drop=True)
+    )
+    found = batch_statistics(experience)
+    assert list(found.by_version) == [3], "what was sampled before is dropped"
+    assert found.by_task["a"]["tokens/trained"] == 0
+    assert "advantage/mean" not in found.by_task["a"]
+    assert found.all["tokens/trained"] == experience.metrics["tokens/trained"]
+    assert found.all["ratio/mean"] == pytest.approx(math.exp(0.1), rel=1e-5)
+    parts = [batch_statistics(part).all for of_rank in experience.split(ranks=2) for part in of_rank]
+    assert sum(part["tokens/trained"] for part in parts) == found.all["tokens/trained"]
+    filler = batch_statistics(experience.part([]))
+    assert (filler.all, filler.by_task, filler.by_version) == ({"rollouts": 0.0, "tokens/trained": 0.0}, {}, {})
 
 
 def test_current_log_probabilities_that_cannot_be_are_refused() -> None:
