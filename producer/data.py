@@ -93,7 +93,8 @@ class BufferDataset(IterableDataset[Any]):  # type: ignore[misc]  # torch is not
             task_name: whose groups; of a `Producer` it is known.
             make: what makes a batch of groups: an `ExperienceMaker`, whose state is then saved with the run at each step, or a function.
             prefetch: batches to take and make ahead while the trainer has one. They were sampled by weights that are older by as many
-                steps when their turn comes, beyond the strategy's `max_staleness`.
+                steps when their turn comes, beyond the strategy's `max_staleness`. Leave it 0 where the maker's `attach` asks the model
+                that is trained, which would be read while it is updated.
             last_step: the iteration ends after this step, and nothing is taken beyond it; None goes on without end.
             wait: for groups to be completed, where the source is a buffer. False ends the iteration where fewer than a batch are.
             tensors: whether an `Experience` becomes tensors; else it is handed out as it is.

@@ -1,6 +1,7 @@
 """`ExperienceMaker`: batches in, experiences out, with what one batch leaves for the next; and samples in one call."""
 
 import asyncio
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -78,7 +79,7 @@ class ExperienceMaker:
             advantage: as of `make_experience`.
             adaptive_kl: gives the configuration's divergence its coefficient, and follows what each batch measured.
             off_policy: as of `make_experience`.
-            attach: called with each batch that comes without `attached`.
+            attach: called with each batch that comes without `attached`; a function that is not async, such as `Scorer.attached`.
             token_budget: as of `make_experience`; of `make_experience_list` also the bound of a micro-batch.
             pad_id: as of `make_experience`.
             source: what `generate_samples` asks: an agent loop, which has its own reward, or a `Sampler`.
@@ -94,6 +95,8 @@ class ExperienceMaker:
             raise ValueError(f"{adaptive_kl} has no divergence to weigh; give the configuration one: AdvantageConfig(kl=KL(...))")
         if source is not None and not isinstance(source, AgentLoop | Sampler):
             raise TypeError(f"source={source!r:.80} is neither an agent loop nor a Sampler")
+        if inspect.iscoroutinefunction(attach):
+            raise TypeError(f"attach={attach!r:.80} is async; await it yourself, and give make_experience what comes of it")
         if isinstance(source, Sampler) and (reward is None) == (group_reward is None):
             raise ValueError("a Sampler's sequences need one judge; pass either reward or group_reward")
         if not isinstance(source, Sampler) and not (reward is None and group_reward is None):

@@ -12,7 +12,7 @@ from agent_loop.engines.simulated import SimulatedEngine
 from agent_loop.errors import EngineClosedError
 from agent_loop.sampler import Sampler
 from buffer import ReplayBuffer, RolloutGroup, RolloutState
-from producer.experience import KL, AdaptiveKL, AdvantageConfig, Attached, ExperienceMaker, make_experience
+from producer.experience import KL, AdaptiveKL, AdvantageConfig, Attached, EngineScorer, ExperienceMaker, make_experience
 from tests.buffer.groups import put_all
 from tests.experience.test_maker import group, rollout
 from tests.experience.test_parts import a_batch
@@ -173,6 +173,7 @@ async def test_bad_arguments_are_refused_with_the_reason() -> None:
     engine = SimulatedEngine()
     for options, error, message in (
         ({"adaptive_kl": AdaptiveKL(0.1, 1)}, ValueError, "has no divergence to weigh"),
+        ({"attach": EngineScorer(engine).attached}, TypeError, "is async; await it yourself"),
         ({"source": object()}, TypeError, "neither an agent loop nor a Sampler"),
         ({"source": Sampler(engine)}, ValueError, "pass either reward or group_reward"),
         ({"reward": seen}, ValueError, "an agent loop has its own"),
