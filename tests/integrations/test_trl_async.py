@@ -1,21 +1,25 @@
-"""Shows that our rollout worker and weight transfer keep TRL's contract: its queue dataset, batchers and collator run on what we give.
+"""Shows that our rollout worker and weight transfer keep TRL's contract: its queue dataset, batchers, collator and trainer run on them.
 
-`AsyncGRPOTrainer` itself needs a GPU (its attention is a CUDA kernel), so the tests do what it does, in its order.
+`AsyncGRPOTrainer` needs a GPU: its attention is a CUDA kernel. One test runs it on a CPU with the same attention in plain PyTorch;
+the others do what it does, in its order.
 """
 
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import DataLoaderDispatcher
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
-from trl.experimental.async_grpo import AsyncGRPOConfig
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainerControl, TrainerState
+from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
 from trl.experimental.async_grpo.async_grpo_trainer import (
     DataCollatorForRollout,
     FixedCountBatcher,
@@ -51,10 +55,9 @@ def rollouts_of(model: Path, out: Path, **given: Any) -> AsyncRollouts:
     buffer = ReplayBuffer.open(f"sqlite:///{out / 'run.db'}")
     engine = TransformersEngine(model, max_length=64, cache_tokens=4096)
     agent_loop = SingleTurnAgentLoop(engine, AutoTokenizer.from_pretrained(model), low, sampling=SamplingParams(max_tokens=6))
-    strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, max_staleness=2, progress=False)
-    return AsyncRollouts(
-        strategy, agent_loop, ReplayPromptSampler(ROWS, buffer, group_size=SIZE), TASK, **{"groups_per_step": GROUPS} | given
-    )
+    strategy = AsyncProduceStrategy(buffer, staleness_threshold=1.0, max_staleness=given.pop("max_staleness", 2), progress=False)
+    sampler = ReplayPromptSampler(ROWS, buffer, group_size=given.pop("group_size", SIZE))
+    return AsyncRollouts(strategy, agent_loop, sampler, TASK, **{"groups_per_step": GROUPS} | given)
 
 
 def arguments(out: Path, **changes: Any) -> AsyncGRPOConfig:
@@ -191,6 +194,79 @@ def check_batch(groups: list[RolloutGroup], micro: list[dict[str, Any]]) -> None
         for logprob, advantage in zip(experience.logprobs[mask], experience.advantages[mask], strict=True)
     )
     assert got == wanted
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    longest: int,
+    longest_key: int,
+    *,
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int],
+) -> torch.Tensor:
+    """What the kernel computes: of each segment, over all that lies before it on its path."""
+    assert causal
+    assert window_size == (-1, -1)
+    out = []
+    for (start, end), (first, last) in zip(pairwise(starts.tolist()), pairwise(key_starts.tolist()), strict=True):
+        q, k, v = (array.transpose(0, 1)[None] for array in (query[start:end], key[first:last], value[first:last]))
+        seen = torch.ones(end - start, last - first, dtype=torch.bool).tril(last - first - (end - start))
+        own = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=softmax_scale, enable_gqa=True)
+        out.append(own[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+class Failing(TrainerCallback):
+    """Raises when a step is done, as a machine that fails."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.global_step == 5:
+            raise RuntimeError("the machine fails")
+
+
+def test_the_trainer_itself_learns_and_goes_on_from_its_checkpoint(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=attention))
+    monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda accelerator, dtype: None)  # asks CUDA for its name
+    size, groups, steps = 16, 4, 12
+
+    def run(callbacks: list[Any], **resumed: Any) -> Any:
+        rollouts = rollouts_of(model, tmp_path, group_size=size, groups_per_step=groups, max_staleness=1)
+        settings = {"num_generations": size, "per_device_train_batch_size": 2 * size, "gradient_accumulation_steps": groups // 2}
+        rates = {"learning_rate": 1e-2, "weight_decay": 0.0, "gradient_checkpointing": False, "disable_tqdm": True, "max_staleness": 2}
+        args = arguments(tmp_path / "checkpoints", max_steps=steps, save_steps=2, logging_steps=1, **settings, **rates)
+        trainer = AsyncGRPOTrainer(
+            str(model),
+            args=args,
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
+            rollout_worker=rollouts,
+            weight_transfer=rollouts.weight_transfer,
+            callbacks=[rollouts.callback, *callbacks],
+        )
+        trainer.train(**resumed)
+        return trainer
+
+    with pytest.raises(RuntimeError, match="the machine fails"):
+        run([Failing()])
+    first = {group.group_id: group for group in stored(tmp_path)}
+    assert {step for group in first.values() if (step := group.consumed_step)} >= {1, 2, 3, 4, 5}
+    trainer = run([], resume_from_checkpoint=True)
+    logged = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert np.mean([entry["reward"] for entry in logged[-2:]]) > np.mean([entry["reward"] for entry in logged[:2]]) + 0.1
+    assert logged[0]["ratio"] == pytest.approx(1, abs=1e-4), "the first samples are of the weights that they are trained with"
+    assert all(entry["sample/staleness_max"] <= 2 for entry in logged)
+    assert not any("sample/dropped_stale_total" in entry for entry in logged)
+    second = {group.group_id: group for group in stored(tmp_path)}
+    consumed = Counter(group.consumed_step for group in second.values())
+    assert [consumed[step] for step in range(1, steps + 1)] == [groups] * steps
+    for group in first.values():
+        if group.status is Status.ARCHIVED:
+            assert second[group.group_id].consumed_step == group.consumed_step
 
 
 def test_it_runs_under_a_token_budget_too(model: Path, tmp_path: Path) -> None:

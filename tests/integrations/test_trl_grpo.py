@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
@@ -314,3 +315,23 @@ def test_ctrl_c_amid_a_call_keeps_what_was_sampled(tmp_path: Path) -> None:
         given = rollouts(["b"] * 4 + ["a"] * 4, trainer)
     assert given["completion_ids"] == [[7, 8]] * 8
     assert [name.split("-")[1] for name in given["rollout_id"]] == ["2"] * 4 + ["1"] * 4
+
+
+def test_adapters_are_trained_and_the_engine_has_them_merged(model: Path, tmp_path: Path) -> None:
+    with rollouts_of(model, tmp_path) as rollouts:
+        adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+        trainer = trainer_of(model, options(tmp_path, 2, save_strategy="no"), rollouts, peft_config=adapter)
+        base = {name: value.clone() for name, value in trainer.model.state_dict().items() if "lora_" not in name}
+        trainer.train()
+        ids = torch.tensor([[5, 9, 301, 17, 40]])
+        inputs = {
+            "prompt_ids": ids[:, :2],
+            "prompt_mask": torch.ones(1, 2),
+            "completion_ids": ids[:, 2:],
+            "completion_mask": torch.ones(1, 3),
+        }
+        own = logprobs_of(trainer.model.eval(), inputs, 1.0)[0]
+        engines = call(rollouts._loop, rollouts.engine.score(ids[0].tolist(), start=2))
+    np.testing.assert_allclose(engines, own, atol=1e-4)
+    for name, value in base.items():
+        assert torch.equal(trainer.model.state_dict()[name], value), f"{name} has drifted"

@@ -63,7 +63,7 @@ class GRPORollouts:
         correction: "required" refuses a trainer that does not correct for the policy that sampled; "off" does not look.
         max_staleness: stored groups with tokens sampled more updates ago are sampled anew; None takes any.
         max_in_flight: rollouts at once; None sets no bound.
-        weights: of the model, as the engine takes them; by default its state dict.
+        weights: of the model, as the engine takes them; by default its state dict, with adapters of PEFT merged in.
         checkpoint_tokens: as of `ProduceStrategy`.
         checkpoint_seconds: likewise.
     """

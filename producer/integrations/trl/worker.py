@@ -244,12 +244,17 @@ class AsyncRollouts:
         while True:
             step += 1
             batch = await self._producer.next_batch(self._groups, step=step)
-            self._empty.clear()
             version = self._engine.version
             self.metrics_queue.put_nowait({f"millrace/{name}": value for name, value in batch.metrics.items()})
             for sample in samples(batch.groups, self._config, version, version - self._base + 1):
                 self.rollout_buffer.put_nowait(sample)
+            await self._drained()
+
+    async def _drained(self) -> None:
+        """Wait until everything was drawn; it may have looked so before, while the samples were being put in."""
+        while not self.rollout_buffer.empty():
             await self._empty.wait()
+            self._empty.clear()
 
     def _drawn(self, sample: Any) -> None:
         """On the trainer's thread: it has drawn this one."""
