@@ -75,6 +75,32 @@ async def test_a_batch_is_shared_out_by_weight_and_consumed_at_one_step(url: str
         await nothing_is_lost(buffer)
 
 
+async def test_tasks_train_adapters_of_one_engine_each_at_versions_of_its_own(url: str) -> None:
+    async with ReplayBuffer.open(url) as buffer, SimulatedEngine(max_length=1000) as engine:
+        loops = {name: loop_of(engine, adapter=name) for name in ("a", "b")}
+        adapters = {name: [await engine.add_adapter(name, {"seed": seed})] for seed, name in enumerate(loops)}
+        strategies = {name: AsyncProduceStrategy(buffer, staleness_threshold=1.0, max_staleness=1, progress=False) for name in loops}
+        tasks = [a_task(buffer, engine, name, loop=loop, strategy=strategies[name]) for name, loop in loops.items()]
+        batches = []
+        async with TaskManager(buffer, tasks) as manager:
+            for step in range(1, 5):
+                batches.append(await manager.produce_batch(4))
+                async with manager.update_weights():
+                    for name in "aab" if step % 2 else "b":  # a by two at every second step, b at each
+                        await loops[name].engine.update_weights({"seed": 10 * step}, loops[name].engine.version + 1)  # type: ignore[union-attr]
+                        adapters[name].append(engine.check_adapter(name))
+        assert (engine.version, [loops[name].engine.version for name in "ab"]) == (0, [4, 4])  # type: ignore[union-attr]
+        for group in [group for batch in batches for group in batch.groups]:
+            for state in group.rollouts:
+                assert state.prompt_ids is not None
+                for version in set(state.versions.tolist()):
+                    adapter = adapters[group.task_name][version]
+                    expected = engine.reference_logprobs(state.prompt_ids.tolist(), state.response_ids.tolist(), 0, adapter=adapter)
+                    mine = state.versions == version
+                    assert abs(state.logprobs - expected)[mine].max() < 1e-5
+        await nothing_is_lost(buffer)
+
+
 async def test_metrics_are_those_of_each_task_and_of_the_whole(url: str) -> None:
     async with (
         ReplayBuffer.open(url) as buffer,
