@@ -89,16 +89,16 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 async def scaling(repeats: int) -> None:
-    """Two replicas against one, each with 16 slots of 100 tokens a second."""
-    params, ratios = SamplingParams(max_tokens=64, ignore_eos=True), list[float]()
-    with simulated(lambda: SimulatedEngine(slots=16, tokens_per_second=100.0), 2) as urls:
+    """Two replicas against one, each with 8 slots of 25 tokens a second."""
+    params, ratios = SamplingParams(max_tokens=32, ignore_eos=True), list[float]()
+    with simulated(lambda: SimulatedEngine(slots=8, tokens_per_second=25.0), 2) as urls:
         for _ in range(repeats):
             rates = []
             for count in (1, 2):
                 async with VLLMServerEngine(urls[:count]) as engine:
-                    rates.append(await rate(ours(engine, params), 128))
+                    rates.append(await rate(ours(engine, params), 32))
             ratios.append(rates[1] / rates[0])
-    print(f"| two replicas against one, 128 requests of 64 tokens, simulated | {spread(ratios)} |")
+    print(f"| two replicas against one, 32 requests of 32 tokens, simulated | {spread(ratios)} |")
 
 
 async def client_time(repeats: int) -> None:

@@ -25,7 +25,7 @@ from agent_loop.engines.base import (
     WeightSource,
     piece_tokens,
 )
-from agent_loop.engines.server.answers import read_likely, read_scores, read_whole
+from agent_loop.engines.server.answers import Answer, Entry, read_likely, read_scores, read_whole
 from agent_loop.engines.server.breaker import Breaker
 from agent_loop.engines.server.client import Server, generate_body, look_body, new_session, server_url
 from agent_loop.engines.server.desk import Desk
@@ -461,10 +461,10 @@ class VLLMServerEngine(Engine):
         if adapter is not None:
             self.check_adapter(adapter)
         vocab_size = self.vocab_size
-        likely, version = await self._look(ids, count, lambda _, choice: read_likely(choice, count, vocab_size))
+        likely, version = await self._look(ids, count, lambda _, entry: read_likely(entry, count, vocab_size))
         return TopTokens.of(likely.keys(), likely.values(), version)
 
-    async def _look(self, ids: list[int], likely: int, read: Callable[[dict[str, Any], dict[str, Any]], Result]) -> tuple[Result, int]:
+    async def _look(self, ids: list[int], likely: int, read: Callable[[Answer, Entry], Result]) -> tuple[Result, int]:
         """What the answer to a request that is no rollout says, and its version: asked again where weights changed meanwhile."""
         facts, ticket = self._alive(), Ticket()
         self._looks.add(ticket)
@@ -478,8 +478,8 @@ class VLLMServerEngine(Engine):
                 try:
                     async with ticket.talking():
                         answer = await replica.server.ask(body)
-                    choice, told = read_whole(answer, facts.vocab_size)
-                    value = read(answer, choice)
+                    entry, told = read_whole(answer, facts.vocab_size)
+                    value = read(answer, entry)
                     if told == label == self._weights.label:
                         return value, self._version
                 except TimeoutError:

@@ -2,13 +2,24 @@
 
 import contextlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_loop.engines.server.answers import Events, read_likely, read_piece, read_scores, read_spans, read_whole
+from agent_loop.engines.server.answers import (
+    Answer,
+    Events,
+    Span,
+    read_answer,
+    read_likely,
+    read_piece,
+    read_scores,
+    read_spans,
+    read_whole,
+)
 from agent_loop.engines.server.breaker import LONGEST_WISH, Backoff, Breaker
 from agent_loop.engines.server.client import seconds_of
 from agent_loop.engines.server.faults import ReplicaError
@@ -162,20 +173,24 @@ def test_whatever_a_server_answers_is_read_or_refused_and_breaks_nothing(path: l
         assert len(piece.tokens) == len(piece.logprobs)
         assert all(0 <= token < 64 for token in piece.tokens)
         assert all(-10_000 < logprob <= 0 for logprob in piece.logprobs)
-    answer = answer if isinstance(answer, dict) else {}
-    for read in (lambda: read_scores(answer, [4, 5]), lambda: read_likely(read_whole(answer, 64)[0], 1, 64)):
+    reads: list[Callable[[Answer], object]] = [
+        lambda told: read_scores(told, [4, 5]),
+        lambda told: read_likely(read_whole(told, 64)[0], 1, 64),
+    ]
+    for read in reads:
         with contextlib.suppress(ReplicaError):
-            read()
+            read(read_answer(json.dumps(answer).encode()))
 
 
 def test_a_sound_answer_is_read() -> None:
     piece = read_piece(json.dumps(SOUND).encode(), 64)
     assert (piece.tokens, piece.logprobs, piece.finish, piece.labels, piece.server_id) == ([4], [-1.0], "stop", ["default"], "a")
-    assert read_scores(SOUND, [4, 5]) == [-2.0]
-    assert read_likely(read_whole(SOUND, 64)[0], 1, 64) == {4: -1.0}
+    answer = read_answer(json.dumps(SOUND).encode())
+    assert read_scores(answer, [4, 5]) == [-2.0]
+    assert read_likely(read_whole(answer, 64)[0], 1, 64) == {4: -1.0}
 
 
 @pytest.mark.parametrize("start", [1, -1])
 def test_spans_that_do_not_follow_one_another_are_refused(start: int) -> None:
     with pytest.raises(ReplicaError, match="follow"):
-        read_spans([{"version": "a", "start": start, "end": 2}])
+        read_spans([Span("a", start, 2)])

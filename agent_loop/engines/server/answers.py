@@ -1,12 +1,16 @@
-"""What a server answers, read as untrusted data: sizes, ids and numbers are checked before anything is made of them. Pure."""
+"""What a server answers, read as untrusted data: forms, sizes, ids and numbers are checked before anything is made of them. Pure."""
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from agent_loop.engines.server.faults import ReplicaError
+
+try:
+    import msgspec
+except ImportError as error:
+    raise ImportError("VLLMServerEngine needs msgspec: pip install 'millrace[server]'") from error
 
 NO_LOGPROB = -9990.0
 """vLLM writes -9999 where it has no log-probability, or one that is no number."""
@@ -19,9 +23,56 @@ LARGEST_EVENT = 16 << 20
 
 _FINISHED = (None, "stop", "length", "abort")
 
+Form = TypeVar("Form")
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+
+class Likely(msgspec.Struct, gc=False):
+    """A token and its log-probability."""
+
+    token_id: int
+    logprob: float
+
+
+class Entry(msgspec.Struct, gc=False):
+    """A sampled token, its log-probability, and the likeliest ones at its place."""
+
+    token_id: int
+    logprob: float
+    top_logprobs: list[Likely] = []
+
+
+class Logprobs(msgspec.Struct, gc=False):
+    """Of the tokens of a piece."""
+
+    content: list[Entry] | None = None
+
+
+class Span(msgspec.Struct, gc=False):
+    """Tokens `[start, end)` were sampled by weights of this label."""
+
+    version: str
+    start: int
+    end: int
+
+
+class Choice(msgspec.Struct, gc=False):
+    """A response, or a piece of it."""
+
+    token_ids: list[int] | None = None
+    logprobs: Logprobs | None = None
+    finish_reason: str | None = None
+    weight_versions: list[Span] | None = None
+
+
+class Answer(msgspec.Struct, gc=False):
+    """What `/inference/v1/generate` answers, as far as we look at it."""
+
+    choices: list[Choice]
+    request_id: str = ""
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
+
+
+class Piece(msgspec.Struct, gc=False):
     """One event of a stream.
 
     Attributes:
@@ -35,6 +86,9 @@ class Piece:
     logprobs: list[float]
     finish: str | None
     labels: list[str] | None
+
+
+_decode = msgspec.json.Decoder(Answer).decode
 
 
 class Events:
@@ -62,103 +116,105 @@ def parse(data: bytes) -> dict[str, Any]:
     return value
 
 
+def read_answer(data: bytes) -> Answer:
+    """An answer with its one choice.
+
+    Raises:
+        ReplicaError: an error that the server reports, or an answer of another form.
+    """
+    try:
+        answer = _decode(data)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        told = parse(data)
+        if "error" in told:
+            raise ReplicaError(f"the server broke off: {error_message(told)}") from None
+        raise ReplicaError(f"an answer of an unknown form ({error}): {data[:200]!r}") from error
+    if len(answer.choices) != 1:
+        raise ReplicaError(f"an answer with {len(answer.choices)} choices, where one was asked for")
+    return answer
+
+
 def read_piece(data: bytes, vocab_size: int) -> Piece:
     """One event of `/inference/v1/generate`.
 
     Raises:
         ReplicaError: an error that the server reports, or nonsense.
     """
-    event = parse(data)
-    if "error" in event:
-        raise ReplicaError(f"the server broke off: {error_message(event)}")
-    try:
-        (choice,) = event["choices"]
-        tokens = choice["token_ids"] or []
-        content = (choice["logprobs"] or {}).get("content") or []
-        finish = choice["finish_reason"]
-        spans = choice.get("weight_versions")
-        server_id = event["request_id"]
-        logprobs = read_logprobs(tokens, content, vocab_size)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReplicaError(f"an answer of an unknown form ({error!r}): {data[:200]!r}") from error
-    if finish not in _FINISHED:
-        raise ReplicaError(f"unknown finish reason {finish!r}; known are {_FINISHED[1:]}")
-    if type(server_id) is not str:
-        raise ReplicaError(f"a request id that is no text: {server_id!r:.50}")
-    return Piece(server_id, tokens, logprobs, finish, None if spans is None else read_spans(spans))
+    answer = read_answer(data)
+    choice = answer.choices[0]
+    if choice.finish_reason not in _FINISHED:
+        raise ReplicaError(f"unknown finish reason {choice.finish_reason!r:.50}; known are {_FINISHED[1:]}")
+    tokens = choice.token_ids or []
+    logprobs = read_logprobs(tokens, _content(choice), vocab_size)
+    labels = None if choice.weight_versions is None else read_spans(choice.weight_versions)
+    return Piece(answer.request_id, tokens, logprobs, choice.finish_reason, labels)
 
 
-def read_logprobs(tokens: Any, content: Any, vocab_size: int) -> list[float]:
+def _content(choice: Choice) -> list[Entry]:
+    return (choice.logprobs.content if choice.logprobs is not None else None) or []
+
+
+def read_logprobs(tokens: list[int], content: Sequence[Entry | Likely], vocab_size: int) -> list[float]:
     """The log-probability of each of the tokens, both checked."""
-    if type(tokens) is not list or type(content) is not list or len(tokens) != len(content):
-        raise ReplicaError(f"{_size(tokens)} tokens with {_size(content)} log-probabilities")
-    logprobs = [entry["logprob"] for entry in content]
-    for token, logprob, entry in zip(tokens, logprobs, content, strict=True):
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise ReplicaError(f"token {token!r:.50} outside the vocabulary of {vocab_size}")
-        if entry["token_id"] != token:
-            raise ReplicaError(f"the log-probability of token {entry['token_id']!r:.50} where that of {token} belongs")
-        check_logprob(token, logprob)
-    return [min(float(logprob), 0.0) for logprob in logprobs]
+    if len(tokens) != len(content):
+        raise ReplicaError(f"{len(tokens)} tokens with {len(content)} log-probabilities")
+    if not tokens:
+        return []
+    logprobs = [entry.logprob for entry in content]
+    if not (min(tokens) >= 0 and max(tokens) < vocab_size):
+        raise ReplicaError(f"tokens from {min(tokens)} to {max(tokens)} outside the vocabulary of {vocab_size}")
+    if [entry.token_id for entry in content] != tokens:
+        raise ReplicaError(f"log-probabilities of other tokens ({content[0].token_id}, ...) than those given ({tokens[0]}, ...)")
+    return check_logprobs(logprobs)
 
 
-def check_logprob(token: int, logprob: Any) -> None:
-    """Refuse what is no log-probability; a rounding error above 0 is let through."""
-    if type(logprob) not in (float, int) or not math.isfinite(logprob) or not NO_LOGPROB < logprob < 1e-3:
-        raise ReplicaError(f"log-probability {logprob!r:.50} of token {token}; finite ones up to 0 are known: are the weights sound?")
+def check_logprobs(logprobs: list[float]) -> list[float]:
+    """Refuse what is no log-probability; a rounding error above 0 becomes 0."""
+    # A sum with anything that is no number in it is none.
+    if logprobs and not (math.isfinite(sum(logprobs)) and min(logprobs) > NO_LOGPROB and max(logprobs) < 1e-3):
+        worst = next(one for one in logprobs if not NO_LOGPROB < one < 1e-3)
+        raise ReplicaError(f"log-probability {worst!r:.50}; finite ones up to 0 are known: are the weights sound?")
+    return [min(logprob, 0.0) for logprob in logprobs] if logprobs and max(logprobs) > 0 else logprobs
 
 
-def read_spans(spans: Any) -> list[str]:
+def read_spans(spans: Sequence[Span]) -> list[str]:
     """The label of the weights of each token, from spans `[start, end)` that follow one another."""
     labels: list[str] = []
-    try:
-        for span in spans:
-            label, start, end = span["version"], span["start"], span["end"]
-            if type(label) is not str or start != len(labels) or not start <= end <= MOST_TOKENS:
-                raise ReplicaError(f"versions in spans that do not follow one another: {spans!r:.100}")
-            labels += [label] * (end - start)
-    except (KeyError, TypeError) as error:
-        raise ReplicaError(f"versions of an unknown form: {spans!r:.100}") from error
+    for span in spans:
+        if span.start != len(labels) or not span.start <= span.end <= MOST_TOKENS:
+            raise ReplicaError(f"versions in spans that do not follow one another: {spans!r:.100}")
+        labels += [span.version] * (span.end - span.start)
     return labels
 
 
-def read_whole(answer: dict[str, Any], vocab_size: int) -> tuple[dict[str, Any], str]:
-    """The only choice of an answer that is no stream, with its one token's log-probability checked, and the label of its weights."""
-    try:
-        (choice,) = answer["choices"]
-        (entry,) = choice["logprobs"]["content"]
-        read_logprobs(choice["token_ids"], [entry], vocab_size)
-        (label,) = read_spans(choice["weight_versions"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReplicaError(f"an answer of an unknown form ({error!r}): {answer!r:.200}") from error
-    return choice, label
+def read_whole(answer: Answer, vocab_size: int) -> tuple[Entry, str]:
+    """The one token of an answer that is no stream, and the label of its weights."""
+    choice = answer.choices[0]
+    content, labels = _content(choice), read_spans(choice.weight_versions or ())
+    read_logprobs(choice.token_ids or [], content, vocab_size)
+    if len(content) != 1 or len(labels) != 1:
+        raise ReplicaError(f"{len(content)} tokens of {len(labels)} versions, where one was asked for")
+    return content[0], labels[0]
 
 
-def read_scores(answer: dict[str, Any], ids: Sequence[int]) -> list[float]:
+def read_scores(answer: Answer, ids: Sequence[int]) -> list[float]:
     """The log-probabilities of `ids` but the first, out of `prompt_logprobs`."""
+    told = answer.prompt_logprobs or []
+    if len(told) != len(ids):
+        raise ReplicaError(f"log-probabilities of {len(told)} tokens, where {len(ids)} were asked for")
     try:
-        told = answer["prompt_logprobs"]
-        if type(told) is not list or len(told) != len(ids):
-            raise ReplicaError(f"log-probabilities of {_size(told)} tokens, where {len(ids)} were asked for")
-        scores = [entry[str(token)]["logprob"] for entry, token in zip(told[1:], ids[1:], strict=True)]
-    except (KeyError, TypeError) as error:
-        raise ReplicaError(f"log-probabilities of an unknown form ({error!r})") from error
-    for token, score in zip(ids[1:], scores, strict=True):
-        check_logprob(token, score)
-    return [float(score) for score in scores]
+        scores = [float(entry[str(token)]["logprob"]) for entry, token in zip(told[1:], ids[1:], strict=True)]  # type: ignore[index]  # caught
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReplicaError(f"log-probabilities of an unknown form ({error!r:.100})") from error
+    return check_logprobs(scores)
 
 
-def read_likely(choice: dict[str, Any], count: int, vocab_size: int) -> dict[int, float]:
+def read_likely(entry: Entry, count: int, vocab_size: int) -> dict[int, float]:
     """The likeliest tokens and their log-probabilities."""
-    try:
-        entries = choice["logprobs"]["content"][0]["top_logprobs"]
-        tokens = [entry["token_id"] for entry in entries]
-        logprobs = read_logprobs(tokens, entries, vocab_size)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ReplicaError(f"likely tokens of an unknown form ({error!r})") from error
-    if len(set(tokens)) != count:
+    tokens = [likely.token_id for likely in entry.top_logprobs]
+    if len(set(tokens)) != len(tokens) or len(tokens) != count:
         raise ReplicaError(f"{len(set(tokens))} likely tokens, where {count} were asked for")
-    return dict(zip(tokens, logprobs, strict=True))
+    return dict(zip(tokens, read_logprobs(tokens, entry.top_logprobs, vocab_size), strict=True))
 
 
 def error_message(answer: Any) -> str:
@@ -166,7 +222,3 @@ def error_message(answer: Any) -> str:
     error = answer.get("error", answer.get("detail", answer)) if isinstance(answer, dict) else answer
     text = error.get("message", error) if isinstance(error, dict) else error
     return str(text)[:500]
-
-
-def _size(value: Any) -> str:
-    return str(len(value)) if isinstance(value, list) else f"{value!r:.30} for"

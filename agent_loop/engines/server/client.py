@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from agent_loop.engines.server.answers import Events, Piece, error_message, parse, read_piece
+from agent_loop.engines.server.answers import Answer, Events, Piece, error_message, parse, read_answer, read_piece
 from agent_loop.engines.server.faults import NoSuchEndpoint, ReplicaBusy, ReplicaError
 from agent_loop.errors import EngineError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
@@ -103,9 +103,11 @@ class Server:
                             return
         raise ReplicaError(f"{self.url} ended a response without a finish reason", lost=True)
 
-    async def ask(self, body: dict[str, Any], *, seconds: float | None = None) -> dict[str, Any]:
+    async def ask(self, body: dict[str, Any], *, seconds: float | None = None) -> Answer:
         """The answer to a request that is no stream; by default, whenever it comes."""
-        return await self._call("POST", GENERATE, body, seconds=seconds)
+        content = await self._content("POST", GENERATE, body, seconds)
+        with self._translated():
+            return read_answer(content)
 
     async def abort(self, server_ids: Collection[str]) -> None:
         """End requests early; those that are not there are ignored. None given: nothing is done, where vLLM would end all."""
@@ -147,15 +149,20 @@ class Server:
         """Empty the prefix cache; with `running`, also compute that of requests in flight anew."""
         await self._call("POST", f"/reset_prefix_cache?reset_running_requests={str(running).lower()}&reset_external=true")
 
-    async def _call(self, method: str, path: str, body: Any = None, *, seconds: float | None = -1.0) -> dict[str, Any]:
+    async def _call(self, method: str, path: str, body: Any = None, *, seconds: float | None = None) -> dict[str, Any]:
+        content = await self._content(method, path, body, self.seconds if seconds is None else seconds)
+        with self._translated():
+            return parse(content) if content else {}
+
+    async def _content(self, method: str, path: str, body: Any, seconds: float | None) -> bytes:
         data = None if body is None else json.dumps(body)
         with self._translated():
-            async with asyncio.timeout(self.seconds if seconds == -1.0 else seconds):
+            async with asyncio.timeout(seconds):
                 async with self._session.request(method, self.url + path, data=data, allow_redirects=False) as response:
                     content = await _body(response)
         if response.status != 200:
             self._refuse(response.status, response.headers.get("Retry-After"), content)
-        return parse(content) if content else {}
+        return content
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -93,16 +93,17 @@ async def check_endpoints(server: Server, facts: Facts) -> None:
     prompt = [facts.vocab_size // part for part in (3, 2, 5)]  # no padding, after which all tokens may be equally likely
     body = look_body(facts.model, prompt, likely_tokens=1, salt=label, temperature=1.0, top_k=1)
     try:
-        choice, _ = read_whole(await server.ask(body, seconds=server.load_seconds), facts.vocab_size)
+        entry, _ = read_whole(await server.ask(body, seconds=server.load_seconds), facts.vocab_size)
     except NoSuchEndpoint as error:
         raise EngineError(f"{server.url} does not take token ids; {SCALE_OUT} ({error})") from error
     except RequestRefusedError as error:
         raise EngineError(
             f"{server.url} refused a request for one token; is it vLLM {OLDEST[0]}.{OLDEST[1]} or newer? ({error})"
         ) from error
-    logprob = choice["logprobs"]["content"][0]["logprob"]
-    if abs(logprob) > 1e-4:
-        raise EngineError(f"{server.url} gives log-probabilities before sampling parameters ({logprob:.3g} where 0 is right); {LOGPROBS}")
+    if abs(entry.logprob) > 1e-4:
+        raise EngineError(
+            f"{server.url} gives log-probabilities before sampling parameters ({entry.logprob:.3g} where 0 is right); {LOGPROBS}"
+        )
 
 
 async def _extended(server: Server, tied: bool) -> bool:
