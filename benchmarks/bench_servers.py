@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import aiohttp
+import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -77,6 +78,23 @@ def bare(session: aiohttp.ClientSession, url: str, model: str, params: SamplingP
     return ask
 
 
+def bare_httpx(client: httpx.AsyncClient, url: str, params: SamplingParams) -> Ask:
+    """The same with httpx."""
+
+    async def ask(number: int) -> int:
+        body = generate_body("simulated", PROMPT, params, (), name=f"httpx-{number}", salt="default", piece=PIECE)
+        tokens, logprobs = list[int](), list[float]()
+        async with client.stream("POST", url + GENERATE, json=body) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    choice = json.loads(line[6:])["choices"][0]
+                    tokens += choice["token_ids"]
+                    logprobs += [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        return len(tokens)
+
+    return ask
+
+
 async def rate(ask: Ask, requests: int) -> float:
     """Tokens a second of `requests` coroutines at once."""
     start = time.perf_counter()
@@ -104,25 +122,28 @@ async def scaling(repeats: int) -> None:
 async def client_time(repeats: int) -> None:
     """CPU time of the client, and latency of a request alone: ours beside the bare one."""
     params = SamplingParams(max_tokens=64 * PIECE, ignore_eos=True)
-    pieces: dict[str, list[float]] = {"ours": [], "bare": []}
-    latencies: dict[str, list[float]] = {"ours": [], "bare": []}
+    pieces: dict[str, list[float]] = {"ours": [], "bare": [], "bare, with httpx": []}
+    alone: dict[str, list[float]] = {"ours": [], "bare": []}
     with simulated(lambda: SimulatedEngine(slots=64), 1) as (url,):
-        async with VLLMServerEngine(url) as engine, aiohttp.ClientSession() as session:
+        async with VLLMServerEngine(url) as engine, aiohttp.ClientSession() as session, httpx.AsyncClient(timeout=None) as client:
+            asks = dict(
+                zip(pieces, (ours(engine, params), bare(session, url, "simulated", params), bare_httpx(client, url, params)), strict=True)
+            )
             for repeat in range(repeats + 1):
-                for name in ("ours", "bare") if repeat % 2 else ("bare", "ours"):
-                    ask = {"ours": ours(engine, params), "bare": bare(session, url, "simulated", params)}[name]
-                    short = SamplingParams(max_tokens=1, ignore_eos=True)
-                    quick = {"ours": ours(engine, short), "bare": bare(session, url, "simulated", short)}[name]
+                for name, ask in list(asks.items())[:: 1 if repeat % 2 else -1]:
                     begun = time.thread_time()
                     await rate(ask, 16)
                     pieces[name].append((time.thread_time() - begun) / 16 / 64 * 1e6)
-                    for number in range(100):
-                        begun = time.perf_counter()
-                        await quick(number)
-                        latencies[name].append((time.perf_counter() - begun) * 1e3)
-    for name in ("ours", "bare"):
+            short = SamplingParams(max_tokens=1, ignore_eos=True)
+            quick = {"ours": ours(engine, short), "bare": bare(session, url, "simulated", short)}
+            for number in range(400 * repeats):  # one after the other, so that both find the machine the same
+                name = ("ours", "bare")[number % 2]
+                begun = time.perf_counter()
+                await quick[name](number)
+                alone[name].append((time.perf_counter() - begun) * 1e3)
+    for name in pieces:
         print(f"| event loop's time a piece of {PIECE} tokens, us: {name} | {spread(pieces[name][1:], 0)} |")
-    middle = {name: statistics.median(times[100:]) for name, times in latencies.items()}
+    middle = {name: statistics.median(times[50:]) for name, times in alone.items()}
     print(f"| latency of a request for one token, p50, ms: ours and bare | {middle['ours']:.2f} and {middle['bare']:.2f} |")
 
 

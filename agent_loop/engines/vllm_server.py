@@ -1,13 +1,10 @@
 """vLLM servers over HTTP as one engine: `VLLMServerEngine` spreads requests over replicas and keeps them at one policy."""
 
 import asyncio
-import itertools
-import random
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,24 +20,20 @@ from agent_loop.engines.base import (
     PauseMode,
     TopTokens,
     WeightSource,
-    piece_tokens,
 )
-from agent_loop.engines.server.answers import Answer, Entry, read_likely, read_scores, read_whole
+from agent_loop.engines.server.answers import read_likely, read_scores
 from agent_loop.engines.server.breaker import Breaker
-from agent_loop.engines.server.client import Server, generate_body, look_body, new_session, server_url
+from agent_loop.engines.server.client import Server, new_session, server_url
+from agent_loop.engines.server.control import Control
 from agent_loop.engines.server.desk import Desk
 from agent_loop.engines.server.facts import Facts
-from agent_loop.engines.server.faults import ReplicaBusy, ReplicaError
+from agent_loop.engines.server.faults import ReplicaError
 from agent_loop.engines.server.fleet import Care, Fleet
-from agent_loop.engines.server.replica import Flight, Replica, ReplicaStatus, Ticket
-from agent_loop.engines.server.weights import AT_START, Staged, Weights, check_seen, load, version_of
-from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError, WeightUpdateError
+from agent_loop.engines.server.replica import Flight, Replica, ReplicaStatus
+from agent_loop.engines.server.requests import Manner, Requests
+from agent_loop.engines.server.weights import AT_START, Weights, version_of
+from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError
 from agent_loop.sampling import SamplingParams, number, whole
-
-Result = TypeVar("Result")
-
-ABORT_SECONDS = 5.0
-"""For which the last tokens of an interrupted request are waited for."""
 
 
 class VLLMServerEngine(Engine):
@@ -118,20 +111,18 @@ class VLLMServerEngine(Engine):
             if number(f"{name}_seconds", seconds) <= 0:
                 raise ValueError(f"{name}_seconds={seconds} must be above 0")
         self._api_key, self._adopt = api_key, adopt
-        self._stream_tokens, self._attempts, self._max_logprobs = stream_tokens, attempts, max_logprobs
+        self._max_logprobs = max_logprobs
         self._connect_seconds, self._control_seconds, self._load_seconds = min(10.0, control_seconds), control_seconds, load_seconds
         self._weights = Weights(weights_folder, recompute=recompute)
         self._fleet = Fleet(self._weights, Care(open_seconds, health_seconds, stall_seconds, patience_seconds), vocab_size, eos_token_ids)
         self._desk = self._fleet.desk = Desk(self._fleet.serving, max_in_flight, affinity_slack)
+        self._requests = Requests(self._fleet, self._desk, self._weights, Manner(stream_tokens, attempts))
+        self._control = Control(self._fleet, self._desk, self._weights, self._requests)
         self._session: Any = None
         self._group: asyncio.TaskGroup | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._facts: Facts | None = None
         self._closed = False
-        self._control = asyncio.Lock()
-        self._flights: dict[str, Flight] = {}
-        self._looks: set[Ticket] = set()
-        self._names = itertools.count()
 
     # What the model is
 
@@ -201,8 +192,8 @@ class VLLMServerEngine(Engine):
         version = version_of(labels[0]) if len(labels) == 1 else None
         if version is None:
             raise EngineError(f"weights labelled {labels} cannot be adopted: all servers must hold the same, with a version")
-        self._version = version
         self._weights.begin(labels[0], facts.root, tied=facts.tied)
+        self._version = self._weights.version
 
     def _replica(self, url: str) -> Replica:
         return Replica(Server(self._session, url, self._control_seconds, self._load_seconds), Breaker())
@@ -214,19 +205,12 @@ class VLLMServerEngine(Engine):
         self._closed = True
         if self._group is None:
             return
-        flights = list(self._flights.values())
-        for ticket in (*flights, *self._looks):
-            ticket.called_back = True
-            ticket.cut(None)
-        self._desk.call_back((*flights, *self._looks))
-        async with self._control:  # an update under way comes to its end: half of one would spoil the servers
-            for flight in flights:
-                await flight.over.wait()
-            if self._fleet.frozen:
-                await self._each(self._fleet.serving(), lambda replica: replica.server.resume())
+        await self._requests.end_all()
+        async with self._control.lock:  # an update under way comes to its end: half of one would spoil the servers
+            await self._control.thaw()
             for task in self._tasks:
                 task.cancel()
-            await self._group.__aexit__(None, None, None)
+        await self._group.__aexit__(None, None, None)  # an update that waited for the lock finds the engine closed
         self._fleet.close()
         self._desk.close()
         self._weights.drop()
@@ -237,17 +221,16 @@ class VLLMServerEngine(Engine):
         self._alive()
         if self._fleet.hopeless is not None:
             raise EngineDeadError(str(self._fleet.hopeless))
-        well, errors = await self._each(self._fleet.serving(), lambda replica: replica.server.health())
+        well, errors = await self._fleet.each(self._fleet.serving(), lambda replica: replica.server.health())
         if not well:
-            causes = "; ".join(f"{replica.url}: {replica.cause}" for replica in self._fleet.replicas.values())
-            raise EngineDeadError(f"no replica serves: {causes}") from next(iter(errors), None)
+            raise EngineDeadError(f"no replica serves: {self._fleet.causes()}") from next(iter(errors), None)
 
     def load(self) -> EngineLoad | None:
         """Requests that a token came of run, the others wait; None while paused."""
         if self._facts is None or self._fleet.frozen:
             return None
-        running = sum(flight.decoding for flight in self._flights.values())
-        return EngineLoad(running, len(self._flights) - running)
+        running = sum(flight.decoding for flight in self._requests.flights.values())
+        return EngineLoad(running, len(self._requests.flights) - running)
 
     # Replicas
 
@@ -262,7 +245,7 @@ class VLLMServerEngine(Engine):
             EngineError: they hold weights of an earlier run, and wait for `update_weights` themselves.
         """
         self._alive()
-        self._check_weights()
+        self._requests.check_weights()
         await self._fleet.until_serving(count)
 
     async def add_replica(self, url: str) -> None:
@@ -329,95 +312,11 @@ class VLLMServerEngine(Engine):
         self.check_media(media)
         if adapter is not None:
             self.check_adapter(adapter)
-        if request_id in self._flights:
+        if request_id in self._requests.flights:
             raise RequestRefusedError(f"request id {request_id!r} is in flight already; give every request its own")
-        flight = self._flights[request_id] = Flight(ids, params, session_id, on_tokens)
-        try:
-            while not flight.finish:
-                await self._fly(flight)
-            return flight.completion()
-        finally:
-            del self._flights[request_id]
-            flight.over.set()
-
-    async def _fly(self, flight: Flight) -> None:
-        """Let it go on at one replica, as far as it gets there."""
-        replica = await self._placed(flight)
-        try:
-            if replica is None or flight.called_back:
-                flight.finish = "abort"
-            else:
-                flight.place = replica
-                await self._talk(replica, flight)
-        except ReplicaError as error:
-            assert replica is not None
-            self._blame(replica, flight, error)
-            flight.settle(self._stop_ids(flight.params))
-        finally:
-            flight.server_id = None
-            if replica is not None:
-                self._desk.leave(flight, replica)
-
-    def _check_weights(self) -> None:
-        if self._weights.label is None:
-            raise EngineError(
-                "the servers hold weights that an earlier run left there; call update_weights before anything else, or make the "
-                "engine with adopt=True to take them as they are"
-            )
-
-    async def _placed(self, ticket: Ticket) -> Replica | None:
-        self._check_weights()
-        if self._fleet.hopeless is not None and not ticket.called_back:
-            raise EngineDeadError(str(self._fleet.hopeless))
-        return None if ticket.called_back else await self._desk.place(ticket)
-
-    async def _talk(self, replica: Replica, flight: Flight) -> None:
-        facts, loop = self._alive(), asyncio.get_running_loop()
-        ids, params = flight.start()
-        pieces = self._stream_tokens if flight.on_tokens is None else piece_tokens(flight.on_tokens)
-        name, salt = f"millrace-{id(self):x}-{next(self._names)}", self._weights.label or AT_START
-        body = generate_body(facts.model, ids, params, self._stop_ids(params), name=name, salt=salt, piece=pieces)
-        piece = None
-        try:
-            async with flight.talking(), aclosing(replica.server.stream(body, flight.session_id, facts.vocab_size)) as stream:
-                async for piece in stream:
-                    flight.take(piece, self._version, loop.time())
-        except TimeoutError:
-            if flight.error is not None:
-                raise flight.error from None
-            flight.finish = "abort"
-            return
-        assert piece is not None, "a stream ends after a piece with a finish reason, or raises"
-        oldest = flight.stamp(piece.labels, self._weights.versions)
-        if oldest is not None and oldest < self._weights.versions[salt]:
-            self._fleet.take_out(replica, ReplicaError(f"{replica.url} holds older weights than those in force; was it restarted?"))
-        if piece.finish == "abort" and not flight.called_back:
-            raise ReplicaError(f"{replica.url} ended a request that nobody interrupted; is it shutting down?", lost=True)
-        flight.finish = piece.finish
-        replica.busy.accepted()
-        replica.breaker.succeeded()
-
-    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
-        # EOS by name: the server knows it from the tokenizer, which may be absent.
-        ends = frozenset[int]() if params.ignore_eos else self._alive_facts().eos_token_ids
-        return ends.union(params.stop_token_ids)
-
-    def _alive_facts(self) -> Facts:
-        assert self._facts is not None
-        return self._facts
-
-    def _blame(self, replica: Replica, ticket: Ticket, error: ReplicaError) -> None:
-        """Note that a replica failed a request; raises if too many did."""
-        if isinstance(error, ReplicaBusy):
-            replica.busy.refused(asyncio.get_running_loop().time(), error.retry_after, random.random())
-            return
-        ticket.avoid = replica.url
-        if error is ticket.error:  # cut off by us, who know already
-            return
-        self._fleet.blame(replica, error)
-        ticket.faults += 1
-        if ticket.faults >= self._attempts:
-            raise EngineError(f"the request failed {ticket.faults} times, at last: {error}") from error
+        flight = Flight(ids, params, session_id, on_tokens)
+        await self._requests.finish(request_id, flight)
+        return flight.completion()
 
     async def interrupt(self, request_ids: Collection[str] | None = None) -> None:
         """End the given requests, or all, early; see `Engine.interrupt`.
@@ -425,21 +324,9 @@ class VLLMServerEngine(Engine):
         Of one that no token came of yet, what the server may have sampled meanwhile is left there.
         """
         self._alive()
-        chosen = list(self._flights) if request_ids is None else [name for name in request_ids if name in self._flights]
-        await self._interrupt([self._flights[name] for name in dict.fromkeys(chosen)])
-
-    async def _interrupt(self, flights: Sequence[Flight]) -> None:
-        there: dict[Replica, list[str]] = {}
-        loop = asyncio.get_running_loop()
-        for flight in flights:
-            flight.called_back = True
-            if flight.server_id is None or flight.place is None:
-                flight.cut(None)
-            else:
-                there.setdefault(flight.place, []).append(flight.server_id)
-                loop.call_later(ABORT_SECONDS, flight.cut, None)
-        self._desk.call_back(flights)
-        await self._each(there, lambda replica: replica.server.abort(there[replica]))
+        flights = self._requests.flights
+        chosen = list(flights) if request_ids is None else [name for name in request_ids if name in flights]
+        await self._requests.interrupt([flights[name] for name in dict.fromkeys(chosen)])
 
     # Scores
 
@@ -450,7 +337,7 @@ class VLLMServerEngine(Engine):
         ids = self.check_score(token_ids, start).tolist()
         if adapter is not None:
             self.check_adapter(adapter)
-        scores, _ = await self._look(ids, 0, lambda answer, _: read_scores(answer, ids))
+        scores, _ = await self._requests.look(ids, 0, lambda answer, _: read_scores(answer, ids))
         return np.array(scores[start - 1 :], np.float32)
 
     async def top_tokens(
@@ -461,36 +348,8 @@ class VLLMServerEngine(Engine):
         if adapter is not None:
             self.check_adapter(adapter)
         vocab_size = self.vocab_size
-        likely, version = await self._look(ids, count, lambda _, entry: read_likely(entry, count, vocab_size))
+        likely, version = await self._requests.look(ids, count, lambda _, entry: read_likely(entry, count, vocab_size))
         return TopTokens.of(likely.keys(), likely.values(), version)
-
-    async def _look(self, ids: list[int], likely: int, read: Callable[[Answer, Entry], Result]) -> tuple[Result, int]:
-        """What the answer to a request that is no rollout says, and its version: asked again where weights changed meanwhile."""
-        facts, ticket = self._alive(), Ticket()
-        self._looks.add(ticket)
-        try:
-            while True:
-                replica = await self._placed(ticket)
-                if replica is None or ticket.called_back:
-                    raise EngineClosedError("the engine was closed meanwhile")
-                label = self._weights.label or AT_START
-                body = look_body(facts.model, ids, likely_tokens=likely, salt=label)
-                try:
-                    async with ticket.talking():
-                        answer = await replica.server.ask(body)
-                    entry, told = read_whole(answer, facts.vocab_size)
-                    value = read(answer, entry)
-                    if told == label == self._weights.label:
-                        return value, self._version
-                except TimeoutError:
-                    continue
-                except ReplicaError as error:
-                    self._blame(replica, ticket, error)
-                finally:
-                    self._desk.leave(ticket, replica)
-        finally:
-            self._looks.discard(ticket)
-            ticket.over.set()
 
     # Pauses
 
@@ -498,65 +357,15 @@ class VLLMServerEngine(Engine):
         """Stop sampling until `resume`; see `Engine.pause`. Control calls are carried out one after another."""
         if mode not in get_args(PauseMode):
             raise ValueError(f"unknown pause mode {mode!r}; known are {get_args(PauseMode)}")
-        async with self._control:
+        async with self._control.lock:
             self._alive()
-            try:
-                if mode == "wait":
-                    await self._drain()
-                self._desk.set_gate("shut")
-                if mode == "abort":
-                    await self._interrupt(list(self._flights.values()))
-                await self._freeze()
-            finally:
-                if not self._fleet.frozen:
-                    self._desk.set_gate("open")
-
-    async def _drain(self) -> None:
-        """Let all requests in flight finish, those without a place included, while later ones wait here."""
-        flights = list(self._flights.values())
-        self._desk.begin_all(flights)
-        self._desk.set_gate("draining")
-        await self._thaw()
-        for flight in flights:
-            await flight.over.wait()
-
-    async def _freeze(self) -> None:
-        self._fleet.frozen = True
-        for replica in self._fleet.replicas.values():
-            if not replica.serving:
-                replica.cut(ReplicaError(f"{replica.url} does not serve"))
-        await self._each(self._fleet.serving(), lambda replica: replica.server.pause())
-
-    async def _thaw(self) -> None:
-        if self._fleet.frozen:
-            self._fleet.frozen = False
-            await self._each(self._fleet.serving(), lambda replica: replica.server.resume())
+            await self._control.pause(mode)
 
     async def resume(self) -> None:
         """Go on after `pause`."""
-        async with self._control:
+        async with self._control.lock:
             self._alive()
-            await self._thaw()
-            self._desk.set_gate("open")
-
-    async def _each(
-        self, replicas: Iterable[Replica], action: Callable[[Replica], Awaitable[None]]
-    ) -> tuple[list[Replica], list[Exception]]:
-        """Do something with each replica at once; those with which it failed are taken out."""
-        done, errors = list[Replica](), list[Exception]()
-
-        async def act(replica: Replica) -> None:
-            try:
-                await action(replica)
-                done.append(replica)
-            except (ReplicaError, EngineError) as error:
-                errors.append(error)
-                self._fleet.take_out(replica, error)
-
-        async with asyncio.TaskGroup() as tasks:
-            for replica in replicas:
-                tasks.create_task(act(replica))
-        return done, errors
+            await self._control.resume()
 
     # Weights
 
@@ -569,74 +378,28 @@ class VLLMServerEngine(Engine):
         """
         self._alive()
         assert self._group is not None
-        updating = self._group.create_task(_outcome(self._update(source, version)))
+        updating = self._group.create_task(self._update(source, version))
         cancelled: asyncio.CancelledError | None = None
         while not updating.done():
             try:
                 await asyncio.wait([updating])
             except asyncio.CancelledError as error:
                 cancelled = error
+        self._version = self._weights.version
         if cancelled is not None:
             raise cancelled
         if (failure := updating.result()) is not None:
             raise failure
 
-    async def _update(self, source: WeightSource, version: int) -> None:
-        async with self._control, AsyncExitStack() as held:
-            self._alive()
-            staged = await self._weights.stage(source)
-            try:
-                replicas = self._fleet.well()
-                for replica in replicas:
-                    await held.enter_async_context(replica.control)
-                self._desk.set_gate("shut")
-                await self._put(staged, version, replicas)
-            except BaseException:
-                staged.drop()
-                raise
-            finally:
-                if not self._fleet.frozen:
-                    self._desk.set_gate("open")
-
-    async def _put(self, staged: Staged, version: int, replicas: Sequence[Replica]) -> None:
-        label, folder = self._weights.new_label(version), staged.checkpoint.folder
-
-        async def prepare(replica: Replica) -> None:
-            await replica.server.pause()
-            await check_seen(replica.server, folder, extended=_extended(replica))
-
-        async def finish(replica: Replica) -> None:
-            # Without `recompute` it clears nothing while requests are in flight; the salts see to those.
-            await replica.server.reset_cache(running=self._weights.recompute)
-            if not self._fleet.frozen:
-                await replica.server.resume()
-
-        ready, errors = await self._each(replicas, prepare)
-        loaded, more = await self._each(ready, lambda replica: load(replica.server, folder, label, extended=_extended(replica)))
-        labelled, most = await self._each(loaded, lambda replica: replica.server.set_label(label))
-        if not labelled:
-            raise self._none_took(version, [*errors, *more, *most])
-        # From here on they count: no token of theirs was sampled yet.
-        self._weights.put_in_force(staged, label, version)
-        self._version = version
-        for replica in labelled:
-            replica.label = label
-        for replica in self._fleet.serving():
-            if replica not in labelled:
-                self._fleet.take_out(replica, ReplicaError(f"{replica.url} missed the weights of version {version}"))
-        finished, _ = await self._each(labelled, finish)
-        for replica in finished:
-            self._fleet.admit(replica)
-
-    def _none_took(self, version: int, errors: Sequence[Exception]) -> Exception:
-        causes = "; ".join(map(str, errors)) or "; ".join(f"{one.url}: {one.cause}" for one in self._fleet.replicas.values())
-        error = WeightUpdateError(f"no replica took the weights of version {version}, {self._version} is still in force: {causes}")
-        error.__cause__ = next(iter(errors), None)
-        return error
-
-
-def _extended(replica: Replica) -> bool:
-    return replica.facts is not None and replica.facts.extended
+    async def _update(self, source: WeightSource, version: int) -> Exception | None:
+        """What it raised: a task's failure would end its siblings."""
+        try:
+            async with self._control.lock:
+                self._alive()
+                await self._control.update(source, version)
+        except Exception as error:  # noqa: BLE001 - it is raised where the update was asked for
+            return error
+        return None
 
 
 def _checked_urls(urls: str | Iterable[str]) -> list[str]:
@@ -659,12 +422,3 @@ async def _together(actions: Iterable[Coroutine[Any, Any, None]]) -> None:
         while isinstance(errors, BaseExceptionGroup):
             errors = errors.exceptions[0]
         raise errors from None
-
-
-async def _outcome(action: Coroutine[Any, Any, None]) -> Exception | None:
-    """What it raised, for a task whose failure must not end its siblings."""
-    try:
-        await action
-    except Exception as error:  # noqa: BLE001 - it is raised where the update was asked for
-        return error
-    return None

@@ -492,3 +492,30 @@ async def _later(server: SimulatedServer) -> bool:
 def test_bad_arguments_are_refused_at_construction(urls: Any, options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         VLLMServerEngine(urls, **options)
+
+
+async def test_whoever_waits_when_the_engine_is_closed_is_told(tmp_path: Path) -> None:
+    async with served(1, make=slow, max_in_flight=1) as (engine, _), asyncio.TaskGroup() as tasks:
+        running = await InFlight(tasks, engine, [5, 6, 7], PARAMS, "running").seen()
+        waiting = InFlight(tasks, engine, [5, 6, 7], PARAMS, "waiting")
+        scoring = tasks.create_task(_outcome(engine.score([5, 6, 7])))
+        until = tasks.create_task(_outcome(engine.until_serving(2)))
+        pausing = tasks.create_task(_outcome(engine.pause("wait")))
+        await asyncio.sleep(0)  # all of them have begun
+        updating = tasks.create_task(_outcome(engine.update_weights(write_weights(tmp_path, 1), 1)))
+        await asyncio.sleep(0)
+        await engine.close()
+        assert [call.task.result().finish_reason for call in (running, waiting)] == ["abort", "abort"]
+        assert len(running.tokens) > 0
+        check_tokens(running.task.result())
+        for call in (scoring, until, updating):
+            assert isinstance(await call, EngineClosedError), repr(call)
+        assert isinstance(await pausing, EngineClosedError | None)
+
+
+async def _outcome(call: Any) -> Exception | None:
+    try:
+        await call
+    except Exception as error:  # noqa: BLE001 - it is looked at
+        return error
+    return None

@@ -1,7 +1,7 @@
 """`Fleet`: which replicas are in rotation. One task a replica looks after it: probes it, takes it out when it fails, brings it back."""
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from agent_loop.engines.server.breaker import Breaker
@@ -10,7 +10,7 @@ from agent_loop.engines.server.facts import DEV_MODE, Facts, facts_of
 from agent_loop.engines.server.faults import NoSuchEndpoint, ReplicaError
 from agent_loop.engines.server.replica import Flight, Replica
 from agent_loop.engines.server.weights import AT_START, LOADING, Weights, check_seen, load
-from agent_loop.errors import EngineDeadError, EngineError
+from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Fleet:
         self.desk: Desk
         self._weights, self._care = weights, care
         self._vocab_size, self._eos_token_ids = vocab_size, eos_token_ids
-        self._changed = asyncio.Event()
+        self._changed, self._closed = asyncio.Event(), False
         self._despairs: asyncio.TimerHandle | None = None
 
     def serving(self) -> list[Replica]:
@@ -59,9 +59,34 @@ class Fleet:
         """Those that new weights can be put into."""
         return [replica for replica in self.replicas.values() if replica.well]
 
+    def causes(self) -> str:
+        """Why those that do not serve do not."""
+        return "; ".join(f"{replica.url}: {replica.cause}" for replica in self.replicas.values() if not replica.serving) or "there is none"
+
+    async def each(
+        self, replicas: Iterable[Replica], action: Callable[[Replica], Awaitable[None]]
+    ) -> tuple[list[Replica], list[Exception]]:
+        """Do something with each replica at once; those with which it failed are taken out. The others, and the errors."""
+        done, errors = list[Replica](), list[Exception]()
+
+        async def act(replica: Replica) -> None:
+            try:
+                await action(replica)
+                done.append(replica)
+            except (ReplicaError, EngineError) as error:
+                errors.append(error)
+                self.take_out(replica, error)
+
+        async with asyncio.TaskGroup() as tasks:
+            for replica in replicas:
+                tasks.create_task(act(replica))
+        return done, errors
+
     async def until_serving(self, count: int) -> None:
         """Wait until so many are in rotation."""
         while len(self.serving()) < count:
+            if self._closed:
+                raise EngineClosedError("the engine was closed meanwhile")
             await self._changed.wait()
 
     # Coming
@@ -144,18 +169,22 @@ class Fleet:
         self._changed = asyncio.Event()
         if self.serving():
             self.hopeless = None
-            self.close()
+            self._hope()
         elif self._despairs is None:
             self._despairs = asyncio.get_running_loop().call_later(self._care.patience, self._despair)
         self.desk.dispatch()
 
     def _despair(self) -> None:
-        causes = "; ".join(f"{replica.url}: {replica.cause}" for replica in self.replicas.values())
-        self.hopeless = EngineDeadError(f"no replica serves for {self._care.patience:g} s: {causes or 'there is none'}")
+        self.hopeless = EngineDeadError(f"no replica serves for {self._care.patience:g} s: {self.causes()}")
         self.desk.refuse_all(self.hopeless)
 
     def close(self) -> None:
-        """Despair no more."""
+        """Nobody comes any more."""
+        self._closed = True
+        self._changed.set()
+        self._hope()
+
+    def _hope(self) -> None:
         if self._despairs is not None:
             self._despairs.cancel()
             self._despairs = None
@@ -217,7 +246,7 @@ class Fleet:
             self.admit(replica)
 
     async def _bring(self, replica: Replica) -> None:
-        label, extended = self._weights.label, replica.facts is not None and replica.facts.extended
+        label, extended = self._weights.label, replica.extended
         try:
             folder = self._weights.folder()
             await check_seen(replica.server, folder, extended=extended)

@@ -183,6 +183,11 @@ class Replica:
         """Its address."""
         return self.server.url
 
+    @property
+    def extended(self) -> bool:
+        """Whether its workers have our extension."""
+        return self.facts is not None and self.facts.extended
+
     def status(self) -> ReplicaStatus:
         """For those outside."""
         return ReplicaStatus(self.url, self.serving, len(self.tickets), "" if self.serving else self.cause)

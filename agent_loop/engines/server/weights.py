@@ -44,6 +44,7 @@ class Weights:
     """The weights in force.
 
     Attributes:
+        version: of them.
         label: of them; None while no server may be asked, since they hold what an earlier run left.
         versions: the version that each label stands for.
         recompute: at an update, compute the attention cache of requests in flight anew.
@@ -52,6 +53,7 @@ class Weights:
 
     def __init__(self, folder: str | Path | None, *, recompute: bool) -> None:
         self.label: str | None = None
+        self.version = 0
         self.versions: dict[str, int] = {}
         self.recompute = recompute
         self.tied = True
@@ -64,7 +66,7 @@ class Weights:
         """What the servers hold at the opening; `root` is where they had their model from."""
         self.label, self.tied = label, tied
         if label is not None:
-            self.versions[label] = version_of(label) or 0
+            self.versions[label] = self.version = version_of(label) or 0
         try:
             self._model = read_checkpoint(root)
         except (ValueError, OSError):
@@ -99,7 +101,7 @@ class Weights:
         """The servers hold them; those before are dropped."""
         before, self._staged = self._staged, staged
         self._model = self._model or staged.checkpoint
-        self.label, self.versions[label] = label, version
+        self.label, self.version, self.versions[label] = label, version, version
         if before is not None:
             before.drop()
 
