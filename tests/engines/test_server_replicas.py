@@ -294,6 +294,28 @@ async def test_a_server_that_ends_its_requests_on_its_way_down_has_them_go_on_el
             check_tokens(call.task.result())
 
 
+async def test_requests_of_a_replica_that_dies_in_a_pause_go_on_after_it() -> None:
+    async with served(make=slow) as (engine, servers), asyncio.TaskGroup() as tasks:
+        calls = [await InFlight(tasks, engine, [5, 6, 7], PARAMS, f"r{number}").seen(2) for number in range(4)]
+        await engine.pause("keep")
+        counts = [len(call.tokens) for call in calls]
+        await servers[0].kill()
+        while engine.replicas()[0].serving:
+            await asyncio.wait([call.task for call in calls], timeout=0.01)
+        assert [len(call.tokens) for call in calls] == counts, "none goes on before the pause is over"
+        await engine.resume()
+        for call in calls:
+            check_tokens(await call.task)
+            assert len(call.tokens) == 40
+
+
+async def test_a_key_that_is_asked_for_is_named() -> None:
+    async with SimulatedServer() as server:
+        server.fault("/version", answer(401))
+        with pytest.raises(EngineError, match="api_key"):
+            await VLLMServerEngine(server.url, **QUICK).open()
+
+
 async def test_requests_wait_for_a_replica_and_fail_when_none_comes_back() -> None:
     async with served(1, patience_seconds=0.3) as (engine, servers):
         await servers[0].kill()
@@ -324,10 +346,11 @@ async def test_a_cancelled_request_that_waits_leaves_no_trace() -> None:
 # --- weights
 
 
-async def test_a_replica_that_missed_an_update_is_out_until_it_has_caught_up(tmp_path: Path) -> None:
-    async with served(make=slow) as (engine, servers), asyncio.TaskGroup() as tasks:
-        calls = [await InFlight(tasks, engine, [5, 6, 7], PARAMS, f"r{number}").seen(2) for number in range(6)]
-        servers[0].fault("/pause", answer(500))
+@pytest.mark.parametrize("fault", [answer(500), hang])
+async def test_a_replica_that_missed_an_update_is_out_until_it_has_caught_up(tmp_path: Path, fault: Any) -> None:
+    async with served(make=slow, control_seconds=0.3) as (engine, servers), asyncio.TaskGroup() as tasks:
+        calls = [await InFlight(tasks, engine, [5, 6, 7], PARAMS.replace(max_tokens=300), f"r{number}").seen(2) for number in range(6)]
+        servers[0].fault("/pause", fault)
         await engine.update_weights(write_weights(tmp_path, 2), 1)
         assert engine.version == 1
         await engine.until_serving(2)

@@ -21,6 +21,7 @@ from agent_loop.testing import EngineSuite, InFlight
 from examples.two_replicas import Replica
 from tests.tiny_model import make_tiny_model
 
+pytestmark = pytest.mark.timeout(600)  # two servers start at once, which takes minutes where much else runs
 SMALL = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager")
 LONG = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
 
@@ -47,7 +48,7 @@ def servers(models: tuple[Path, Path], logs: Path) -> Iterator[list[Replica]]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def engine(servers: list[Replica], logs: Path) -> AsyncIterator[VLLMServerEngine]:
-    engine = VLLMServerEngine([server.url for server in servers], open_seconds=240.0, health_seconds=1.0, control_seconds=30.0)
+    engine = VLLMServerEngine([server.url for server in servers], open_seconds=480.0, health_seconds=1.0, control_seconds=30.0)
     try:
         await engine.open()
     except BaseException:
