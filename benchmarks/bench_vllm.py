@@ -1,91 +1,181 @@
-"""What `VLLMEngine.generate` costs over bare `AsyncLLM.generate`: tokens a second of both in one process, in turns.
+"""What `VLLMEngine` costs over bare `AsyncLLM` in the same process, and `TransformersEngine` beside both.
 
-    python benchmarks/bench_vllm.py [--model FOLDER] [--requests 256] [--tokens 64] [--repeats 5]
+    python -m benchmarks.bench_vllm [--model FOLDER] [--requests 256] [--tokens 64] [--rounds 5]
 
-Without a model a tiny one is made, for which the work outside the model weighs most: the ratio is a lower bound.
+Each round runs all contenders in an order of its own, and ratios are taken round by round. Without a model a tiny one is made, for which
+the work outside of the model weighs most. The loop's own work is in CPU time of its thread: the clock tells little on a machine that
+others use too. What the process holds when the engine is open is kept from the garbage collector, as vLLM's own server does.
 """
 
 import argparse
 import asyncio
-import statistics
-import sys
-import tempfile
+import gc
+import itertools
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
 
 from agent_loop.decoding import Decoding
+from agent_loop.engines.base import Engine
+from agent_loop.engines.transformers import TransformersEngine
 from agent_loop.engines.vllm import VLLMEngine
 from agent_loop.sampling import SamplingParams
+from benchmarks.workload import in_rounds, print_table, ratios, scratch, spread
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
+Ask = Callable[[str, SamplingParams], Awaitable[int]]
+_NAMES = itertools.count()
 
 
-async def ours(engine: VLLMEngine, request_id: str, params: SamplingParams) -> int:
-    return len((await engine.generate(PROMPT, params, request_id=request_id)).token_ids)
+@dataclass(frozen=True)
+class Round:
+    """What one contender did in one round."""
+
+    seconds: float
+    loop: float  # seconds that the event loop's thread computed
+    tokens: int
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def loop_a_token(self) -> float:
+        return self.loop / self.tokens * 1e6
 
 
-async def in_pieces(engine: VLLMEngine, request_id: str, params: SamplingParams) -> int:
-    """As agent loops ask: the tokens come as they are sampled, in pieces."""
-    return len((await engine.generate(PROMPT, params, request_id=request_id, on_tokens=Decoding(0, None))).token_ids)
+def ours(engine: Engine, on_tokens: Callable[[], Any] = lambda: None) -> Ask:
+    """`generate`, with an `on_tokens` of its own for each request."""
+
+    async def ask(request_id: str, params: SamplingParams) -> int:
+        return len((await engine.generate(PROMPT, params, request_id=request_id, on_tokens=on_tokens())).token_ids)
+
+    return ask
 
 
-async def singly(engine: VLLMEngine, request_id: str, params: SamplingParams) -> int:
-    """Likewise, each token by itself."""
-    return len((await engine.generate(PROMPT, params, request_id=request_id, on_tokens=lambda piece: None)).token_ids)
-
-
-async def bare(engine: VLLMEngine, request_id: str, params: SamplingParams) -> int:
+def bare(engine: VLLMEngine, *, streamed: bool = False) -> Ask:
     """The same request as a user of vLLM would write it, log-probabilities included."""
     from vllm import SamplingParams as VLLMSamplingParams
     from vllm import TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
-    final = RequestOutputKind.FINAL_ONLY
-    asked = VLLMSamplingParams(max_tokens=params.max_tokens, ignore_eos=True, logprobs=0, detokenize=False, output_kind=final)
+    kind = RequestOutputKind.DELTA if streamed else RequestOutputKind.FINAL_ONLY
     llm: Any = engine._llm
-    async for output in llm.generate(TokensPrompt(prompt_token_ids=list(PROMPT)), asked, request_id):
-        part = output.outputs[0]
-    logprobs = [entry[token].logprob for token, entry in zip(part.token_ids, part.logprobs, strict=True)]
-    return len(logprobs)
+
+    async def ask(request_id: str, params: SamplingParams) -> int:
+        asked = VLLMSamplingParams(max_tokens=params.max_tokens, ignore_eos=True, logprobs=0, detokenize=False, output_kind=kind)
+        logprobs: list[float] = []
+        async for output in llm.generate(TokensPrompt(prompt_token_ids=list(PROMPT)), asked, request_id):
+            part = output.outputs[0]
+            logprobs += [entry[token].logprob for token, entry in zip(part.token_ids, part.logprobs, strict=True)]
+        return len(logprobs)
+
+    return ask
 
 
-async def rate(ask: Callable[..., Awaitable[int]], engine: VLLMEngine, requests: int, params: SamplingParams) -> float:
-    """Tokens a second of `requests` coroutines at once."""
-    start = time.perf_counter()
-    tokens = sum(await asyncio.gather(*(ask(engine, f"{start}-{number}", params) for number in range(requests))))
-    return tokens / (time.perf_counter() - start)
+def together(ask: Ask, requests: int, params: SamplingParams) -> Callable[[], Awaitable[Round]]:
+    """`requests` coroutines at once."""
+
+    async def run() -> Round:
+        start, computed = time.perf_counter(), time.thread_time()
+        tokens = sum(await asyncio.gather(*(ask(f"r-{next(_NAMES)}", params) for _ in range(requests))))
+        return Round(time.perf_counter() - start, time.thread_time() - computed, tokens)
+
+    return run
 
 
-async def loop_time(ask: Callable[..., Awaitable[int]], engine: VLLMEngine, requests: int, params: SamplingParams) -> float:
-    """Microseconds of the event loop's thread for a token."""
-    start = time.thread_time()
-    await rate(ask, engine, requests, params)
-    return (time.thread_time() - start) / (requests * params.max_tokens) * 1e6
+def one_by_one(ask: Ask, requests: int, params: SamplingParams) -> Callable[[], Awaitable[Round]]:
+    """The same, each after the one before; seconds are of one."""
+
+    async def run() -> Round:
+        start, computed, seconds = time.perf_counter(), time.thread_time(), list[float]()
+        for _ in range(requests):
+            start = time.perf_counter()
+            await ask(f"r-{next(_NAMES)}", params)
+            seconds.append(time.perf_counter() - start)
+        return Round(sorted(seconds)[requests // 2], (time.thread_time() - computed) / requests, 1)
+
+    return run
 
 
-async def measure(model: Path, requests: int, tokens: int, repeats: int) -> None:
+def interrupted(
+    ask: Ask, stop: Callable[[list[str]], Awaitable[None]], requests: int, params: SamplingParams
+) -> Callable[[], Awaitable[Round]]:
+    """Milliseconds from the call that ends all requests to the last of their results, when all have had their first tokens' time."""
+
+    async def run() -> Round:
+        names = [f"r-{next(_NAMES)}" for _ in range(requests)]
+        calls = asyncio.gather(*(ask(name, params) for name in names))
+        await ask(f"r-{next(_NAMES)}", params.replace(max_tokens=8))
+        start, computed = time.perf_counter(), time.thread_time()
+        await stop(names)
+        await calls
+        return Round(time.perf_counter() - start, time.thread_time() - computed, 1)
+
+    return run
+
+
+async def vllm(model: Path, requests: int, tokens: int, rounds: int) -> None:
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    rows: list[tuple[float, float]] = []
+    one, long = params.replace(max_tokens=1), params.replace(max_tokens=400)
     async with VLLMEngine(model, max_model_len=512, enforce_eager=True) as engine:
-        for ask in (ours, bare):
-            await rate(ask, engine, requests, params)  # warm-up
-        for repeat in range(repeats):
-            order = (ours, bare) if repeat % 2 == 0 else (bare, ours)
-            rates = {ask: await rate(ask, engine, requests, params) for ask in order}
-            rows.append((rates[ours], rates[bare]))
-        ways: dict[str, Callable[..., Awaitable[int]]] = {"at the end": ours, "in pieces": in_pieces, "singly": singly}
-        loop_times = {name: [await loop_time(ask, engine, requests, params) for _ in range(repeats)] for name, ask in ways.items()}
-    print(f"{requests} coroutines, {tokens} tokens each\n\n| repeat | VLLMEngine tokens/s | AsyncLLM tokens/s | ratio |\n|---|---|---|---|")
-    for number, (a, b) in enumerate(rows):
-        print(f"| {number} | {a:,.0f} | {b:,.0f} | {a / b:.3f} |")
-    print(f"| median | | | {statistics.median(a / b for a, b in rows):.3f} |")
-    print("\n| tokens come | event loop, µs a token, median (least to most) |\n|---|---|")
-    for name, times in loop_times.items():
-        print(f"| {name} | {statistics.median(times):.0f} ({min(times):.0f} to {max(times):.0f}) |")
+        gc.collect()
+        gc.freeze()
+        llm: Any = engine._llm
+        ways = {
+            "`AsyncLLM.generate`, at the end": bare(engine),
+            "the same, again": bare(engine),
+            "`VLLMEngine.generate`, at the end": ours(engine),
+            "`VLLMEngine`, in pieces of 16": ours(engine, lambda: Decoding(0, None)),
+            "`AsyncLLM`, each token": bare(engine, streamed=True),
+            "`VLLMEngine`, each token": ours(engine, lambda: lambda piece: None),
+        }
+        found = await in_rounds({name: together(ask, requests, params) for name, ask in ways.items()}, rounds)
+        baseline = [r.rate for r in next(iter(found.values()))]
+        print(f"{requests} coroutines, {tokens} tokens each, {rounds} rounds")
+        print_table(
+            ("tokens come", "tokens/s", "of the first", "event loop, us a token"),
+            [
+                (
+                    name,
+                    spread([r.rate for r in own], ",.0f"),
+                    spread(ratios([r.rate for r in own], baseline)),
+                    spread([r.loop_a_token for r in own], ".1f"),
+                )
+                for name, own in found.items()
+            ],
+        )
+        alone = await in_rounds({"AsyncLLM": one_by_one(bare(engine), 50, one), "VLLMEngine": one_by_one(ours(engine), 50, one)}, rounds)
+        stops = {
+            "AsyncLLM": interrupted(bare(engine), llm.abort, requests, long),
+            "VLLMEngine": interrupted(ours(engine), engine.interrupt, requests, long),
+        }
+        ends = await in_rounds(stops, rounds)
+        print_table(
+            ("", "one token, one request, ms p50", "event loop of it, ms", f"interrupt of {requests}, ms", "event loop of it, ms"),
+            [
+                (
+                    name,
+                    spread([r.seconds for r in alone[name]], ".2f", 1e3),
+                    spread([r.loop for r in alone[name]], ".2f", 1e3),
+                    spread([r.seconds for r in ends[name]], ".0f", 1e3),
+                    spread([r.loop for r in ends[name]], ".0f", 1e3),
+                )
+                for name in alone
+            ],
+        )
+        async with TransformersEngine(model, max_length=512, max_requests=requests) as other:
+            beside = {"VLLMEngine": together(ours(engine), 16, params), "TransformersEngine": together(ours(other), 16, params)}
+            both = await in_rounds(beside, rounds)
+    rates = {name: [r.rate for r in own] for name, own in both.items()}
+    print_table(
+        ("16 coroutines", "tokens/s", "of vLLM"),
+        [(name, spread(own, ",.0f"), spread(ratios(own, rates["VLLMEngine"]))) for name, own in rates.items()],
+    )
 
 
 def main() -> None:
@@ -93,14 +183,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    torch.set_num_threads(1)  # of this process: more fight over a model this small, and vLLM has its own
+    with scratch() as folder:
         if args.model is None:
             from tests.tiny_model import make_tiny_model
 
             args.model = make_tiny_model(folder)
-        asyncio.run(measure(args.model, args.requests, args.tokens, args.repeats))
+        asyncio.run(vllm(args.model, args.requests, args.tokens, args.rounds))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from tests.tiny_model import make_tiny_model
 
 SLOTS = 16
 SMALL: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "max_num_seqs": SLOTS}
+TRANSFER: dict[str, Any] = {"weight_transfer_config": {"backend": "store"}, "worker_extension_cls": "tests.store_transfer.Extension"}
 LONG = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
 
 
@@ -53,8 +54,7 @@ def small_cache() -> Iterator[None]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def engine(models: tuple[Path, Path]) -> AsyncIterator[VLLMEngine]:
-    transfer: dict[str, Any] = {"weight_transfer_config": {"backend": "store"}, "worker_extension_cls": "tests.store_transfer.Extension"}
-    async with Sleeper(models[0], **SMALL, **transfer) as engine:
+    async with Sleeper(models[0], **SMALL, **TRANSFER) as engine:
         yield engine
 
 
@@ -383,10 +383,10 @@ class TestVLLMEngine(EngineSuite):
             assert response.versions.tolist() == [engine.version] * 8
 
 
-def store_trainer(model: torch.nn.Module, client: Any) -> Any:
+def store_trainer(model: torch.nn.Module, client: Any, **options: Any) -> Any:
     from tests.store_transfer import StoreTrainer  # which imports vLLM
 
-    return StoreTrainer(model, client)
+    return StoreTrainer(model, client, **options)
 
 
 class Seen:
@@ -443,7 +443,8 @@ class Unchecked(VLLMEngine):
         return Checkpoint(folder, {}, ())
 
 
-async def test_an_engine_whose_load_breaks_off_is_given_up(models: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["load", "transfer"])
+async def test_an_engine_whose_weights_break_off_midway_is_given_up(models: tuple[Path, Path], tmp_path: Path, way: str) -> None:
     tensors = load_file(models[1] / "model.safetensors")
     names = sorted(tensors)
     # Split inside a layer whose tensors the engine fuses (q, k and v): it is left half filled.
@@ -452,16 +453,18 @@ async def test_an_engine_whose_load_breaks_off_is_given_up(models: tuple[Path, P
     save_file({name: tensors[name] for name in names[at:]}, tmp_path / "model-00002.safetensors")
     spoil_offsets(tmp_path / "model-00002.safetensors")
     before = descendants()
-    async with Unchecked(models[0], **SMALL) as engine:
+    async with Unchecked(models[0], **SMALL, **TRANSFER) as engine:
         for ask in (engine.sleep, engine.wake_up):
             with pytest.raises(RequestRefusedError, match="enable_sleep_mode"):
                 await ask()
-        with pytest.raises(RequestRefusedError, match="weight_transfer_config"):
-            engine.weight_sync_client()
+        source: Any = tmp_path
+        if way == "transfer":
+            model = AutoModelForCausalLM.from_pretrained(models[1], dtype=torch.float32)
+            source = await asyncio.to_thread(store_trainer, model, engine.weight_sync_client(), fail_after=at)
         call = asyncio.create_task(engine.generate([5, 6], LONG, request_id="in-flight"))
         await asyncio.sleep(0)  # the request starts here
         with pytest.raises(EngineDeadError, match="mixture"):
-            await engine.update_weights(tmp_path, 1)
+            await engine.update_weights(source, 1)
         assert (await call).finish_reason == "abort"
         assert set((await call).versions.tolist()) <= {0}
         with pytest.raises(EngineDeadError, match="mixture"):
@@ -508,6 +511,8 @@ async def test_two_workers_share_a_model_and_the_end_of_one_is_the_end_of_all(
     monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "1")  # else vLLM wants a NUMA node for each worker
     before = descendants()
     async with VLLMEngine(models[0], **SMALL | {"dtype": "bfloat16"}, tensor_parallel_size=2) as engine:
+        with pytest.raises(RequestRefusedError, match="weight_transfer_config"):
+            engine.weight_sync_client()
         await engine.update_weights(models[1], 1)
         params = SamplingParams(max_tokens=24, ignore_eos=True, seed=1)
         response = (await engine.generate([5, 6, 7], params, request_id="shared")).token_ids.tolist()
