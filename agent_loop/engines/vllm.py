@@ -336,6 +336,11 @@ class VLLMEngine(WeightsOfVLLM):
         try:
             with self._translated():
                 given = await with_images(self._alive(), ids, media, params.max_tokens)
+        except RequestRefusedError:
+            if not turn.done() or turn.result():  # else it was interrupted, or the engine closed, which the processor minds
+                raise
+            return None
+        else:
             return None if turn.done() and not turn.result() else given
         finally:
             del self._held[request_id]

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from agent_loop.engines.checkpoint import Checkpoint, read_checkpoint
 from agent_loop.engines.vllm_load import LoadMonitor, without_iteration_stats
 from agent_loop.engines.vllm_transfer import NEEDS_CUDA
 from agent_loop.engines.vllm_worker import OWNER, WorkerExtension
-from agent_loop.errors import EngineError
+from agent_loop.errors import EngineError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
 
 SETTINGS = {
@@ -192,7 +192,7 @@ def obituary(llm: Any) -> str:
 
 def vllm_params(params: SamplingParams, eos_token_ids: Collection[int], *, piece_tokens: int | None) -> Any:
     """`params` in vLLM's words; `piece_tokens` None: the whole response at its end, else in pieces of so many tokens."""
-    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+    from vllm.sampling_params import RequestOutputKind
     from vllm.sampling_params import SamplingParams as VLLMSamplingParams
 
     return VLLMSamplingParams(
@@ -209,13 +209,22 @@ def vllm_params(params: SamplingParams, eos_token_ids: Collection[int], *, piece
         seed=params.seed,
         logprobs=params.top_logprobs,
         flat_logprobs=True,
-        structured_outputs=None if params.structured_outputs is None else StructuredOutputsParams(**params.structured_outputs),
+        structured_outputs=None if params.structured_outputs is None else _structure(params.structured_outputs),
         detokenize=bool(params.stop),
         include_stop_str_in_output=True,
         output_kind=RequestOutputKind.FINAL_ONLY if piece_tokens is None else RequestOutputKind.DELTA,
         stream_interval=piece_tokens,
         skip_clone=True,
     )
+
+
+def _structure(asked: Mapping[str, Any]) -> Any:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    try:
+        return StructuredOutputsParams(**asked)
+    except (TypeError, ValueError) as error:
+        raise RequestRefusedError(f"structured_outputs={asked!r:.120} is refused by vLLM: {error}") from error
 
 
 def look_params(*, likely_tokens: int = 0) -> Any:
