@@ -60,6 +60,7 @@ async def train(say: Say, folder: str) -> None:
                         say("saved")
                         dataset.commit(dataset.step)
                         say("committed")
+                dataset.commit(STEPS)  # again, for one that was killed behind its last checkpoint
 
             await asyncio.to_thread(fit)
 
