@@ -426,7 +426,11 @@ def test_an_impatient_ctrl_c_changes_nothing(db: Path) -> None:
 # --- how it is installed
 
 
-def test_what_the_demo_says_to_look_at_next_works(db: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_demo_says_to_look_at_next_works(
+    db: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a report is written there
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     importlib.import_module("report").report({Status.ARCHIVED: 8}, [0.0, 1.0], db.parent)
     commands = re.findall(r"\.venv/bin/millrace (.+)", capsys.readouterr().out)
