@@ -24,7 +24,7 @@ from producer import AsyncProduceStrategy, Producer, ReplayPromptSampler  # noqa
 from producer.data import BufferDataset, in_background  # noqa: E402
 from producer.errors import ProducerError  # noqa: E402
 from producer.experience import AdvantageConfig, ExperienceMaker, make_experience  # noqa: E402
-from tests.buffer.groups import ids, put_all  # noqa: E402
+from tests.buffer.groups import ids, put_all, url  # noqa: E402
 from tests.experience.test_maker import group, rollout  # noqa: E402
 
 WAIT = 60.0
@@ -38,7 +38,7 @@ def groups(*numbers: int) -> list[RolloutGroup]:
 @pytest.fixture
 async def buffer(tmp_path: Path) -> AsyncIterator[ReplayBuffer]:
     """Six batches of two groups, audited at the end."""
-    async with ReplayBuffer.open(f"sqlite:///{tmp_path}/run.db") as opened:
+    async with ReplayBuffer.open(url(tmp_path)) as opened:
         await put_all(opened, groups(*range(1, 13)))
         yield opened
         report = await opened.audit()
@@ -150,6 +150,7 @@ async def test_a_batch_that_could_not_be_made_is_the_next_one_again(buffer: Repl
     assert await in_a_thread(train) == PAIRS[1:]
 
 
+@pytest.mark.usefixtures("backend")
 async def test_a_loaded_state_rewinds_also_what_was_taken_ahead(buffer: ReplayBuffer) -> None:
     maker = ExperienceMaker(AdvantageConfig("rloo", normalise=True))
     states: dict[int, Any] = {}
@@ -176,6 +177,7 @@ async def test_a_loaded_state_rewinds_also_what_was_taken_ahead(buffer: ReplayBu
         assert one.running == other.running
 
 
+@pytest.mark.usefixtures("backend")
 async def test_a_new_process_goes_on_from_the_loader_of_the_checkpoint(tmp_path: Path) -> None:
     def loader_of(buffer: ReplayBuffer) -> tuple[BufferDataset, Any]:
         dataset = dataset_of(buffer, prefetch=2)
@@ -198,11 +200,10 @@ async def test_a_new_process_goes_on_from_the_loader_of_the_checkpoint(tmp_path:
         loader.load_state_dict(state)
         return list(loader)
 
-    url = f"sqlite:///{tmp_path}/run.db"
-    async with ReplayBuffer.open(url) as buffer:
+    async with ReplayBuffer.open(url(tmp_path)) as buffer:
         await put_all(buffer, groups(*range(1, 13)))
         found, state = await in_a_thread(first_part, buffer)
-    async with ReplayBuffer.open(url) as buffer:
+    async with ReplayBuffer.open(url(tmp_path)) as buffer:
         assert [*found, *await in_a_thread(second_part, buffer, state)] == PAIRS
 
 
