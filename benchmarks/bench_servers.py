@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -176,6 +177,7 @@ def main() -> None:
     asyncio.run(scaling(arguments.repeats))
     asyncio.run(client_time(arguments.repeats))
     if arguments.real:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         asyncio.run(real(arguments.repeats, 128, 64))
 
 
