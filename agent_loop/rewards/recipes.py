@@ -53,6 +53,8 @@ class Recipes:
     ) -> None:
         if not isinstance(source, str) and not callable(source):
             raise TypeError(f"source={source!r:.80} is neither the name of a column nor a function of a row")
+        if recipes is not None and not isinstance(recipes, Mapping):
+            raise ValueError(f"recipes={recipes!r:.80} must map sources to weights")
         self._functions, self._source, self._routed = functions, source, recipes is not None
         self._own = {name: Recipe.of(name, own, functions) for name, own in (recipes or {}).items()}
         if weights is None and recipes is None:

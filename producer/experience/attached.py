@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from buffer.rollout import RolloutState
 from producer.experience.config import AdvantageConfig
 from producer.experience.off_policy import OffPolicy
+from producer.experience.usable import usable
 from producer.members import is_surplus
 
 Array = NDArray[np.float64]
@@ -58,8 +59,8 @@ def prompt_of(rollout: RolloutState) -> NDArray[np.int32]:
 
 
 def reward_of(rollout: RolloutState) -> float:
-    """The reward, NaN where there is none that is finite."""
-    return float("nan") if rollout.reward is None or not np.isfinite(rollout.reward) else float(rollout.reward)
+    """The reward, NaN where there is none that can be computed with."""
+    return float("nan") if rollout.reward is None or not usable(rollout.reward) else float(rollout.reward)
 
 
 def why_left_out(rollout: RolloutState) -> str | None:
@@ -68,7 +69,7 @@ def why_left_out(rollout: RolloutState) -> str | None:
         return "surplus" if is_surplus(rollout) else "failed"
     if rollout.reward is None:
         return "no_reward"
-    if not np.isfinite(rollout.reward):
+    if not usable(rollout.reward):
         return "reward_not_finite"
     if prompt_of(rollout).size == 0:
         return "no_prompt_ids"
@@ -80,9 +81,9 @@ def why_left_out(rollout: RolloutState) -> str | None:
 def what_it_lacks(rollout: RolloutState, attached: Attached, config: AdvantageConfig, off_policy: OffPolicy | None = None) -> str | None:
     """Why a rollout cannot be trained on for want of something attached, or stored, that is needed; None if it can."""
     needs = config.spec.needs
-    if needs == "parts" and not any(np.isfinite(part) for part in rollout.reward_parts.values()):
+    if needs == "parts" and not any(usable(part) for part in rollout.reward_parts.values()):
         return "no_reward_parts"
-    if needs == "baselines" and not np.isfinite(attached.baselines.get(rollout.group_id, np.nan)):
+    if needs == "baselines" and not usable(attached.baselines.get(rollout.group_id, np.nan)):
         return "no_baseline"
     for name, by_id, wanted in (
         ("reference", attached.reference, config.kl is not None),
@@ -91,7 +92,7 @@ def what_it_lacks(rollout: RolloutState, attached: Attached, config: AdvantageCo
     ):
         if wanted and rollout.rollout_id not in by_id:
             return f"no_{name}"
-        if rollout.rollout_id in by_id and not np.isfinite(trained(by_id, rollout, name)).all():
+        if rollout.rollout_id in by_id and not usable(trained(by_id, rollout, name)).all():
             return f"{name}_not_finite"
     return None
 
@@ -124,4 +125,4 @@ def reward_parts(rollouts: Sequence[RolloutState], weights: Mapping[str, float] 
         raise ValueError(f"part_weights name {unknown}, which no rollout has; the parts are {known}")
     table = np.array([[rollout.reward_parts.get(name, np.nan) for name in names] for rollout in rollouts], np.float64)
     table = table.reshape(len(rollouts), len(names))
-    return np.where(np.isfinite(table), table, np.nan), np.array([1.0 if weights is None else weights[name] for name in names])
+    return np.where(usable(table), table, np.nan), np.array([1.0 if weights is None else weights[name] for name in names])

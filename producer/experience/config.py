@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from agent_loop.sampling import number, whole
 from producer.experience.advantages import AdvantageFn, Scale
 from producer.experience.kl import KLEstimator, check_kl_estimator
 from producer.experience.shaping import ShapeFn
@@ -138,6 +139,10 @@ class AdvantageConfig:
             if self.estimator not in ESTIMATORS:
                 known = sorted([*ESTIMATORS, *ALIASES])
                 raise ValueError(f"unknown advantage {self.estimator!r}; known are {known}, or pass a function of (rewards, group_ids)")
+        elif not callable(self.estimator):
+            raise ValueError(f"estimator={self.estimator!r} is neither the name of one nor a function of (rewards, group_ids)")
+        if not isinstance(self.shape, tuple | list) or not all(callable(step) for step in self.shape):
+            raise ValueError(f"shape={self.shape!r:.100} must be a tuple of steps, even where it is one: shape=(step,)")
         self._check_options()
         self._check_bounds()
         self._check_whitening()
@@ -175,22 +180,32 @@ class AdvantageConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} with estimator={self.estimator!r}: {why}")
 
     def _check_bounds(self) -> None:
-        for name, low, high in (("k", 1, float("inf")), ("gamma", 0, 1), ("lam", 0, 1), ("ddof", 0, 1), ("eps", 0, float("inf"))):
+        for name, low, high in (("k", 1, float("inf")), ("gamma", 0, 1), ("lam", 0, 1), ("ddof", 0, 1), ("eps", 0, 1e15)):
             if (value := getattr(self, name)) is not None and not low <= value <= high:
                 raise ValueError(f"{name}={value} must be {low} to {high}")
         if self.scaling not in get_args(Scale):
             raise ValueError(f"unknown scale {self.scale!r}; known are {get_args(Scale)}")
+        for name in ("k", "ddof"):
+            if (value := getattr(self, name)) is not None:
+                whole(name, value)
         for name in ("reward_clip", "clip"):
             if (bounds := getattr(self, name)) is not None:
                 check_bounds(name, bounds)
-        if self.part_weights is not None and not self.part_weights:
-            raise ValueError("part_weights={} leaves no part; name those to be trained on")
+        if self.clip is not None and not self.clip[0] <= 0 <= self.clip[1]:
+            raise ValueError(f"clip={self.clip} would give what teaches nothing an advantage; give bounds around 0")
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        if self.part_weights is None:
+            return
+        if not any(number(f"the weight of {name!r}", weight) for name, weight in self.part_weights.items()):
+            raise ValueError(f"part_weights={dict(self.part_weights)} leaves no part; name those to be trained on")
 
     def _check_whitening(self) -> None:
-        if self.whitening not in get_args(Whiten) or self.whiten_ddof not in (0, 1) or not self.whiten_eps >= 0:
+        if self.whitening not in get_args(Whiten) or self.whiten_ddof not in (0, 1) or not 0 <= self.whiten_eps < float("inf"):
             raise ValueError(
                 f"whiten={self.whiten!r} must be one of {get_args(Whiten)}, whiten_ddof={self.whiten_ddof} 0 or 1, "
-                f"whiten_eps={self.whiten_eps} 0 or more"
+                f"whiten_eps={self.whiten_eps} 0 or more and finite"
             )
         why = self.spec.scaled
         if self.estimator == "grpo" and self.scaling != "none":

@@ -15,6 +15,7 @@ from producer.experience.kl import kl_estimate
 from producer.experience.pass_at_k import pass_at_k
 from producer.experience.returns import discounted_returns, gae, token_rewards
 from producer.experience.running import RunningMoments
+from producer.experience.usable import LARGEST, usable
 from producer.experience.whitening import clip, whiten
 
 Array = NDArray[np.float64]
@@ -90,6 +91,11 @@ def _kl(config: AdvantageConfig, batch: Scored, metrics: dict[str, float]) -> Ar
     if config.kl is None or (batch.reference is None and config.kl.where == "loss"):
         return None
     kl: Array = kl_estimate(_given(batch.logprobs, "logprobs"), _given(batch.reference, "reference"), config.kl.estimator)
+    if not usable(kl).all():
+        raise ValueError(
+            f"the divergence {config.kl.estimator} of a token is {np.abs(kl).max():.3g}, above {LARGEST:g}: the reference is not one of "
+            "this policy, or take 'k1'"
+        )
     if kl.size:
         metrics["kl/token"] = float(kl.mean())
         metrics["kl/sequence"] = float(_sums(kl, batch.lengths)[batch.lengths > 0].mean())

@@ -22,6 +22,7 @@ from producer.experience.statistics import advantage_statistics, entropy_statist
 from producer.experience.whitening import clip
 
 Array = NDArray[np.float64]
+_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def make_experience(
@@ -52,8 +53,8 @@ def make_experience(
     lists the reasons. Its reward, if it has one, still counts in its group's baseline: it was sampled all the same.
 
     Raises:
-        ValueError: nothing is left to train on, a sequence is longer than the budget, or what the configuration or the correction
-            needs is not attached.
+        ValueError: nothing is left to train on, a sequence is longer than the budget, an advantage has no room in float32, or what the
+            configuration or the correction needs is not attached.
     """
     config = advantage if isinstance(advantage, AdvantageConfig) else AdvantageConfig(advantage)
     beside, correction = attached or Attached(), None if off_policy is None else off_policy_named(off_policy)
@@ -69,6 +70,7 @@ def make_experience(
     layout = _layout(chosen, token_budget)
     numbers = np.repeat(np.arange(len(groups)), [len(group.rollouts) for group in groups])
     made = estimate(config, _scored(rollouts, rewards, numbers, kept, beside, config), running)
+    _check_finite(made, chosen)
     metrics |= _metrics(rollouts, rewards, numbers, left_out) | _size_metrics(chosen, layout) | made.metrics
     metrics |= advantage_statistics(made.advantages) | entropy_statistics(
         np.concatenate([one.logprobs[one.loss_mask == 1] for one in chosen])
@@ -129,6 +131,19 @@ def _scored(
         parts=parts,
         part_weights=weights,
     )
+
+
+def _check_finite(made: Estimate, chosen: Sequence[RolloutState]) -> None:
+    """Raises ValueError for an advantage or a return that float32 has no room for: a loss of it would be NaN."""
+    for name, values in (("advantage", made.advantages), ("return", made.returns)):
+        if values is None or not values.size or max(-values.min(), values.max()) <= _FLOAT32:  # NaN is not
+            continue
+        at = int(np.argmin(np.abs(values) <= _FLOAT32))
+        owner = np.repeat(np.arange(len(chosen)), [int((one.loss_mask == 1).sum()) for one in chosen])[at]
+        raise ValueError(
+            f"the {name} of rollout {chosen[owner].rollout_id} is {values[at]}, which float32 cannot hold; look at its reward "
+            f"{chosen[owner].reward} and at what is attached, and give the estimator an eps above 0"
+        )
 
 
 def _layout(chosen: Sequence[RolloutState], token_budget: int | None) -> Layout:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from producer.experience.usable import usable
+
 Rewards = NDArray[np.float64]
 ShapeFn = Callable[[Rewards, NDArray[np.int64], NDArray[np.bool_]], ArrayLike]
 
@@ -61,7 +63,8 @@ class StopProperly:
 
 
 def shape_rewards(rewards: ArrayLike, lengths: ArrayLike, truncated: ArrayLike, steps: Sequence[ShapeFn]) -> Rewards:
-    """The rewards after all steps, one after the other; NaN where there was none, or where a step gave no finite number.
+    """The rewards after all steps, one after the other; NaN where there was none, or where a step gave none that is
+    finite and within 1e15 of 0.
 
     Raises:
         ValueError: a step gave another number of rewards.
@@ -72,4 +75,4 @@ def shape_rewards(rewards: ArrayLike, lengths: ArrayLike, truncated: ArrayLike, 
         shaped = np.array(step(shaped, sizes, cut), np.float64)
         if shaped.shape != given.shape:
             raise ValueError(f"{step!r:.100} gave rewards of shape {shaped.shape}; it must give {given.size}, one a rollout")
-    return np.where(np.isfinite(shaped) & ~np.isnan(given), shaped, np.nan)
+    return np.where(usable(shaped) & ~np.isnan(given), shaped, np.nan)

@@ -1,5 +1,6 @@
 """Bringing advantages of a whole batch to one scale, once; and bounding them, with the fraction that this changed."""
 
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -55,5 +56,7 @@ def clip(values: ArrayLike, bounds: tuple[float, float]) -> tuple[NDArray[np.flo
 
 def check_bounds(name: str, bounds: tuple[float, float]) -> None:
     """Raises ValueError unless the first is below the second."""
-    if len(bounds) != 2 or not bounds[0] < bounds[1]:
+    if not (
+        isinstance(bounds, tuple | list) and len(bounds) == 2 and all(isinstance(one, Real) for one in bounds) and bounds[0] < bounds[1]
+    ):
         raise ValueError(f"{name}={bounds}; give (low, high) with low below high")

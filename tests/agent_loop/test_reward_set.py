@@ -123,6 +123,11 @@ def test_what_can_never_judge_is_refused_at_once(arguments: Any, said: str) -> N
         RewardSet(*arguments)
 
 
+def test_recipes_that_are_no_mapping_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"recipes=\['math'\] must map sources to weights"):
+        RewardSet({"a": half}, recipes=["math"])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

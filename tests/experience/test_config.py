@@ -36,6 +36,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reward_clip": (0.0, 0.0)}, "reward_clip=(0.0, 0.0)"),
     ({"estimator": "rloo", "whiten": "twice"}, "whiten='twice' must be one of"),
     ({"whiten_ddof": 3}, "whiten_ddof=3 0 or 1"),
+    ({"eps": float("inf")}, "eps=inf must be 0 to"),
+    ({"estimator": "rloo", "whiten": "full", "whiten_eps": float("inf")}, "whiten_eps=inf 0 or more and finite"),
+    ({"estimator": "pass_at_k", "k": 1.5}, "k=1.5 must be a whole number"),
+    ({"ddof": 0.5}, "ddof=0.5 must be a whole number"),
+    ({"clip": (0.5, 1.0)}, "give bounds around 0"),
+    ({"clip": 1.0}, "clip=1.0; give (low, high)"),
+    ({"clip": "ab"}, "clip=ab; give (low, high)"),
+    ({"estimator": "gdpo", "part_weights": {"a": 0.0}}, "leaves no part"),
+    ({"estimator": "gdpo", "part_weights": {"a": float("nan")}}, "the weight of 'a'=nan must be a finite number"),
+    ({"estimator": None}, "estimator=None is neither"),
+    ({"shape": lambda rewards, lengths, truncated: rewards}, "shape=(step,)"),
+    ({"shape": (1,)}, "must be a tuple of steps"),
 ]
 
 

@@ -255,6 +255,42 @@ def test_a_shape_that_gives_no_number_leaves_its_rollout_out() -> None:
     assert not made.advantages.any()  # the sibling that is left has nothing to be compared with
 
 
+FINITE_AND_NO_USE = [1e39, 1e200, 1e308, -1e308, -3.4028234663852886e38]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("huge", FINITE_AND_NO_USE)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_finite_number_without_room_for_its_square_costs_its_row_only(name: str, huge: float) -> None:
+    """Else it is an advantage of infinity in float32, NaN in the loss, or a deviation by which all its siblings become 0."""
+    rows = [rollout(1, index, [1, 2], [10 + index, 11], reward=reward) for index, reward in enumerate([1.0, 0.0, huge, 0.5])]
+    for one in rows:
+        one.reward_parts = {"a": one.reward or 0.0}
+    ids = [one.rollout_id for one in rows]
+    beside = Attached(values={each: [huge if each == ids[3] and name == "gae" else 0.1] * 2 for each in ids}, baselines={1: 0.25})
+    config = AdvantageConfig(name, k=2 if name == "pass_at_k" else None)
+    made = make_experience([group(1, *rows)], advantage=config, attached=beside)
+    assert made.rollout_ids == tuple(ids[:2] if name == "gae" else [*ids[:2], ids[3]])
+    assert made.metrics["left_out/reward_not_finite"] == 1
+    assert all(np.isfinite(value) for value in made.metrics.values())
+    for array in (made.advantages, made.returns, made.values):
+        assert array is None or np.isfinite(array).all()
+    assert made.advantages.any()  # the others are told apart as if it were not there
+
+
+def test_an_advantage_that_float32_cannot_hold_is_an_error_and_no_loss() -> None:
+    for values in ([1e300, 0, 0, 0], [0, 0, -1e39, 0]):
+        with pytest.raises(ValueError, match=r"the advantage of rollout default-[79]-0 is .*1e.*, which float32 cannot hold"):
+            make_experience(two_groups(), advantage=lambda rewards, ids, values=values: np.array(values))
+    least = [group(1, rollout(1, 0, [1], [10], reward=1e-200), rollout(1, 1, [1], [10], reward=0.0))]
+    with pytest.raises(ValueError, match=r"default-1-0 is inf.* an eps above 0"), np.errstate(divide="ignore"):
+        make_experience(least, advantage=AdvantageConfig(eps=0.0))
+    far = Attached(reference={one.rollout_id: [90.0] * one.response_ids.size for each in two_groups() for one in each.rollouts})
+    for kl in (KL(0.1, "k3"), KL(0.1, "k3", "loss")):
+        with pytest.raises(ValueError, match=r"the divergence k3 of a token is 1.*e\+39, above 1e\+15"):
+            make_experience(two_groups(), advantage=AdvantageConfig("rloo", kl=kl), attached=far)
+
+
 def test_tensors_are_the_same_by_name() -> None:
     torch = pytest.importorskip("torch")
     made = make_experience(two_groups())
