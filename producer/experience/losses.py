@@ -1,6 +1,6 @@
 """From a loss a token to one loss: the reductions in use, for padded arrays and for packed ones.
 
-`reduce_loss` needs only operators, `sum` and `clip`, so torch tensors (with their gradients) and numpy arrays both do.
+`reduce_loss` takes torch tensors, with their gradients, and numpy arrays.
 """
 
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from agent_loop.sampling import whole
 
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "dr_grpo", "seq-sum-norm"]
 _BY_LENGTH = ("dr_grpo", "seq-sum-norm")
@@ -37,6 +39,8 @@ class Totals:
 def reduce_loss(loss: Any, mask: Any, reduction: Reduction = "token-mean", *, max_length: int | None = None) -> Any:
     """One number from `loss` (B, T) where `mask` (B, T) is 1; rows are sequences. A row without a masked token does not count.
 
+    What lies outside the mask may be anything, NaN too.
+
     Args:
         reduction: "token-mean", the sum over all tokens by their number (Yu et al. 2025, DAPO);
             "seq-mean-token-mean", the mean over sequences of each one's mean (Shao et al. 2024, GRPO: long responses weigh less a token);
@@ -45,7 +49,9 @@ def reduce_loss(loss: Any, mask: Any, reduction: Reduction = "token-mean", *, ma
             "seq-sum-norm", the sum of all by `max_length`, whatever the number of sequences (verl's `seq-mean-token-sum-norm`).
     """
     _check(reduction, max_length)
-    sums, counts = (loss * mask).sum(-1), mask.sum(-1)
+    inside = mask != 0
+    known = np.where(inside, loss, 0.0) if isinstance(loss, np.ndarray) else loss.masked_fill(~inside, 0.0)
+    sums, counts = (known * mask).sum(-1), mask.sum(-1)
     sequences = (counts > 0).sum().clip(1)
     if reduction == "token-mean":
         return sums.sum() / counts.sum().clip(1)
@@ -103,7 +109,7 @@ def _tokens(mask: ArrayLike, sequence: ArrayLike) -> tuple[NDArray[np.bool_], ND
 def _check(reduction: str, max_length: int | None) -> None:
     if reduction not in get_args(Reduction):
         raise ValueError(f"unknown reduction {reduction!r}; known are {get_args(Reduction)}")
-    if (reduction in _BY_LENGTH) != (max_length is not None) or (max_length is not None and max_length < 1):
+    if (reduction in _BY_LENGTH) != (max_length is not None) or (max_length is not None and whole("max_length", max_length) < 1):
         raise ValueError(
             f"max_length={max_length} with {reduction!r}: 'dr_grpo' and 'seq-sum-norm' need the longest response, the others take none"
         )

@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from producer.experience.off_policy import LARGEST_LOG
+
 
 def policy_loss(logprobs: Any, old_logprobs: Any, advantages: Any, *, clip_low: float = 0.2, clip_high: float = 0.28) -> Any:
     """The loss of each token: -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = exp(logprobs - old_logprobs).
+
+    A ratio is at most e^80, beyond which float32 soon has no room.
 
     Schulman et al. 2017 (PPO, eq. 7), with the two bounds of Yu et al. 2025 (DAPO); the same bound twice is PPO's. Reduce it with
     `Experience.shift_weights` or `reduce_loss`.
@@ -47,7 +51,7 @@ def high_entropy(entropies: Any, mask: Any, top: float = 0.2) -> Any:
 
 
 def _ratio(logprobs: Any, old_logprobs: Any) -> Any:
-    difference = logprobs - old_logprobs
+    difference = (logprobs - old_logprobs).clip(None, LARGEST_LOG)  # infinity times an advantage of 0 is NaN
     return np.exp(difference) if isinstance(difference, np.ndarray | np.floating) else difference.exp()
 
 

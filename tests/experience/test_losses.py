@@ -95,6 +95,18 @@ def test_neither_ranks_nor_micro_batches_change_the_gradient(
     np.testing.assert_allclose(found, gradient(everything, None, len(everything)), atol=1e-12)
 
 
+@pytest.mark.parametrize(("reduction", "max_length", "expected"), O28)
+def test_what_lies_outside_the_mask_may_be_anything(reduction: Reduction, max_length: int | None, expected: float) -> None:
+    torch = pytest.importorskip("torch")
+    loss = np.where(np.array(MASK) == 1, LOSS, np.nan)
+    assert reduce_loss(loss, np.array(MASK), reduction, max_length=max_length) == pytest.approx(expected)
+    tensor = torch.tensor(loss, requires_grad=True)
+    reduced = reduce_loss(tensor, torch.tensor(MASK), reduction, max_length=max_length)
+    reduced.backward()
+    assert reduced.item() == pytest.approx(expected)
+    np.testing.assert_allclose(tensor.grad.numpy(), token_weights(MASK, [[0] * 3, [1] * 3], reduction, max_length=max_length), rtol=1e-6)
+
+
 def test_totals_below_those_of_a_part_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Totals\(tokens=4, sequences=2\) is less than this part alone"):
         token_weights(MASK, [[0] * 3, [1] * 3], totals=Totals(4, 2))
@@ -110,5 +122,7 @@ def test_bad_arguments_are_refused_with_their_value() -> None:
         reduce_loss(loss, mask, "dr_grpo")
     with pytest.raises(ValueError, match="max_length=5 with 'token-mean'"):
         token_weights(mask, mask, "token-mean", max_length=5)
+    with pytest.raises(ValueError, match="max_length=nan must be a whole number"):
+        token_weights(mask, mask, "dr_grpo", max_length=float("nan"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="differ in shape"):
         token_weights(mask, [0, 1])

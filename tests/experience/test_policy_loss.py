@@ -32,6 +32,18 @@ def test_o29_in_torch_where_a_bounded_token_has_no_gradient() -> None:
     assert within.grad.tolist() == [-1.0]  # the gradient of the advantage itself, whole, where nothing is bounded
 
 
+def test_a_ratio_beyond_all_bounds_is_no_nan() -> None:
+    torch = pytest.importorskip("torch")
+    old, advantages = torch.full((3,), -1000.0), torch.tensor([0.0, 1.0, -1.0])
+    logprobs = torch.zeros(3, requires_grad=True)
+    loss = policy_loss(logprobs, old, advantages)
+    loss.sum().backward()
+    assert loss[:2].tolist() == pytest.approx([0.0, -1.28])
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(logprobs.grad).all()
+    assert np.isfinite(policy_loss(np.zeros(3, np.float32), old.numpy(), advantages.numpy())).all()
+
+
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 def test_o44_the_most_uncertain_fifth_of_the_masked_tokens(kind: str) -> None:
     entropies, mask = np.arange(1, 13).reshape(2, 6) / 10, np.array([[1] * 6, [1] * 4 + [0] * 2])

@@ -1,10 +1,15 @@
-"""Shows that a conversation encoded anew for each call makes the rows that TRL's asynchronous trainer makes of it, whatever drifts."""
+"""Shows that a conversation encoded anew for each call makes the rows that TRL's asynchronous trainer makes of it, whatever drifts;
+and that a rollout with tokens of the environment becomes the columns of O35."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_loop.turns import Call, reconciled
+from buffer.rollout import RolloutGroup, RolloutState
+from buffer.status import Status
+from producer.errors import ProducerError
 
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 
@@ -23,3 +28,18 @@ def test_rows_are_those_that_trl_makes(first: list[int], steps: list[tuple[list[
     assert [(row.ids.tolist(), row.mask.tolist(), row.logprobs.tolist()) for row in reconciled(calls, max_drift=most)] == [
         (row.input_ids, row.completion_mask, row.old_log_probs) for row in theirs
     ]
+
+
+def test_o35_a_completion_with_tokens_of_the_environment() -> None:
+    pytest.importorskip("trl")
+    from producer.integrations.trl.columns import columns
+
+    state = RolloutState(1, 0, status=Status.COMPLETED, prompt_ids=np.array([1, 2, 3]), score=1.0, reward=1.0)
+    state.append([10, 11], logprobs=[-0.1, -0.2], version=1)
+    state.append([20, 21], trainable=False)
+    state.append([30], logprobs=[-0.3], version=1)
+    made = columns([RolloutGroup(1, [state])], most_tokens=5)
+    assert (made["prompt_ids"], made["completion_ids"], made["env_mask"]) == ([[1, 2, 3]], [[10, 11, 20, 21, 30]], [[1, 1, 0, 0, 1]])
+    np.testing.assert_allclose(made["logprobs"], [[-0.1, -0.2, 0, 0, -0.3]], rtol=1e-6)
+    with pytest.raises(ProducerError, match="has 5 tokens, over max_completion_length=4"):
+        columns([RolloutGroup(1, [state])], most_tokens=4)
