@@ -69,6 +69,7 @@ class BufferDataset(IterableDataset[Any]):  # type: ignore[misc]  # torch is not
 
     To go on after a crash, load the state that lies in the checkpoint before the first batch is asked for: it rewinds the run to that step.
     What was handed out after it, or only taken ahead, comes again, the same batches at the same steps; nothing comes twice otherwise.
+    Have one for each task: two of one task number their batches apart, and put groups of both under the same steps.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_loop.sampling import whole
 from buffer.rollout import RolloutGroup, RolloutState
 from producer.experience.advantages import AdvantageFn, zero_variance
 from producer.experience.arrays import NO_VERSION, Experience
@@ -57,6 +58,8 @@ def make_experience(
             configuration or the correction needs is not attached.
     """
     config = advantage if isinstance(advantage, AdvantageConfig) else AdvantageConfig(advantage)
+    for name, number in (("token_budget", token_budget or 0), ("pad_id", pad_id)):
+        whole(name, number)
     beside, correction = attached or Attached(), None if off_policy is None else off_policy_named(off_policy)
     beside.check(config, correction)
     rollouts = [rollout for group in groups for rollout in group.rollouts]

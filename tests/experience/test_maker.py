@@ -114,6 +114,10 @@ def test_a_batch_without_anything_to_train_on_is_an_error_with_the_reasons() -> 
         make_experience([])
     with pytest.raises(ValueError, match="rollout default-7-0 has 8 tokens, over token_budget=7"):
         make_experience(two_groups(), token_budget=7)
+    with pytest.raises(ValueError, match="token_budget='100' must be a whole number"):
+        make_experience(two_groups(), token_budget="100")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="pad_id=None must be a whole number"):
+        make_experience(two_groups(), pad_id=None)  # type: ignore[arg-type]
 
 
 def test_a_log_probability_outside_the_mask_never_reaches_the_arrays() -> None:
