@@ -17,6 +17,9 @@ from agent_loop.samples import SampledSequence
 from agent_loop.sampling import SamplingParams, number, whole
 from agent_loop.single_turn import Tokenizer
 
+MOST_PENALTY = 10
+"""Of `length_penalty`, above 0 or below: powers of any length are numbers."""
+
 NOT_FOR_TRAINING = (
     "beam search gives no training rollouts: beams are the likeliest responses, not samples of the policy, so what is estimated from them "
     "is biased; train on an engine's own samples, and evaluate with beams"
@@ -115,7 +118,9 @@ class BeamSearchSampler(Sampler):
         super().__init__(engine, tokenizer, seed=0)
         if whole("beams", beams) < 1:
             raise ValueError(f"beams={beams} search nothing; it must be 1 or more")
-        self.beams, self.length_penalty = beams, number("length_penalty", length_penalty)
+        if abs(number("length_penalty", length_penalty)) > MOST_PENALTY:
+            raise ValueError(f"{length_penalty=} is out of bounds; it must be from {-MOST_PENALTY} to {MOST_PENALTY}, and 1 is the mean")
+        self.beams, self.length_penalty = beams, float(length_penalty)
 
     @property
     def generate(self) -> NoReturn:

@@ -1,7 +1,7 @@
 """What a `Sampler` may be given, and how it becomes token ids: ids as they are, text encoded, chats through a template."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Protocol, cast
@@ -42,8 +42,10 @@ def as_list(inputs: Input | Sequence[Input]) -> list[Input]:
         raise RequestRefusedError(f"inputs={inputs!r:.60} is text; give token ids or a chat, or call generate_from_prompts")
     if isinstance(inputs, Mapping):
         return [inputs]
-    if isinstance(inputs, np.ndarray):
+    if isinstance(inputs, np.ndarray) and inputs.ndim:
         return [inputs] if inputs.ndim == 1 else list(inputs)
+    if not isinstance(inputs, Iterable) or getattr(inputs, "ndim", 1) == 0:
+        raise RequestRefusedError(f"inputs={inputs!r:.60} is no input; give token ids, a row, a list of chat messages, or a list of those")
     listed: list[Any] = list(inputs)
     return [listed] if listed and (all(map(_is_token, listed)) or all(map(_is_message, listed))) else listed
 
@@ -109,18 +111,22 @@ def _ids_of_row(row: Mapping[str, Any], tokenizer: Tokenizer | None, template: A
         return _ids(row["prompt_ids"])
     if named[0] == "messages":
         return _ids_of_chat(row["messages"], row.get("tools"), tokenizer, template)
+    if not isinstance(row["prompt"], str):
+        raise RequestRefusedError(f"prompt={row['prompt']!r:.60} is no text; give token ids as prompt_ids, a chat as messages")
     if tokenizer is None:
         raise RequestRefusedError("the input is text, and this sampler has no tokenizer; pass tokenizer=, or give token ids")
     return _ids(tokenizer.encode(row["prompt"]))
 
 
 def _ids_of_chat(messages: Any, tools: Any, tokenizer: Tokenizer | None, template: Any) -> NDArray[Any]:
+    if not isinstance(messages, Iterable):
+        raise RequestRefusedError(f"messages={messages!r:.60} is no chat; give a list of mappings with a role and a content")
     for message in messages:
         if not _is_message(message):
             raise RequestRefusedError(f"{message!r:.60} is no chat message; give mappings with a role and a content")
-        if kinds := {part.get("type") for part in _parts(message)} - {"text", "image"}:
+        if kinds := {str(part.get("type")) for part in _parts(message)} - {"text", "image"}:
             raise RequestRefusedError(
-                f"a message holds parts of types {sorted(map(str, kinds))}; engines take text and images, "
+                f"a message holds parts of types {sorted(kinds)}; engines take text and images, "
                 "{'type': 'image', 'image': an image of Pillow or a path}"
             )
     try:
@@ -138,6 +144,8 @@ def _parts(message: Any) -> list[Mapping[str, Any]]:
 
 def _images(messages: Any, row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Those of the messages' parts; a part without one has the next of the row's `images`."""
+    if not isinstance(row.get("images") or (), Iterable):
+        raise RequestRefusedError(f"images={row['images']!r:.60} is no list of images; give one, in the order of the prompt")
     rest, found = list(row.get("images") or ()), list[Any]()
     parts = [part for message in messages or () if isinstance(message, Mapping) for part in _parts(message)]
     for part in (part for part in parts if part.get("type") == "image"):

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import itertools
 import secrets
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import TracebackType
@@ -167,6 +167,8 @@ class Sampler:
         use_base_model: bool = False,
     ) -> list[SampleResponse]:
         """`sample` for text: each prompt is encoded as it is, without a chat template."""
+        if not isinstance(prompts, Iterable):
+            raise RequestRefusedError(f"prompts={prompts!r:.60} is no text, and no list of texts")
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         for place, prompt in enumerate(listed):
             if not isinstance(prompt, str):

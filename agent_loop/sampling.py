@@ -88,10 +88,15 @@ class SamplingParams:
         """A copy with a prompt's own overrides; an unknown name is refused with the names that exist."""
         if not overrides:
             return self
+        if not isinstance(overrides, Mapping):
+            raise ValueError(f"sampling parameters {overrides!r:.60} are no mapping; give one such as {{'max_tokens': 256}}")
         if unknown := set(overrides).difference(_NAMES):
             raise ValueError(f"unknown sampling parameters {sorted(unknown)}; known are {sorted(_NAMES)}")
         return self.replace(**overrides)
 
+
+LARGEST_VERSION = 2**31 - 1
+"""Of weights and adapters: tokens carry their versions as int32."""
 
 _NAMES = tuple(one.name for one in dataclasses.fields(SamplingParams))
 
@@ -121,6 +126,14 @@ def whole(name: str, value: object) -> int:
     if isinstance(value, SupportsIndex) and not isinstance(value, bool):
         return operator.index(value)
     raise ValueError(f"{name}={value!r} must be a whole number")
+
+
+def version_number(value: object) -> int:
+    """A version of weights, or `ValueError`: tokens carry it as an int32, and versions never go back to one that fits."""
+    version = whole("version", value)
+    if version > LARGEST_VERSION:
+        raise ValueError(f"version={version} is above {LARGEST_VERSION}, the largest that tokens can carry; count updates, from 1")
+    return version
 
 
 def number(name: str, value: object) -> float:

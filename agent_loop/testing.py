@@ -369,6 +369,8 @@ class EngineSuite(AdapterSuite, CapabilitySuite):
             await engine.update_weights(self.original_weights(engine), version + 1)
             with pytest.raises(ValueError, match=str(version)):
                 await engine.update_weights(self.new_weights(engine), version)
+            with pytest.raises(ValueError, match="largest"):  # tokens could not carry it, and it could not be taken back
+                await engine.update_weights(self.new_weights(engine), 2**31)
             assert engine.version == version + 1
 
     async def test_a_failed_update_leaves_the_old_weights_and_version(self, engine: Engine) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from agent_loop.errors import AdapterError, RequestRefusedError, WeightUpdateError
-from agent_loop.sampling import whole
+from agent_loop.sampling import version_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +96,13 @@ class Adapters:
         """The adapter to be loaded in this block, which may `add` it.
 
         Raises:
-            ValueError: an empty name, or a version that is not above all that the name ever had.
+            ValueError: an empty name, or a version that is not above all that the name ever had, or above what tokens can carry.
             AdapterError: the model's weights are being changed.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"an adapter cannot be named {name!r:.60}; give a text that is not empty")
         newest = self._newest.get(name, -1)
-        number = newest + 1 if version is None else whole("version", version)
+        number = newest + 1 if version is None else version_number(version)
         if number < 0 or number <= newest:
             raise ValueError(
                 f"version={number} of adapter {name!r} is not above {newest}, the highest that it had: a name and a version are one set of "

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from agent_loop.engines.adapters import Adapter, Adapters, InUse
 from agent_loop.errors import AdapterError, EngineClosedError, EngineDeadError, RequestRefusedError, WeightUpdateError
-from agent_loop.sampling import SamplingParams, whole
+from agent_loop.sampling import SamplingParams, version_number, whole
 
 FinishReason = Literal["stop", "length", "abort"]
 PauseMode = Literal["abort", "wait", "keep"]
@@ -341,12 +341,12 @@ class Engine(ABC):
         and carry both versions. Caches made with the old weights are dropped for requests that start later.
 
         Raises:
-            ValueError: `version` is below the present one.
+            ValueError: `version` is below the present one, or above what tokens can carry.
             WeightUpdateError: the weights could not be loaded, or adapters are there, which were made for the old ones; the old weights
                 and their version are still in force.
             EngineDeadError: the engine is gone.
         """
-        version = whole("version", version)
+        version = version_number(version)
         if version < self._version:
             raise ValueError(
                 f"version={version} is below the engine's {self._version}; versions only grow: "

@@ -104,6 +104,14 @@ class VLLMServerEngine(Engine):
         for name, value in (("max_in_flight", max_in_flight), ("stream_tokens", stream_tokens), ("attempts", attempts)):
             if whole(name, value) < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")
+        if vocab_size is not None and whole("vocab_size", vocab_size) < 1:
+            raise ValueError(f"{vocab_size=} must be 1 or more, or None to ask the server")
+        if whole("max_logprobs", max_logprobs) < 0:
+            raise ValueError(f"{max_logprobs=} must be 0 (no likely tokens) or more")
+        if eos_token_ids is not None:
+            if not isinstance(eos_token_ids, Iterable):
+                raise ValueError(f"{eos_token_ids=} must be a collection of token ids, or None to ask the server")
+            eos_token_ids = frozenset(whole("a token of eos_token_ids", token) for token in eos_token_ids)
         if whole("affinity_slack", affinity_slack) < 0:
             raise ValueError(f"{affinity_slack=} must be 0 (only the least loaded replica) or more")
         times = {"open": open_seconds, "health": health_seconds, "control": control_seconds, "load": load_seconds}
@@ -261,6 +269,8 @@ class VLLMServerEngine(Engine):
             raise ValueError(f"{replica.url} is a replica of this engine already")
         await self._fleet.connect(replica, adopt=False)
         self._alive()
+        if replica.url in self._fleet.replicas:  # meanwhile
+            raise ValueError(f"{replica.url} is a replica of this engine already")
         self._fleet.replicas[replica.url] = replica
         try:
             async with replica.control:
@@ -403,7 +413,7 @@ class VLLMServerEngine(Engine):
 
 
 def _checked_urls(urls: str | Iterable[str]) -> list[str]:
-    listed = [server_url(url) for url in ([urls] if isinstance(urls, str) else urls)]
+    listed = [server_url(url) for url in (urls if isinstance(urls, Iterable) and not isinstance(urls, str) else [urls])]
     if not listed:
         raise ValueError("urls is empty; give the address of one vLLM server or more, such as 'http://127.0.0.1:8000'")
     if len(set(listed)) < len(listed):

@@ -140,8 +140,9 @@ async def test_what_does_not_fit_is_refused() -> None:
             await create_sampler("beam_search", engine).sample([5], num_samples=5)
         with pytest.raises(ValueError, match="beams=0"):
             create_sampler("beam_search", engine, beams=0)
-        with pytest.raises(ValueError, match="length_penalty"):
-            create_sampler("beam_search", engine, length_penalty=float("nan"))
+        for penalty in (float("nan"), 1e6, -1e6):  # powers that are no numbers
+            with pytest.raises(ValueError, match="length_penalty"):
+                create_sampler("beam_search", engine, length_penalty=penalty)
     async with SimulatedEngine(script=lambda prompt_ids: [7, 0]) as scripted:
         with pytest.raises(RequestRefusedError, match="this engine tells 0"):
             await create_sampler("beam_search", scripted).sample([5])

@@ -195,6 +195,11 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [{"content": "who says it?"}]}, "no chat message"),
     ({"prompt_ids": [1], "sampling": {"heat": 2}}, "heat"),
     (7, "no input"),
+    ({"messages": 5}, "no chat"),
+    ({"messages": [{"role": "user", "content": [{"type": ["x"]}]}]}, "types"),
+    ({"prompt": 5}, "no text"),
+    ({"prompt_ids": [1], "images": 5}, "no list of images"),
+    ({"prompt_ids": [1], "sampling": 5}, "no mapping"),
 ]
 
 
@@ -217,6 +222,13 @@ async def test_bad_calls_are_refused() -> None:
             await sampler.sample([5], {"heat": 1})
         with pytest.raises(RequestRefusedError, match="generate_from_prompts"):
             await sampler.sample("text")  # type: ignore[arg-type]
+        for nothing in (5, None, np.array(5)):
+            with pytest.raises(RequestRefusedError, match="no input"):
+                await sampler.sample(nothing)  # type: ignore[arg-type]
+        with pytest.raises(RequestRefusedError, match="no list of texts"):
+            await sampler.generate_from_prompts(5)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="no mapping"):
+            await sampler.sample([5], 7)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="no Engine"):
         Sampler(TOKENIZER)
     with pytest.raises(TypeError, match="no decode"):

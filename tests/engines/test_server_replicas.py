@@ -468,6 +468,48 @@ async def test_a_server_that_does_not_fit_is_refused_at_the_opening(told: dict[s
             await engine.open()
 
 
+@pytest.mark.parametrize(
+    ("info", "says"),
+    [
+        ({"vllm_config": None}, "give vocab_size"),
+        ({"vllm_config": {"model_config": {"hf_config": 'C {"vocab_size": 64, "eos_token_id": "a"}'}}}, "give eos_token_ids"),
+    ],
+)
+async def test_a_server_that_tells_nonsense_of_itself_is_refused_and_ends_no_engine(info: Any, says: str, tmp_path: Path) -> None:
+    async with SimulatedServer() as good, SimulatedServer() as odd:
+        odd.fault("/server_info", *[answer(200, info)] * 100)
+        with pytest.raises(EngineError, match=says):
+            await VLLMServerEngine(odd.url, **QUICK).open()
+        odd.faults.clear()
+        async with VLLMServerEngine([good.url, odd.url], **QUICK) as engine:
+            odd.fault("/server_info", *[answer(200, info)] * 100)
+            await odd.kill()
+            while engine.replicas()[1].serving:
+                check_tokens(await ask(engine, "while-down"))
+            await engine.update_weights(write_weights(tmp_path, 1), 1)
+            await odd.start()
+            async with asyncio.timeout(10.0):
+                while says not in engine.replicas()[1].cause:
+                    check_tokens(await ask(engine, "at-the-other"), seeds=(0, 1))
+
+
+async def test_a_timeout_of_a_callback_is_its_own_error_and_no_abort() -> None:
+    def late(piece: Completion) -> None:
+        raise TimeoutError("of the callback")
+
+    async with served(1) as (engine, _):
+        with pytest.raises(TimeoutError, match="of the callback"):
+            await ask(engine, "late", on_tokens=late)
+
+
+async def test_a_server_that_is_added_twice_at_once_is_taken_in_once() -> None:
+    async with served(1) as (engine, _), SimulatedServer(fast) as other:
+        said = [str(one) for one in await asyncio.gather(*(_outcome(engine.add_replica(other.url)) for _ in range(2)))]
+        assert said.count("None") == 1
+        assert sum("already" in one for one in said) == 1
+        assert [one.serving for one in engine.replicas()] == [True, True]
+
+
 async def test_a_server_whose_logprobs_are_not_those_sampled_from_is_refused() -> None:
     entry = {"token_id": 4, "logprob": -1.5}
     choice = {"token_ids": [4], "logprobs": {"content": [entry]}, "weight_versions": [{"version": "default", "start": 0, "end": 1}]}
@@ -510,6 +552,12 @@ async def _later(server: SimulatedServer) -> bool:
         ("http://host:1", {"max_in_flight": 0}, "max_in_flight=0"),
         ("http://host:1", {"affinity_slack": -1}, "affinity_slack=-1"),
         ("http://host:1", {"health_seconds": 0}, "health_seconds=0"),
+        ("http://host:99999", {}, "no port"),
+        (5, {}, "no server's address"),
+        ("http://host:1", {"vocab_size": 0}, "vocab_size=0"),
+        ("http://host:1", {"max_logprobs": -1}, "max_logprobs=-1"),
+        ("http://host:1", {"eos_token_ids": 5}, "eos_token_ids=5"),
+        ("http://host:1", {"eos_token_ids": ["a"]}, "eos_token_ids='a'"),
     ],
 )
 def test_bad_arguments_are_refused_at_construction(urls: Any, options: dict[str, Any], match: str) -> None:

@@ -35,6 +35,10 @@ def server_url(url: str) -> str:
     parts = urlsplit(url if isinstance(url, str) else "")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"url={url!r} is no server's address; give one such as 'http://127.0.0.1:8000'")
+    try:
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"url={url!r} has no port that there is ({error}); give an address such as 'http://127.0.0.1:8000'") from None
     if parts.path.rstrip("/") not in ("", "/v1") or parts.query:
         raise ValueError(f"url={url!r} names a path; give the server's address alone, such as 'http://127.0.0.1:8000'")
     return f"{parts.scheme}://{parts.netloc}"

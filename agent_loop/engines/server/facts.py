@@ -70,15 +70,19 @@ async def facts_of(server: Server, *, vocab_size: int | None, eos_token_ids: Col
     if not isinstance(name, str) or not isinstance(root, str) or type(max_length) is not int or max_length < 2:
         raise EngineError(f"{server.url} lists no model with its length, but {base!r:.200}; is it a vLLM server of a generative model?")
     config = await asyncio.to_thread(config_in, Path(root)) or await _config_told(server)
-    text = config.get("text_config", config)
+    text = _mapping(config.get("text_config")) or config
     vocab = vocab_size if vocab_size is not None else text.get("vocab_size")
-    ends = eos_token_ids if eos_token_ids is not None else _ids(config.get("eos_token_id") or text.get("eos_token_id"))
+    ends = eos_token_ids if eos_token_ids is not None else _ids(_end_of(config, text), server.url)
     if type(vocab) is not int or vocab < 1:
         raise EngineError(f"{server.url} does not tell the size of its vocabulary ({vocab!r:.50}); give vocab_size")
     tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", True)))
     facts = Facts(name, root, max_length, vocab, frozenset(ends), tied)
     await check_endpoints(server, facts)
     return Facts(name, root, max_length, vocab, frozenset(ends), tied, await _extended(server, tied))
+
+
+def _end_of(config: dict[str, Any], text: dict[str, Any]) -> Any:
+    return text.get("eos_token_id") if config.get("eos_token_id") is None else config["eos_token_id"]
 
 
 async def check_endpoints(server: Server, facts: Facts) -> None:
@@ -121,34 +125,42 @@ async def _extended(server: Server, tied: bool) -> bool:
 
 
 async def _device(server: Server) -> str:
-    config = (await server.info()).get("vllm_config", {})
-    return str(config.get("device_config", {}).get("device_type", ""))
+    config = _mapping((await server.info()).get("vllm_config"))
+    return str(_mapping(config.get("device_config")).get("device_type", ""))
 
 
 async def _config_told(server: Server) -> dict[str, Any]:
     """The model's config as the server prints it: a class name, then JSON."""
-    model_config = (await server.info()).get("vllm_config", {}).get("model_config", {})
-    told = model_config.get("hf_config", {})
+    model_config = _mapping(_mapping((await server.info()).get("vllm_config")).get("model_config"))
+    told = model_config.get("hf_config")
     if isinstance(told, str):
         try:
             told = json.loads(told[told.find("{") :])
         except ValueError:
-            told = {}
-    return told if isinstance(told, dict) else {}
+            told = None
+    return _mapping(told)
 
 
 def config_in(folder: Path) -> dict[str, Any]:
     """The config of a model's folder, with the end tokens of its generation config; empty where there is no such folder."""
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        config = _mapping(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError):
         return {}
     try:
-        named = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
+        named = _mapping(json.loads((folder / "generation_config.json").read_text())).get("eos_token_id")
     except (OSError, ValueError):
         named = None
     return config if named is None else config | {"eos_token_id": named}
 
 
-def _ids(named: Any) -> list[int]:
-    return [] if named is None else [named] if isinstance(named, int) else [int(token) for token in named]
+def _mapping(told: Any) -> dict[str, Any]:
+    """What should be one; empty where it is something else, as an answer that is not to be trusted may be."""
+    return told if isinstance(told, dict) else {}
+
+
+def _ids(named: Any, url: str) -> list[int]:
+    ids = [] if named is None else named if isinstance(named, list) else [named]
+    if not all(type(token) is int for token in ids):
+        raise EngineError(f"{url} tells of end tokens {named!r:.50}, which are no ids; give eos_token_ids")
+    return ids

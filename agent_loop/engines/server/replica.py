@@ -46,11 +46,12 @@ class Ticket:
         avoid: the replica that failed it last.
         over: set when it has ended.
         error: why it was cut off.
+        was_cut: its talk with its last replica was ended by `cut`.
     """
 
     def __init__(self, session_id: str | None = None) -> None:
         self.session_id = session_id
-        self.begun = self.called_back = False
+        self.begun = self.called_back = self.was_cut = False
         self.faults, self.avoid = 0, ""
         self.over = asyncio.Event()
         self.error: ReplicaError | None = None
@@ -59,7 +60,7 @@ class Ticket:
     @asynccontextmanager
     async def talking(self) -> AsyncIterator[None]:
         """While it talks with its replica; `cut` ends that, with `TimeoutError`."""
-        self.error = None
+        self.error, self.was_cut = None, False
         try:
             async with asyncio.timeout(None) as self._scope:
                 yield
@@ -69,7 +70,7 @@ class Ticket:
     def cut(self, error: ReplicaError | None) -> None:
         """End its talk with its replica: to go on elsewhere because of `error`, or at its caller's wish (None)."""
         if self._scope is not None and self._scope.when() is None:
-            self.error = error
+            self.error, self.was_cut = error, True
             self._scope.reschedule(asyncio.get_running_loop().time())
 
 

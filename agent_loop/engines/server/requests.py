@@ -107,6 +107,8 @@ class Requests:
                 async for piece in stream:
                     flight.take(piece, self._weights.version, loop.time())
         except TimeoutError:
+            if not flight.was_cut:
+                raise  # of `on_tokens`
             if flight.error is not None:
                 raise flight.error from None
             flight.finish = "abort"

@@ -16,6 +16,7 @@ from agent_loop.engines.checkpoint import Checkpoint, check_fits, read_checkpoin
 from agent_loop.engines.server.client import Server
 from agent_loop.engines.server.faults import ReplicaError
 from agent_loop.errors import EngineError
+from agent_loop.sampling import LARGEST_VERSION
 
 AT_START = "default"
 LOADING = "millrace-loading"
@@ -24,7 +25,7 @@ LOADING = "millrace-loading"
 def version_of(label: str) -> int | None:
     """The version that a label names; None where it names none."""
     last = "0" if label == AT_START else label.rpartition(":")[2]
-    return int(last) if last.isascii() and last.isdigit() and len(last) < 10 else None
+    return int(last) if last.isascii() and last.isdigit() and len(last) <= 10 and int(last) <= LARGEST_VERSION else None
 
 
 @dataclass(frozen=True)
