@@ -177,6 +177,7 @@ async def test_who_shares_the_model_sees_it_without_adapters_and_gets_it_back_as
         thread = threading.Thread(target=lambda: seen.append(layer(hidden)))
         thread.start()
         thread.join()
-        assert torch.equal(seen[0], plain)
+        # Not to the bit: another thread may share the sum out differently. The adapter changes far more.
+        torch.testing.assert_close(seen[0], plain, rtol=0, atol=1e-5)
         assert list(model.state_dict()) == names
     assert not any(module._forward_hooks for module in model.modules())
