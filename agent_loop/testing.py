@@ -261,7 +261,7 @@ class EngineSuite(AdapterSuite, CapabilitySuite):
 
     async def test_interrupting_one_leaves_the_others(self, engine: Engine) -> None:
         prompts = self.prompts(engine, 3)
-        for _ in range(10):  # an engine elsewhere, on a busy machine, may have ended it before it is told
+        for _ in range(self.attempts):
             async with asyncio.TaskGroup() as tasks:
                 calls = [InFlight(tasks, engine, prompt, self.long(), f"one-{n}") for n, prompt in enumerate(prompts)]
                 for call in calls:
@@ -276,7 +276,7 @@ class EngineSuite(AdapterSuite, CapabilitySuite):
 
     async def test_interrupting_all_ends_all_and_requests_right_after_run(self, engine: Engine) -> None:
         prompts = self.prompts(engine, 4)
-        for _ in range(10):  # an engine elsewhere, on a busy machine, may have ended them before it is told
+        for _ in range(self.attempts):
             async with asyncio.TaskGroup() as tasks:
                 calls = [InFlight(tasks, engine, prompt, self.long(), f"all-{n}") for n, prompt in enumerate(prompts)]
                 await calls[0].seen()
@@ -302,10 +302,10 @@ class EngineSuite(AdapterSuite, CapabilitySuite):
                 await calls[0].seen()
                 for call in calls:
                     call.task.cancel()
-            # Where the requests run apart, as over servers on a busy machine, some may be whole by then: but none ends in part.
+            # Some may be whole already where several attempts are allowed; none ends in part.
             ended = [call.task.result() for call in calls if not call.task.cancelled()]
             assert len(ended) < len(calls)
-            assert {one.finish_reason for one in ended} <= {"length"}
+            assert {one.finish_reason for one in ended} <= ({"length"} if self.attempts > 1 else set())
         short = [SamplingParams(max_tokens=3, ignore_eos=True)] * 64
         assert {one.finish_reason for one in await self.many(engine, prompts, short, "cancelled")} == {"length"}
 
@@ -368,7 +368,7 @@ class EngineSuite(AdapterSuite, CapabilitySuite):
 
     async def test_an_update_in_flight_leaves_both_versions_in_order(self, engine: Engine) -> None:
         async with self.weights_restored(engine) as version:
-            for later in range(version + 1, version + 11):  # an engine elsewhere, on a busy machine, may have ended it before the update
+            for later in range(version + 1, version + 1 + self.attempts):
                 async with asyncio.TaskGroup() as tasks:
                     call = await InFlight(tasks, engine, self.prompts(engine, 1)[0], self.long(), "in-flight").seen(2)
                     await engine.update_weights(self.new_weights(engine), later)

@@ -60,6 +60,9 @@ class Suite(ABC):
     long_tokens: int = 256
     """Tokens of a request that must still be in flight when the test acts on it; raise it for a very fast engine."""
 
+    attempts: int = 1
+    """Of a test that must catch requests in flight. More than one is for an engine elsewhere, which may end them before it is told."""
+
     eos_temperature: float = 20.0
     """Where 32 responses of `long_tokens` tokens surely hold an EOS; nearly uniform, which fits vocabularies up to a thousand or so."""
 
