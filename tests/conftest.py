@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests import postgres
+pytest.register_assert_rewrite(
+    "agent_loop.testing", "agent_loop.testing_adapters", "agent_loop.testing_base", "agent_loop.testing_capabilities"
+)  # before they are imported: a suite's failed assertion then shows its values
+
+from tests import postgres  # noqa: E402  # what it imports would come too early above
 
 settings.register_profile("millrace", deadline=None)  # a machine that is busy fails no test
 settings.load_profile("millrace")

@@ -112,6 +112,8 @@ async def test_named_groups_are_taken_in_the_order_in_which_they_are_named(buffe
     assert ids(await buffer.take("math", 3, step=1, among=[1, 4, 3], whole=True)) == []
     assert ids(await buffer.take("math", 3, step=2, among=[1, 4, 3])) == [4]
     assert ids(await buffer.take("other", 3, step=2, among=[2])) == []
+    with pytest.raises(ValueError, match="oldest_version=1 chooses groups by age"):
+        await buffer.take("math", 1, step=2, among=[2], oldest_version=1)
     assert ids(await buffer.take("math", 3, step=2)) == [2]
 
 
