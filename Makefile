@@ -1,4 +1,5 @@
-# Everything runs in .venv, which the first target that needs it makes; nothing outside this folder is touched.
+# Everything runs in .venv, which the first target that needs it makes; nothing outside this folder is touched. Linters have an
+# environment of their own: types are checked against what `dev` installs, whatever was installed for tests before.
 PYTHON ?= python3
 ENGINE ?= transformers
 DEMO_ARGS ?=
@@ -6,6 +7,7 @@ DEMO_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
+LINT := $(VENV)/lint
 # They come with vLLM as builds for CUDA, and break its import on a machine without.
 CUDA_ONLY := torchvision torchaudio torchcodec
 
@@ -31,10 +33,10 @@ fast: $(VENV)/test.stamp  ## the tests that start no engine of a model
 	$(BIN)/python -m pytest tests/buffer tests/agent_loop tests/producer tests/experience tests/engines/test_simulated.py
 
 lint: $(VENV)/lint.stamp  ## style, types and the floors between the packages
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/mypy
+	$(LINT)/bin/lint-imports
 
 bench: export VLLM_CPU_KVCACHE_SPACE ?= 1
 bench: $(VENV)/test.stamp  ## the benchmarks, each a table of ratios
@@ -71,6 +73,7 @@ $(VENV)/test.stamp: $(VENV)/demo-vllm.stamp requirements/test.txt
 	touch $@
 
 $(VENV)/lint.stamp: $(BIN)/pip pyproject.toml
-	@echo "installing what the linters need into $(VENV)"
-	$(PIP) install -e '.[dev]'
+	@echo "installing what the linters need into $(LINT)"
+	$(PYTHON) -m venv $(LINT)
+	$(LINT)/bin/pip --disable-pip-version-check --quiet install -e '.[dev]'
 	touch $@
