@@ -477,9 +477,9 @@ class Engine(ABC):
         Raises:
             RequestRefusedError: there is no such adapter.
         """
-        engine = self.base_model
-        with engine.using_adapter(adapter) as used:
-            yield engine if used is None else engine.with_adapter(used.adapter)
+        held = self.check_adapter(adapter)
+        with self.using_adapter(held):
+            yield self.with_adapter(held)
 
     @abstractmethod
     async def health(self) -> None:
