@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.engines.adapters import Adapter, InUse
+from agent_loop.engines.adapters import Adapter, InUse, check_keep
 from agent_loop.engines.base import (
     Capabilities,
     Completion,
@@ -20,7 +20,7 @@ from agent_loop.engines.base import (
     WeightTransfer,
 )
 from agent_loop.errors import RequestRefusedError
-from agent_loop.sampling import SamplingParams, whole
+from agent_loop.sampling import SamplingParams
 
 
 class AdaptedEngine(Engine):
@@ -45,9 +45,7 @@ class AdaptedEngine(Engine):
         super().__init__()
         if not isinstance(adapter, str | Adapter) or not adapter:
             raise ValueError(f"adapter={adapter!r:.60} names none; give the name of an adapter, or an Adapter")
-        if whole("keep", keep) < 1:
-            raise ValueError(f"keep={keep} versions would forget the one that is added; it must be 1 or more")
-        self.adapter, self._engine, self._keep = adapter, engine, keep
+        self.adapter, self._engine, self._keep = adapter, engine, check_keep(keep)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AdaptedEngine) and (self._engine, self.adapter) == (other._engine, other.adapter)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from agent_loop.errors import AdapterError, RequestRefusedError, WeightUpdateError
-from agent_loop.sampling import version_number
+from agent_loop.sampling import version_number, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,13 @@ class Adapter:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"
+
+
+def check_keep(keep: int) -> int:
+    """How many versions of a name stay loaded, or `ValueError`."""
+    if whole("keep", keep) < 1:
+        raise ValueError(f"keep={keep} versions would forget the one that is added; it must be 1 or more")
+    return keep
 
 
 class InUse(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self, get_args, runtime_che
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.engines.adapters import Adapter, Adapters, InUse
+from agent_loop.engines.adapters import Adapter, Adapters, InUse, check_keep
 from agent_loop.errors import AdapterError, EngineClosedError, EngineDeadError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams, version_number, whole
 
@@ -407,8 +407,7 @@ class Engine(ABC):
         """
         if not self.capabilities.adapters:
             raise RequestRefusedError(f"{type(self).__name__} has no adapters as it is; use an engine with capabilities.adapters")
-        if whole("keep", keep) < 1:
-            raise ValueError(f"keep={keep} versions would forget the one that is added; it must be 1 or more")
+        check_keep(keep)
         # One at a time: a version is counted up from those that are there.
         async with self._adding:
             return await self._added(name, path, version, keep)
