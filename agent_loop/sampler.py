@@ -130,8 +130,6 @@ class Sampler:
                 not there.
             EngineError: a request failed; the others are cancelled.
         """
-        if whole("num_samples", num_samples) < 1:
-            raise ValueError(f"num_samples={num_samples} asks for nothing; it must be 1 or more")
         asked = Asked(adapter_name, use_base_model, num_samples, prompt_logprobs)
         return [response for _, response in await self._sampled(inputs, sampling_params, asked)]
 
@@ -208,8 +206,6 @@ class Sampler:
             raise ValueError("generate_and_score needs one judge; pass either reward or group_reward")
         if number("reward_timeout", reward_timeout) <= 0:
             raise ValueError(f"reward_timeout={reward_timeout} s leaves no time; it must be above 0")
-        if whole("num_samples", num_samples) < 1:
-            raise ValueError(f"num_samples={num_samples} asks for nothing; it must be 1 or more")
         pairs = await self._sampled(inputs, sampling_params, Asked(adapter_name, use_base_model, num_samples))
         return await Judge(*by_kind(reward, group_reward), reward_timeout).all(pairs)
 
@@ -255,6 +251,8 @@ class Sampler:
     async def _sampled(
         self, inputs: Input | Sequence[Input], given: SamplingParams | Mapping[str, Any] | None, asked: "Asked"
     ) -> list[tuple[Prompt, SampleResponse]]:
+        if whole("num_samples", asked.num_samples) < 1:
+            raise ValueError(f"num_samples={asked.num_samples} asks for nothing; it must be 1 or more")
         self._here()
         adapter = self.engine.check_adapter(asked.adapter_name) if asked.adapter_name else None
         if asked.prompt_logprobs and not self.engine.capabilities.score:
