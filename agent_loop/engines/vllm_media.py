@@ -1,5 +1,6 @@
 """Images on their way into vLLM: opened, checked, and made part of a prompt."""
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,14 @@ from agent_loop.errors import RequestRefusedError
 
 
 async def with_images(llm: Any, ids: list[int], images: Sequence[Any], max_tokens: int) -> Any:
-    """What `AsyncLLM.generate` takes for this prompt and its images; the processor runs in a thread of vLLM.
+    """What `AsyncLLM.generate` takes for this prompt and its images; they are read in a thread, and processed in one of vLLM.
 
     Raises:
         RequestRefusedError: something that is no image, images that do not fit the prompt, or no room for them and `max_tokens`.
     """
     from vllm.inputs import TokensPrompt
 
-    opened = [_opened(place, image) for place, image in enumerate(images)]
+    opened = await asyncio.to_thread(_all_opened, images)
     prompt = TokensPrompt(prompt_token_ids=ids, multi_modal_data={"image": opened})
     try:
         (given,) = await llm.renderer.render_cmpl_async([prompt])
@@ -31,6 +32,10 @@ async def with_images(llm: Any, ids: list[int], images: Sequence[Any], max_token
             "use fewer or smaller images, or lower max_tokens"
         )
     return given
+
+
+def _all_opened(images: Sequence[Any]) -> list[Any]:
+    return [_opened(place, image) for place, image in enumerate(images)]
 
 
 def _opened(place: int, image: Any) -> Any:
