@@ -9,6 +9,7 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_loop.agent_loop import first_error
 from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import (
     ALL_TOKENS,
@@ -428,7 +429,4 @@ async def _together(actions: Iterable[Coroutine[Any, Any, None]]) -> None:
             for action in actions:
                 tasks.create_task(action)
     except* EngineError as group:
-        errors: BaseException = group
-        while isinstance(errors, BaseExceptionGroup):
-            errors = errors.exceptions[0]
-        raise errors from None
+        raise first_error(group) from None
