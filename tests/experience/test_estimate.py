@@ -13,6 +13,7 @@ from producer.experience import KL, AdvantageConfig, RunningMoments, preset
 from producer.experience.advantages import dr_grpo, grpo, rloo
 from producer.experience.config import ESTIMATORS
 from producer.experience.estimate import Scored, estimate
+from producer.experience.presets import PRESETS, Preset
 from producer.experience.returns import discounted_returns, gae
 from producer.experience.whitening import whiten
 
@@ -233,27 +234,38 @@ def test_presets_give_the_numbers_of_their_libraries() -> None:
     summed = ((parts - parts.mean(1, keepdim=True)) / (parts.std(1, keepdim=True) + 1e-4)).sum(-1).flatten()
     by_token = {name: values.flatten().repeat_interleave(repeats) for name, values in {"r": grouped, "centred": centred}.items()}
     critic = by_token["r"] - torch.tensor(batch.values)
-    expected: list[tuple[Any, Any, bool]] = [
-        (preset("trl"), centred / (std + 1e-4), True),
-        (preset("trl", scale="batch"), centred / (grouped.std() + 1e-4), True),
-        (preset("trl", scale="none"), centred, True),
-        (preset("trl", "rloo"), loo, True),
-        (preset("trl", "gdpo"), (summed - summed.mean()) / (summed.std() + 1e-4), True),
-        (preset("trl_async"), centred / (grouped.std(1, keepdim=True, unbiased=False) + 1e-8), True),
-        (preset("verl"), centred / (std + 1e-6), True),
-        (preset("verl", "rloo"), grouped * 4 / 3 - grouped.mean(1, keepdim=True) * 4 / 3, True),
-        (preset("verl", "reinforce++"), _torch_whiten(by_token["r"], unbiased=True), False),
-        (preset("verl", "reinforce++_baseline"), _torch_whiten(by_token["centred"], unbiased=True), False),
-        (preset("verl", "gae"), _torch_whiten(critic, unbiased=True), False),
-        (preset("openrlhf"), centred / (std + 1e-9), True),
-        (preset("openrlhf", "dr_grpo"), centred, True),
-        (preset("openrlhf", "reinforce++"), _torch_whiten(by_token["r"], unbiased=False), False),
-        (preset("openrlhf", "reinforce++_baseline"), _torch_whiten(by_token["centred"], unbiased=False), False),
-        (preset("openrlhf", "gae"), _torch_whiten(critic, unbiased=False), False),
+    sizes = repeats.view(5, 4).double()
+    shares = sizes / sizes.sum(1, keepdim=True)
+    assert batch.baselines is not None
+    greedy = grouped.flatten() - torch.tensor(batch.baselines)
+    expected: list[tuple[Preset, str, dict[str, Any], Any, bool]] = [
+        ("trl", "grpo", {}, centred / (std + 1e-4), True),
+        ("trl", "grpo", {"scale": "batch"}, centred / (grouped.std() + 1e-4), True),
+        ("trl", "grpo", {"scale": "none"}, centred, True),
+        ("trl", "dr_grpo", {}, centred, True),
+        ("trl", "rloo", {}, loo, True),
+        ("trl", "gdpo", {}, (summed - summed.mean()) / (summed.std() + 1e-4), True),
+        ("trl_async", "grpo", {}, centred / (grouped.std(1, keepdim=True, unbiased=False) + 1e-8), True),
+        ("verl", "grpo", {}, centred / (std + 1e-6), True),
+        ("verl", "dr_grpo", {}, centred, True),
+        ("verl", "rloo", {}, grouped * 4 / 3 - grouped.mean(1, keepdim=True) * 4 / 3, True),
+        ("verl", "opo", {}, grouped - (shares * grouped).sum(1, keepdim=True), True),
+        ("verl", "remax", {}, greedy, True),
+        ("verl", "reinforce++", {}, _torch_whiten(by_token["r"], unbiased=True), False),
+        ("verl", "reinforce++_baseline", {}, _torch_whiten(by_token["centred"], unbiased=True), False),
+        ("verl", "gae", {}, _torch_whiten(critic, unbiased=True), False),
+        ("openrlhf", "grpo", {}, centred / (std + 1e-9), True),
+        ("openrlhf", "dr_grpo", {}, centred, True),
+        ("openrlhf", "rloo", {}, loo, True),
+        ("openrlhf", "reinforce++", {}, _torch_whiten(by_token["r"], unbiased=False), False),
+        ("openrlhf", "reinforce++_baseline", {}, _torch_whiten(by_token["centred"], unbiased=False), False),
+        ("openrlhf", "gae", {}, _torch_whiten(critic, unbiased=False), False),
     ]
-    for config, values, one_a_rollout in expected:
+    assert {(library, name) for library, name, *_ in expected} == {(library, name) for library, names in PRESETS.items() for name in names}
+    for library, name, changes, values, one_a_rollout in expected:
         flat = values.flatten().repeat_interleave(repeats) if one_a_rollout else values
-        np.testing.assert_allclose(estimate(config, batch).advantages, flat.numpy(), atol=1e-9, err_msg=str(config))
+        made = estimate(preset(library, name, **changes), batch).advantages
+        np.testing.assert_allclose(made, flat.numpy(), atol=1e-9, err_msg=f"{library} {name} {changes}")
 
 
 def test_a_preset_is_a_configuration_that_may_be_changed() -> None:
