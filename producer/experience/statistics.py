@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from producer.experience.arrays import NO_VERSION, Experience
 from producer.experience.kl import kl_estimate
+from producer.experience.off_policy import LARGEST_LOG, effective_share
 
 Array = NDArray[np.float64]
 Numbers = dict[str, float]
@@ -110,17 +111,13 @@ def ratio_statistics(logprobs: ArrayLike, current: ArrayLike) -> Numbers:
     logs = np.asarray(current, np.float64) - np.asarray(logprobs, np.float64)
     if logs.size == 0:
         return {}
-    ratios = np.exp(np.clip(logs, -_MOST_LOG, _MOST_LOG))
-    top = ratios / ratios.max()  # the squares of large ones have no room
+    bounded = np.clip(logs, -LARGEST_LOG, LARGEST_LOG)
+    ratios = np.exp(bounded)
     far = (ratios < 0.8) | (ratios > 1.2)
-    effective = float(top.sum() ** 2 / (top.size * np.dot(top, top)))
-    return spread("ratio", ratios) | {"ratio/effective": effective, "ratio/far": float(far.mean())}
+    return spread("ratio", ratios) | {"ratio/effective": effective_share(bounded), "ratio/far": float(far.mean())}
 
 
 _NEWEST = np.iinfo(np.int32).max
-
-_MOST_LOG = 80.0
-"""Ratios beyond its exponential are counted as that."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from agent_loop.rewards import trl_reward
 from buffer import ReplayBuffer, RolloutGroup, Status
 from producer.errors import FailureBudgetError, ProducerError
 from producer.integrations.trl import GRPORollouts, stored_reward
+from producer.integrations.trl.checks import check_trainer
 from producer.integrations.trl.corrected import logprobs_of
 from tests.integrations.tiny_grpo import GROUP_SIZE, PROMPTS, TASK, low_tokens, options, rollouts_of, rows, trainer_of
 from tests.tiny_model import make_tiny_model
@@ -262,6 +264,16 @@ class Standing:
         self.model = torch.nn.Linear(1, 1)
         self.accelerator = type("Accelerator", (), {"num_processes": 1})()
         self.state = type("State", (), {"global_step": 0})()
+
+
+@pytest.mark.parametrize("biased", [{"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.1}, {"repetition_penalty": 1.1}])
+def test_ratios_that_sampling_biases_are_warned_of(tmp_path: Path, biased: dict[str, Any]) -> None:
+    trainer = Standing(options(tmp_path, 1), tmp_path)
+    with pytest.warns(UserWarning, match=f"samples with {next(iter(biased))}=.*ratios are biased"):
+        check_trainer(trainer, SamplingParams(max_tokens=8, **biased), "required")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_trainer(trainer, SamplingParams(max_tokens=8), "required")
 
 
 def test_a_group_that_fails_stops_the_trainer_and_runs_again_when_it_starts_again(tmp_path: Path) -> None:

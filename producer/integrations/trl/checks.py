@@ -4,6 +4,7 @@ import warnings
 from typing import Any, Literal
 
 from agent_loop import SamplingParams
+from producer.experience.behaviour import bias_of
 from producer.integrations.trl.corrected import CorrectedGRPOTrainer
 
 Correction = Literal["required", "off"]
@@ -40,10 +41,10 @@ def _check_sampling(trainer: Any, sampling: SamplingParams) -> None:
             f"max_tokens={sampling.max_tokens} of the agent loop is over max_completion_length={trainer.max_completion_length}, which "
             "TRL does not enforce and some losses divide by; lower the one or raise the other"
         )
-    if sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0:
+    if reason := bias_of(sampling, trainer.temperature):
         warnings.warn(
-            f"top_p={sampling.top_p}, top_k={sampling.top_k}, min_p={sampling.min_p}: log-probabilities are of what truncation leaves, "
-            "the trainer's of the whole vocabulary, so that importance ratios are biased",
+            f"the agent loop samples with {reason}: log-probabilities are of what that leaves, the trainer's of the whole vocabulary, "
+            "so that importance ratios are biased",
             stacklevel=2,
         )
 
