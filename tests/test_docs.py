@@ -27,6 +27,7 @@ import sys
 import tomllib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -348,11 +349,9 @@ def table(page: str, heading: str | None = None) -> list[list[str]]:
     text = (ROOT / "docs" / page).read_text()
     if heading is not None:
         text = text[re.search(rf"^#+ {re.escape(heading)}$", text, re.MULTILINE).end() :]  # type: ignore[union-attr]  # absent: a failure
-    lines = text.splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("|"))
-    rows = [line for line in lines[start:] if line.startswith("|") or not line.strip()]
-    end = next((number for number, line in enumerate(rows) if not line.strip()), len(rows))
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip("|"))] for row in rows[2:end]]
+    lines = dropwhile(lambda line: not line.startswith("|"), text.splitlines())
+    rows = list(takewhile(lambda line: line.startswith("|"), lines))
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip("|"))] for row in rows[2:]]
 
 
 def code(cell: str) -> list[str]:
@@ -548,6 +547,11 @@ def test_options_of_a_command_are_those_that_its_help_lists(command: str) -> Non
     said = re.split(r"^(?:Arguments|Options):", help_of(command), maxsplit=1, flags=re.MULTILINE)[1]
     listed = re.findall(r"^  (--[a-z-]+(?: [A-Z]+)?|[A-Z_]+)(?= )", said, re.MULTILINE)
     assert [option for option in listed if option != "--help"] == documented
+
+
+def test_no_page_is_left_as_a_merge_left_it() -> None:
+    torn = [f"{page.name}: {line}" for page in PAGES for line in page.read_text().splitlines() if line.startswith(("<<<<<<<", ">>>>>>>"))]
+    assert torn == []
 
 
 @pytest.mark.parametrize("page", NAMES)
