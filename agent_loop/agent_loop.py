@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from agent_loop.calling_off import CalledOffError, CallOffs
 from agent_loop.decoding import Decoding, Watcher, standing
 from agent_loop.engines.base import Completion, Engine, FinishReason
-from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError, RewardError
+from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError, RewardError, first_error
 from agent_loop.outcomes import fail_unjudged, interrupt, leave_out_failed, record_failure, waits_for_judgement, without_left_out
 from agent_loop.rewards import REWARD_THREADS, GroupReward, Reward, RewardSet, by_kind, judge, judge_group
 from agent_loop.sampling import SamplingParams, number, whole
@@ -365,11 +365,3 @@ def _same_rollout(given: RolloutState, returned: object) -> RolloutState:
     if not isinstance(returned, RolloutState) or returned.rollout_id != given.rollout_id:
         raise TypeError(f"generate returned {returned!r:.80} for rollout {given.rollout_id}; it must return the state it was given")
     return returned
-
-
-def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error that made a task group fail, out of its wrapping."""
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -8,9 +8,8 @@ from typing import NoReturn
 
 import numpy as np
 
-from agent_loop.agent_loop import first_error
 from agent_loop.engines.base import Completion, Engine, FinishReason, TopTokens
-from agent_loop.errors import RequestRefusedError
+from agent_loop.errors import RequestRefusedError, first_error
 from agent_loop.sample_inputs import Prompt
 from agent_loop.sampler import Sampler
 from agent_loop.samples import SampledSequence

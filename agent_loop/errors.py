@@ -39,3 +39,11 @@ class RewardTimeoutError(RewardError, TimeoutError):
 
 class RewardClosedError(RewardError, RuntimeError):
     """A reward that asks a server, a model or processes was used before it was opened or after it was closed."""
+
+
+def first_error(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that made a task group fail, out of its wrapping."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

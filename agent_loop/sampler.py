@@ -13,10 +13,9 @@ from typing import Any, NamedTuple, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.agent_loop import first_error
 from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import Engine, WeightSource
-from agent_loop.errors import AgentLoopError, EngineClosedError, EngineDeadError, RequestRefusedError
+from agent_loop.errors import AgentLoopError, EngineClosedError, EngineDeadError, RequestRefusedError, first_error
 from agent_loop.loop_thread import LoopThread, call
 from agent_loop.rewards import GroupReward, Reward, by_kind
 from agent_loop.sample_inputs import Input, Prompt, as_list, prompt_of, template_of

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from agent_loop import AgentLoop
-from agent_loop.agent_loop import first_error
+from agent_loop.errors import first_error
 from buffer import DrawnRow, Position, ReplayBuffer, RolloutGroup, Status
 from buffer.codec import to_json
 from producer.checkpoints import Interval

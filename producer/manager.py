@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Any, Self, get_args
 
 from agent_loop import AgentLoop
-from agent_loop.agent_loop import first_error
 from agent_loop.engines.base import PauseMode, WeightSource
+from agent_loop.errors import first_error
 from agent_loop.sampling import number, whole
 from buffer import ReplayBuffer, Share, Status
 from producer.errors import ProducerError

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from agent_loop import AgentLoop
-from agent_loop.agent_loop import first_error
+from agent_loop.errors import first_error
 from buffer import Account, ReplayBuffer, RolloutGroup, Status, TakePolicy
 from buffer.staleness import Level
 from producer.adaptive import AdaptiveLimit

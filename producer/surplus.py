@@ -3,7 +3,7 @@
 import asyncio
 
 from agent_loop import AgentLoop
-from agent_loop.agent_loop import first_error
+from agent_loop.errors import first_error
 from buffer import RolloutGroup, Status
 from producer.members import RedundantMembers
 

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.agent_loop import first_error
 from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import (
     ALL_TOKENS,
@@ -33,7 +32,7 @@ from agent_loop.engines.server.fleet import Care, Fleet
 from agent_loop.engines.server.replica import Flight, Replica, ReplicaStatus
 from agent_loop.engines.server.requests import Manner, Requests
 from agent_loop.engines.server.weights import AT_START, Weights, version_of
-from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError
+from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError, first_error
 from agent_loop.sampling import SamplingParams, number, whole
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from agent_loop import AgentLoop, SampledSequence, Sampler, SampleResponse, SamplingParams
-from agent_loop.agent_loop import first_error
+from agent_loop.errors import first_error
 from agent_loop.sampling import whole
 from buffer import Position, RolloutGroup, RolloutState, Status
 from buffer.rollout import prompt_fields

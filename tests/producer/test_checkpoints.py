@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_loop import SamplingParams, SingleTurnAgentLoop
-from agent_loop.agent_loop import first_error
 from agent_loop.engines.simulated import SimulatedEngine
 from agent_loop.engines.simulated_policy import Decoder, FillerPolicy, Request, Step, lognormal_lengths
+from agent_loop.errors import first_error
 from buffer import ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.errors import DatabaseError, LeaseLostError
 from producer import AsyncProduceStrategy, ProduceStrategy, ReplayPromptSampler, SyncProduceStrategy

@@ -5,7 +5,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 
 from agent_loop import AgentLoop
-from agent_loop.agent_loop import first_error
+from agent_loop.errors import first_error
 from buffer import ReplayBuffer, Status
 from producer.errors import FailureBudgetError
 from producer.flight import Flight, Rules

@@ -15,8 +15,8 @@ from typing import Any, Self, get_args
 from transformers import TrainerCallback
 
 from agent_loop import AgentLoop
-from agent_loop.agent_loop import first_error
 from agent_loop.engines.base import Engine, WeightSource
+from agent_loop.errors import first_error
 from agent_loop.loop_thread import LoopThread, call
 from buffer import DrawnRow, Position, ReplayBuffer, RolloutGroup, Status
 from producer.checkpoints import Interval

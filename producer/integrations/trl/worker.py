@@ -14,9 +14,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from agent_loop import AgentLoop
-from agent_loop.agent_loop import first_error
 from agent_loop.engines.base import Engine, PauseMode
-from agent_loop.errors import EngineError
+from agent_loop.errors import EngineError, first_error
 from agent_loop.loop_thread import LoopThread, call
 from agent_loop.sampling import whole
 from producer.background import Producer
