@@ -31,8 +31,8 @@ def grpo(rewards: Rewards, group_ids: ArrayLike, *, scale: Scale = "group", ddof
     groups = Groups.of(rewards, group_ids)
     centred = groups.centred()
     if scale == "none":
-        return centred
-    return divide(centred, (groups.std(centred, ddof) if scale == "group" else groups.batch_std(ddof)) + eps)
+        return groups.placed(centred)
+    return groups.placed(divide(centred, (groups.std(centred, ddof) if scale == "group" else groups.batch_std(ddof)) + eps))
 
 
 def dr_grpo(rewards: Rewards, group_ids: ArrayLike) -> NDArray[np.float64]:
@@ -43,22 +43,20 @@ def dr_grpo(rewards: Rewards, group_ids: ArrayLike) -> NDArray[np.float64]:
 def rloo(rewards: Rewards, group_ids: ArrayLike) -> NDArray[np.float64]:
     """r - mean of the others: REINFORCE leave-one-out (Ahmadian et al. 2024), which is n / (n - 1) times (r - mean)."""
     groups = Groups.of(rewards, group_ids)
-    counts = groups.counts.astype(np.float64)
-    factor: NDArray[np.float64] = counts / np.maximum(counts - 1, 1)
-    return groups.centred() * factor[groups.index]
+    return groups.placed(groups.unbiased(groups.centred()))
 
 
 def opo(rewards: Rewards, group_ids: ArrayLike, lengths: ArrayLike) -> NDArray[np.float64]:
     """r - the group's mean weighted by length: on-policy optimal baseline (Hao et al. 2025, arXiv 2505.23585).
 
     Args:
-        lengths: trained tokens of each rollout. A group without any is compared with its least reward.
+        lengths: trained tokens of each rollout. A group without any is compared with its plain mean.
     """
     weights = np.asarray(lengths, dtype=np.float64).reshape(-1)
-    groups = Groups.of(rewards, group_ids)
-    if weights.shape != groups.values.shape or not (weights >= 0).all():
-        raise ValueError(f"lengths {weights!r:.100} for {groups.values.size} rewards; give each rollout its length, 0 or more")
-    return groups.centred(weights)
+    groups, n = Groups.of(rewards, group_ids), np.size(group_ids)
+    if weights.shape != (n,) or not ((weights >= 0) & (weights < np.inf)).all():
+        raise ValueError(f"lengths {weights!r:.100} for {n} rewards; give each rollout its length, finite and 0 or more")
+    return groups.placed(groups.centred_by(groups.chosen(weights)))
 
 
 def gdpo(
@@ -85,7 +83,7 @@ def gdpo(
     scored = ~np.isnan(table).all(axis=1)
     n = int(scored.sum())
     std = float(np.std(total[scored], ddof=ddof)) if n > ddof else 0.0
-    return divide(total, np.full(total.shape, std + eps))
+    return divide(total, std + eps)
 
 
 def zero_variance(rewards: Rewards, group_ids: ArrayLike) -> float:

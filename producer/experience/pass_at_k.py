@@ -29,11 +29,11 @@ def pass_at_k(rewards: Rewards, group_ids: ArrayLike, k: int = 4) -> NDArray[np.
     if k < 1:
         raise ValueError(f"k={k}; the best is taken of 1 or more")
     groups = Groups.of(rewards, group_ids)
-    advantages = np.zeros(groups.values.shape)
-    for number in np.flatnonzero(groups.counts > k):
-        members = np.flatnonzero((groups.index == number) & groups.scored)
-        advantages[members] = _of_group(groups.above_least[members], k)
-    return advantages
+    advantages = np.zeros(groups.values.size)
+    for members in groups.places.members(groups.values.size):
+        if members.size > k:
+            advantages[members] = _of_group(groups.differences[members], k)
+    return groups.placed(advantages)
 
 
 def _of_group(values: NDArray[np.float64], k: int) -> NDArray[np.float64]:

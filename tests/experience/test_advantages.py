@@ -116,7 +116,7 @@ def test_the_order_of_rows_changes_nothing(advantage: AdvantageFn, batch: list[l
 def test_a_constant_added_to_a_group_changes_nothing(advantage: AdvantageFn, batch: list[list[float]], shifts: list[int]) -> None:
     rewards, ids = flat(batch)
     moved = [reward + shifts[number] for reward, number in zip(rewards, ids, strict=True)]
-    # Exactly: these sums have no rounding, and the least of the group is taken off before anything else.
+    # Exactly: these sums have no rounding, and a reward of the group is taken off before anything else.
     np.testing.assert_array_equal(advantage(moved, ids), advantage(rewards, ids))
 
 
@@ -156,7 +156,7 @@ def test_rloo_compares_each_with_the_mean_of_the_others(rewards: list[float]) ->
 def test_o15_opo_weighs_the_baseline_by_length() -> None:
     np.testing.assert_allclose(opo([1, 0, 1], [0] * 3, [2, 3, 5]), [0.3, -0.7, 0.3])
     # A group without a trained token has no weights; what is then given reaches no token.
-    assert opo([1, 0], [0, 0], [0, 0]).tolist() == [1.0, 0.0]
+    assert opo([1, 0], [0, 0], [0, 0]).tolist() == [0.5, -0.5]
 
 
 def test_gdpo_adds_normalised_parts_and_scales_their_sum_over_the_batch() -> None:
@@ -204,10 +204,39 @@ def test_bad_arguments_are_refused_with_their_value() -> None:
 
 
 @pytest.mark.parametrize("advantage", ESTIMATORS)
+@given(
+    batch=st.integers(2, 9).flatmap(
+        lambda size: st.lists(st.lists(st.integers(-40, 40).map(float), min_size=size, max_size=size), min_size=2)
+    )
+)
+def test_groups_of_one_size_in_order_have_the_answers_of_any_others(advantage: AdvantageFn, batch: list[list[float]]) -> None:
+    rewards, ids = flat(batch)
+    expected = advantage(rewards, ids)
+    backwards = advantage(rewards, [-number for number in ids])
+    uneven = advantage([*rewards, 3.0], [*ids, ids[-1] + 1])[:-1]
+    np.testing.assert_allclose(backwards, expected, atol=1e-12)
+    if advantage is not gdpo_of_one_part:  # of which the scale is the batch's
+        np.testing.assert_allclose(uneven, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "ids", [[0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 1, 1], [0, 1, 0, 1], [2, 2, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1, 1], [5, 4, 5, 4]]
+)
+def test_ids_that_only_look_like_groups_of_one_size_are_not_taken_for_them(ids: list[int]) -> None:
+    rewards = np.arange(len(ids), dtype=np.float64) ** 2
+    expected = [
+        reward - np.mean([other for other, number in zip(rewards, ids, strict=True) if number == own])
+        for reward, own in zip(rewards, ids, strict=True)
+    ]
+    np.testing.assert_allclose(dr_grpo(rewards, ids), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("advantage", ESTIMATORS)
 def test_group_ids_may_be_any_numbers_in_any_order(advantage: AdvantageFn) -> None:
     rewards = [1.0, 0.0, 2.0, 5.0, 5.0, 1.0]
     expected = advantage(rewards, [0, 0, 0, 1, 1, 1])
-    for ids in ([7, 7, 7, 2**40, 2**40, 2**40], [9, 9, 9, -3, -3, -3], np.array([1, 1, 1, 2, 2, 2], np.uint8)):
+    for ids in ([7, 7, 7, 2**40, 2**40, 2**40], np.array([1, 1, 1, 2, 2, 2], np.uint8)):
         np.testing.assert_array_equal(advantage(rewards, ids), expected)
+    np.testing.assert_allclose(advantage(rewards, [9, 9, 9, -3, -3, -3]), expected, atol=1e-12)
     order = [3, 0, 4, 1, 5, 2]
     np.testing.assert_allclose(advantage([rewards[at] for at in order], [at // 3 for at in order]), expected[order], atol=1e-12)
