@@ -177,6 +177,7 @@ class AgentLoop(ABC):
     async def extend(self, state: RolloutState, sampling: SamplingParams | None = None) -> FinishReason:
         """Sample on from the prompt and the response so far, append what comes, and say why it ended.
 
+        The engine is shown `state.media` with the tokens, each time all of them; one without images refuses the rollout.
         The engine is not asked when the response is at its limit ("length"), ends in a stop token already
         ("stop"), or was asked to stop ("abort"). `sampling.max_tokens` bounds the whole response.
 
@@ -210,7 +211,9 @@ class AgentLoop(ABC):
         # Known before the first await: an interrupt that comes while the request is on its way must reach it.
         requests.add(request_id)
         try:
-            completion = await self.engine.generate(ids, params, request_id=request_id, session_id=state.rollout_id, on_tokens=decoding)
+            completion = await self.engine.generate(
+                ids, params, request_id=request_id, session_id=state.rollout_id, media=state.media or None, on_tokens=decoding
+            )
         except BaseException:
             with suppress(ValueError):  # tokens that no rollout takes must not hide what ended the request
                 decoding.append_to(state)

@@ -8,13 +8,13 @@ from typing import NoReturn
 
 import numpy as np
 
+from agent_loop.chat import Tokenizer
 from agent_loop.engines.base import Completion, Engine, FinishReason, TopTokens
 from agent_loop.errors import RequestRefusedError, first_error
 from agent_loop.sample_inputs import Prompt
 from agent_loop.sampler import Sampler
 from agent_loop.samples import SampledSequence
 from agent_loop.sampling import SamplingParams, number, whole
-from agent_loop.single_turn import Tokenizer
 
 MOST_PENALTY = 10
 """Of `length_penalty`, above 0 or below: powers of any length are numbers."""

@@ -13,16 +13,16 @@ from typing import Any, NamedTuple, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_loop.chat import Tokenizer, template_of
 from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import Engine, WeightSource
 from agent_loop.errors import AgentLoopError, EngineClosedError, EngineDeadError, RequestRefusedError, first_error
 from agent_loop.loop_thread import LoopThread, call
 from agent_loop.rewards import GroupReward, Reward, by_kind
-from agent_loop.sample_inputs import Input, Prompt, as_list, prompt_of, template_of
+from agent_loop.sample_inputs import Input, Prompt, as_list, prompt_of
 from agent_loop.sample_scores import Judge
 from agent_loop.samples import SampledSequence, SampleResponse
 from agent_loop.sampling import SamplingParams, number, whole
-from agent_loop.single_turn import Tokenizer
 
 _NUMBERS = itertools.count()
 
@@ -114,7 +114,7 @@ class Sampler:
         Args:
             inputs: one or many of: token ids (list, array, or a row with `prompt_ids`), a chat (a list of messages, or a row with
                 `messages` and maybe `tools`), or a row with text as `prompt`. A row's `sampling` overrides the parameters. Images are
-                parts of messages, `{"type": "image", "image": ...}`, or a row's `images`, in order: of Pillow, or paths of files.
+                parts of messages, `{"type": "image", "image": ...}`, or a row's `images`, in order, each as `Engine.generate` takes it.
             sampling_params: an object, or a mapping of its fields; None takes the defaults.
             adapter_name: of an adapter of the engine, whose newest version samples all of this call. "" is the sampler's engine as it is.
             num_samples: 1 or more.

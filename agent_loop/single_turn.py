@@ -1,12 +1,12 @@
 """`SingleTurnAgentLoop`: one prompt, one response."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agent_loop.agent_loop import AgentLoop
+from agent_loop.chat import Tokenizer, encode_chat
 from agent_loop.engines.base import Engine
 from agent_loop.errors import RequestRefusedError
 from agent_loop.rewards import Reward
@@ -14,21 +14,10 @@ from agent_loop.sampling import SamplingParams
 from buffer.rollout import RolloutState
 
 
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer; those of transformers have it."""
-
-    def encode(self, text: str) -> Sequence[int]:
-        """Text to token ids."""
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Token ids to text."""
-
-    def apply_chat_template(self, conversation: Any, *, add_generation_prompt: bool, tokenize: bool, return_dict: bool) -> Any:
-        """Chat messages to token ids."""
-
-
 class SingleTurnAgentLoop(AgentLoop):
     """Encodes the prompt, samples one response, decodes it, asks the reward.
+
+    The images of a row go to the engine with the tokens, and the row's `tools` to the chat template, as by a `Sampler`.
 
     Args:
         engine: which samples.
@@ -68,7 +57,7 @@ class SingleTurnAgentLoop(AgentLoop):
         if self.tokenizer is None:
             raise RequestRefusedError(f"rollout {state.rollout_id} has no prompt_ids and this loop no tokenizer; give one of the two")
         if state.messages is not None:
-            ids = self.tokenizer.apply_chat_template(state.messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+            ids: Any = encode_chat(state.messages, self.tokenizer, tools=state.row.get("tools"))
         else:
             ids = self.tokenizer.encode(state.prompt or "")
         return np.asarray(ids, dtype=np.int32)

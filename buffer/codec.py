@@ -14,7 +14,8 @@ from buffer.amounts import Amount
 from buffer.errors import CorruptPayloadError
 from buffer.numbers import plain_number
 from buffer.payload import NOTHING, Response, Runs, Span, pack, unpack
-from buffer.rollout import Position, RolloutGroup, RolloutState, Turn, drawn_fields
+from buffer.rollout import Position, RolloutGroup, RolloutState, Turn
+from buffer.rows import drawn_fields
 from buffer.staleness import FIRST_TIMELINE, NO_VERSION, Timeline
 from buffer.status import Status, group_status, member_status
 

@@ -1,6 +1,6 @@
 """What a rollout is: one response to one prompt (`RolloutState`), and the group scheduled together (`RolloutGroup`)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from buffer.amounts import NOTHING, Amount
 from buffer.numbers import plain_number, refuse_text
+from buffer.rows import drawn_fields, prompt_fields
 from buffer.staleness import FIRST_TIMELINE, Level, Timeline, fresh_mask, oldest_version, staleness, too_stale
 from buffer.status import GROUP_WIDE, Status, group_status, parse_status
 
@@ -60,7 +61,8 @@ class RolloutState:
     `timeline` is the run's when the state was handed out: `append` stamps its number on tokens, and staleness is counted on
     it (see `buffer.staleness`). It is not stored. Tokens given without `timelines` are of this timeline.
 
-    A loop may add to `messages` and `media`: they are stored with the response, and `reset` makes them the row's again.
+    `media` are the images that the model is shown, in order: those of the row's messages, or beside them. A loop may add to `messages`
+    and `media`: they are stored with the response, and `reset` makes them the row's again.
     `row`, `prompt` and `sampling` are for reading: they are stored once, when the prompt is drawn.
 
     `dropped` is what `reset` made it forget since it was stored last: storing it adds that to the task's account.
@@ -366,53 +368,7 @@ class RolloutGroup:
 
     @classmethod
     def from_row(cls, group_id: int, row: Mapping[str, Any], *, group_size: int, task_name: str, position: Position) -> "RolloutGroup":
-        """A pending group of `group_size` rollouts for the dataset row; see `prompt_fields` for what a row holds."""
+        """A pending group of `group_size` rollouts for the dataset row; see `buffer.rows.prompt_fields` for what a row holds."""
         fields = prompt_fields(row)
         rollouts = [RolloutState(group_id=group_id, index=index, task_name=task_name, row=row, **fields) for index in range(group_size)]
         return cls(group_id=group_id, rollouts=rollouts, task_name=task_name, position=position)
-
-
-PROMPT_KEYS = ("prompt_ids", "prompt", "messages")
-
-
-def prompt_fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `RolloutState` that a dataset row fills.
-
-    A row is a mapping with `prompt` (text, or a list of chat messages), `messages`, or `prompt_ids`; `media` and
-    `sampling` (overrides of the sampling parameters for this prompt) are optional, other columns travel in `row`.
-
-    Raises:
-        ValueError: the row is no mapping, has no prompt, or an empty one.
-    """
-    if not isinstance(row, Mapping):
-        raise ValueError(f"a dataset row must be a mapping with a prompt, not {type(row).__name__}: {row!r:.100}")
-    present = [key for key in PROMPT_KEYS if row.get(key) is not None]
-    if not present:
-        raise ValueError(f"the row has no prompt: its columns are {sorted(map(str, row))}, and one of {PROMPT_KEYS} is needed")
-    if empty := [key for key in present if hasattr(row[key], "__len__") and len(row[key]) == 0]:
-        raise ValueError(f"the row's prompt is empty: {', '.join(empty)}")
-    prompt, messages = row.get("prompt"), row.get("messages")
-    fields: dict[str, Any] = {"prompt_ids": row.get("prompt_ids"), "media": row.get("media")}
-    if isinstance(prompt, str):
-        fields["prompt"], prompt = prompt, None
-    chat = messages if prompt is None else prompt
-    fields["messages"] = None if chat is None else _messages(chat)
-    if row.get("sampling"):
-        fields["sampling"] = dict(row["sampling"])
-    return fields
-
-
-def drawn_fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    """`messages` and `media` as the row gives them, lists of their own; nothing of a row without a prompt (a group made by hand)."""
-    try:
-        fields = prompt_fields(row)
-    except ValueError:
-        return {}
-    return {"messages": fields["messages"], "media": None if fields["media"] is None else list(fields["media"])}
-
-
-def _messages(prompt: Any) -> list[dict[str, Any]]:
-    messages = list(prompt) if isinstance(prompt, Iterable) else []
-    if not messages or not all(isinstance(message, Mapping) and "role" in message for message in messages):
-        raise ValueError(f"a prompt must be text or a list of chat messages with a role each, not {prompt!r:.100}")
-    return [dict(message) for message in messages]

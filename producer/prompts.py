@@ -10,12 +10,12 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from agent_loop.chat import Tokenizer, encode_chat
 from agent_loop.sampling import whole
-from agent_loop.single_turn import Tokenizer
 from buffer import DrawnRow, Position, ReplayBuffer, RolloutGroup, RolloutState, Status
 from buffer.codec import encode_group, encode_prompt
 from buffer.errors import CursorConflictError
-from buffer.rollout import prompt_fields
+from buffer.rows import prompt_fields
 from producer.dataset import Cursor, SourceRow, row_source
 from producer.errors import DatasetError
 from producer.lookahead import Lookahead
@@ -61,7 +61,8 @@ class PromptSampler:
         group_size: rollouts a prompt.
         shuffle: a new order each epoch, from `seed`; a dataloader keeps its own order.
         seed: of the shuffle.
-        max_prompt_tokens: longer prompts are bad rows; needs `tokenizer` unless rows have `prompt_ids`.
+        max_prompt_tokens: longer prompts are bad rows; needs `tokenizer` unless rows have `prompt_ids`. An image counts as the
+            one token that stands for it in the prompt.
         tokenizer: counts a prompt's tokens for that bound.
         on_bad_row: "raise" stops with an error naming the row; "fail" records it as a failed group (where there is a
             buffer) and goes on.
@@ -232,27 +233,25 @@ class PromptSampler:
     def _why_bad(self, row: Any) -> str | None:
         try:
             _check_storable(row)
-            return self._why_too_long(prompt_fields(row))
+            return self._why_too_long(prompt_fields(row), row.get("tools"))
         except _BAD_ROW as error:
             return str(error)
 
-    def _why_too_long(self, fields: dict[str, Any]) -> str | None:
+    def _why_too_long(self, fields: dict[str, Any], tools: Any) -> str | None:
         if self._max_prompt_tokens is None:
             return None
-        length = self._prompt_tokens(fields)
+        length = self._prompt_tokens(fields, tools)
         return (
             None if length <= self._max_prompt_tokens else f"the prompt has {length} tokens, max_prompt_tokens is {self._max_prompt_tokens}"
         )
 
-    def _prompt_tokens(self, fields: dict[str, Any]) -> int:
+    def _prompt_tokens(self, fields: dict[str, Any], tools: Any) -> int:
         if fields["prompt_ids"] is not None:
             return len(fields["prompt_ids"])
         if self._tokenizer is None:
             raise ValueError("its length is unknown: max_prompt_tokens needs tokenizer= for rows without prompt_ids")
         if fields["messages"] is not None:
-            return len(
-                self._tokenizer.apply_chat_template(fields["messages"], add_generation_prompt=True, tokenize=True, return_dict=False)
-            )
+            return int(encode_chat(fields["messages"], self._tokenizer, tools=tools).size)
         return len(self._tokenizer.encode(fields["prompt"]))
 
 

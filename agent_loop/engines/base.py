@@ -234,8 +234,9 @@ class Engine(ABC):
             session_id: the same for all requests of one rollout, its turns and continuations; an engine may keep by it
                 what belongs together. None: the request stands alone.
             adapter: the name of one, whose newest version samples the whole response, or the very `Adapter`. None: the model itself.
-            media: images that the prompt speaks of, in its order: of Pillow, or paths of files; where `capabilities.images`. The prompt
-                has one image token for each, as chat templates write it: the engine makes as many of it as the model wants.
+            media: images that the prompt speaks of, in its order, where `capabilities.images`: of Pillow, paths of files, their bytes,
+                or these as `data:` URLs in base64. The prompt has one image token for each, as chat templates write it: the engine
+                makes as many of it as the model wants.
             on_tokens: sees new tokens as they come, for checkpoints; each token exactly once. Where the call fails or is
                 cancelled, it has seen all tokens but those that an engine elsewhere had not sent yet.
 

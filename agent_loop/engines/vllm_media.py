@@ -1,6 +1,8 @@
 """Images on their way into vLLM: opened, checked, and made part of a prompt."""
 
 import asyncio
+import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,10 +45,25 @@ def _opened(place: int, image: Any) -> Any:
 
     if isinstance(image, Image.Image):
         return image
-    if not isinstance(image, str | Path):
-        raise RequestRefusedError(f"image {place} is {image!r:.60}; give an image of Pillow, or the path of a file")
+    if not isinstance(image, str | Path | bytes):
+        raise RequestRefusedError(
+            f"image {place} is {image!r:.60}; give one of Pillow, the path of a file, its bytes, or a data: URL of them"
+        )
     try:
-        with Image.open(image) as file:
+        with Image.open(_file(image)) as file:
             return file.convert("RGB")
-    except (OSError, ValueError) as error:
-        raise RequestRefusedError(f"image {place} cannot be opened from {str(image)!r:.120}: {error}") from error
+    except Exception as error:
+        # Decoders raise what they like at a file that is cut short, or too large to be meant.
+        raise RequestRefusedError(f"image {place} cannot be opened from {image!r:.120}: {error}") from error
+
+
+def _file(image: str | Path | bytes) -> str | Path | io.BytesIO:
+    """What Pillow opens: the path, or the bytes that were given themselves, or as RFC 2397 writes them."""
+    if isinstance(image, bytes):
+        return io.BytesIO(image)
+    if not isinstance(image, str) or not image.startswith("data:"):
+        return image
+    head, _, data = image.partition(",")
+    if not head.endswith(";base64"):
+        raise ValueError("a data: URL of an image is in base64, data:image/png;base64,...")
+    return io.BytesIO(base64.b64decode(data, validate=True))

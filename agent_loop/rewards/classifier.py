@@ -11,7 +11,8 @@ from typing import Any, Self, TypeVar
 from agent_loop.errors import RewardError
 from agent_loop.rewards.batching import MicroBatcher
 from agent_loop.rewards.wire import Render
-from buffer.rollout import RolloutState, drawn_fields
+from buffer.rollout import RolloutState
+from buffer.rows import drawn_fields
 
 try:
     import torch

@@ -8,7 +8,8 @@ from typing import Any
 
 from agent_loop.rewards.judgement import Judgement, answers_of
 from agent_loop.rewards.judging import is_async, name_of
-from buffer.rollout import RolloutGroup, RolloutState, drawn_fields
+from buffer.rollout import RolloutGroup, RolloutState
+from buffer.rows import drawn_fields
 
 _OWN_COLUMNS = ("prompt", "completion", "completion_ids")
 """Columns that TRL does not hand on."""

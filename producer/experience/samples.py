@@ -11,7 +11,7 @@ from agent_loop import AgentLoop, SampledSequence, Sampler, SampleResponse, Samp
 from agent_loop.errors import first_error
 from agent_loop.sampling import whole
 from buffer import Position, RolloutGroup, RolloutState, Status
-from buffer.rollout import prompt_fields
+from buffer.rows import prompt_fields
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """Text, token ids, a chat, or a row of a dataset."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from buffer import Position, RolloutGroup, RolloutState, Status, Turn
-from buffer.rollout import prompt_fields
+from buffer.rows import prompt_fields
 
 ARRAYS = ("response_ids", "logprobs", "loss_mask", "versions", "timelines")
 

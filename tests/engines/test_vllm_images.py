@@ -1,6 +1,8 @@
 """Shows that images reach the model: log-probabilities are those of a forward pass with them, and what is no image is refused."""
 
 import asyncio
+import base64
+import io
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Idefics3ForConditionalGeneration
 
-from agent_loop import Sampler, SamplingParams
+from agent_loop import AgentLoop, Sampler, SamplingParams, SingleTurnAgentLoop
 from agent_loop.engines.vllm import VLLMEngine
 from agent_loop.errors import RequestRefusedError
+from buffer import ReplayBuffer, Status
+from producer import ReplayPromptSampler
 from tests.tiny_seeing_model import IMAGE, make_tiny_seeing_model
 
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True, seed=1)
@@ -41,14 +45,39 @@ def prompt_of(model: Path, images: int) -> list[int]:
     return ids
 
 
-def expected(model: Path, images: Sequence[Image.Image], response: Sequence[int]) -> NDArray[np.floating]:
+def expected(model: Path, images: Sequence[Image.Image], response: Sequence[int], text: str | None = None) -> NDArray[np.floating]:
     """Teacher-forced log-probabilities by transformers, whose processor makes the image tokens."""
-    given = AutoProcessor.from_pretrained(model)(text="user: " + f"{IMAGE} " * len(images) + "what?", images=[images], return_tensors="pt")
+    text = text or "user: " + f"{IMAGE} " * len(images) + "what?"
+    given = AutoProcessor.from_pretrained(model)(text=text, images=[images], return_tensors="pt")
     ids = torch.cat([given["input_ids"], torch.tensor([response])], dim=1)
     with torch.inference_mode():
         seeing = Idefics3ForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
         logits = seeing(input_ids=ids, pixel_values=given["pixel_values"]).logits[0, -len(response) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0].numpy()
+
+
+def data_url(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+class Stopping:
+    """Interrupts its group when every member has two tokens."""
+
+    piece_tokens = 1
+
+    def __init__(self, loop: AgentLoop, group_id: int) -> None:
+        self._loop, self._group_id, self._tokens = loop, group_id, {0: 0, 1: 0}
+        self._tasks = set[asyncio.Task[None]]()
+
+    def decoded(self, member: int, tokens: int) -> None:
+        self._tokens[member] += tokens
+        if not self._tasks and min(self._tokens.values()) >= 2:
+            self._tasks.add(asyncio.create_task(self._loop.interrupt([self._group_id])))
+
+    def ended(self, member: int) -> None:
+        pass
 
 
 async def test_logprobs_are_those_of_a_model_that_sees_the_images(engine: VLLMEngine, model: Path, tmp_path: Path) -> None:
@@ -84,6 +113,32 @@ async def test_an_interrupted_response_to_an_image_is_continued(engine: VLLMEngi
     np.testing.assert_allclose(both, expected(model, [RED], [*kept, *rest.token_ids.tolist()]), atol=1e-3)
 
 
+async def test_an_agent_loop_trains_on_images_and_goes_on_with_them_from_the_database(
+    engine: VLLMEngine, model: Path, tmp_path: Path
+) -> None:
+    RED.save(tmp_path / "red.png")
+    parts = [{"type": "image", "image": str(tmp_path / "red.png")}, {"type": "image"}, {"type": "text", "text": "what?"}]
+    row = {"messages": [{"role": "user", "content": parts}], "images": [data_url(BLUE)]}
+    tokenizer, url = AutoTokenizer.from_pretrained(model), f"sqlite:///{tmp_path / 'run.db'}"
+    loop = SingleTurnAgentLoop(engine, tokenizer, reward=lambda state: 1.0, sampling=PARAMS.replace(max_tokens=40))
+    async with ReplayBuffer.open(url) as buffer:
+        group = await ReplayPromptSampler([row], buffer, group_size=2).sample()
+        loop.watch(group, Stopping(loop, group.group_id))
+        await buffer.put(await loop.generate_group(group))
+        assert group.status is Status.INTERRUPTED
+        assert [0 < state.response_ids.size < 40 for state in group.rollouts] == [True, True]
+    async with ReplayBuffer.open(url) as buffer:
+        again = await ReplayPromptSampler([row], buffer, group_size=2).sample()
+        await buffer.put(await loop.generate_group(again))
+        (stored,) = await buffer.query(status=Status.COMPLETED)
+    text = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
+    assert text.count(IMAGE) == 2
+    for before, state in zip(group.rollouts, stored.rollouts, strict=True):
+        assert state.response_ids[: before.response_ids.size].tolist() == before.response_ids.tolist()
+        wanted = expected(model, [RED, BLUE], state.response_ids.tolist(), text)
+        np.testing.assert_allclose(state.logprobs, wanted, atol=1e-3)
+
+
 async def test_an_interrupt_reaches_a_request_whose_images_are_looked_at(engine: VLLMEngine, model: Path) -> None:
     call = asyncio.create_task(engine.generate(prompt_of(model, 1), PARAMS, request_id="early", media=[RED]))
     await asyncio.sleep(0)  # it has come to its first wait, for the processor
@@ -97,6 +152,8 @@ async def test_an_interrupt_reaches_a_request_whose_images_are_looked_at(engine:
     ("images", "media", "match"),
     [
         (1, ["no/such/file.png"], "image 0 cannot be opened"),
+        (1, [b"GIF89a, and no more"], "image 0 cannot be opened"),
+        (1, ["data:image/png,%89PNG"], "is in base64"),
         (1, [7], "image 0 is 7"),
         (0, [RED], "one image token for each"),
         (1, [RED, BLUE], "one image token for each"),

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from buffer.rollout import prompt_fields
+from buffer.rows import prompt_fields
 
 
 def grouped(prompts: Sequence[Any], size: int) -> list[Any]:
