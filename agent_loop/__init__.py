@@ -12,10 +12,14 @@ from agent_loop.sampler_registry import create_sampler, register_sampler
 from agent_loop.samples import SampledSequence, SampleResponse
 from agent_loop.sampling import SamplingParams
 from agent_loop.single_turn import SingleTurnAgentLoop
+from agent_loop.tool_calls import BadCall, ToolCall
+from agent_loop.tool_use import ToolUseAgentLoop
+from agent_loop.tools import Tool
 
 __all__ = [
     "Adapter",
     "AgentLoop",
+    "BadCall",
     "Capabilities",
     "Completion",
     "Engine",
@@ -29,6 +33,9 @@ __all__ = [
     "Sampler",
     "SamplingParams",
     "SingleTurnAgentLoop",
+    "Tool",
+    "ToolCall",
+    "ToolUseAgentLoop",
     "TopLogprobs",
     "TopTokens",
     "create_sampler",

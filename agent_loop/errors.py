@@ -29,6 +29,10 @@ class AdapterError(WeightUpdateError):
     """An adapter could not be loaded; it is not there, and what was there still is."""
 
 
+class ToolError(AgentLoopError):
+    """A tool gave no answer. One may raise it with what the model is to be told; other errors are told with the names of their types."""
+
+
 class RewardError(AgentLoopError):
     """A reward function raised, took too long, or gave something that is not a finite number."""
 

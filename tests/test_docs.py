@@ -152,6 +152,7 @@ READERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Awaitable[dict[str, Any]
     "docs/how-to/choose-an-engine.md": tiny_model,
     "docs/how-to/combine-rewards.md": reward_model,
     "docs/how-to/export-and-replay.md": small_run,
+    "docs/how-to/use-tools.md": tiny_model,
     "docs/how-to/use-vllm.md": tiny_model,
     "docs/how-to/sample-without-a-trainer.md": tiny_model,
     "docs/how-to/look-into-a-run.md": small_run,

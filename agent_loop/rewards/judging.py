@@ -1,13 +1,11 @@
 """One reward asked once: sync or async, of a rollout or of its whole group, with a deadline and finite answers."""
 
 import asyncio
-import contextvars
-import inspect
-import threading
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
+from agent_loop.deadline import TooSlow, called, in_time, is_async
 from agent_loop.errors import RewardError, RewardTimeoutError
 from agent_loop.rewards.judgement import Judgement, answers_of, judgement_of
 from buffer.rollout import RolloutGroup, RolloutState
@@ -59,11 +57,6 @@ def name_of(reward: object) -> str:
     return getattr(reward, "__name__", type(reward).__name__)
 
 
-def is_async(reward: object) -> bool:
-    """Whether calling it gives a coroutine, as far as can be known beforehand."""
-    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None))  # noqa: B004
-
-
 async def _asked(reward: Callable[[Any], Any], subject: Any, timeout: float, threads: asyncio.Semaphore) -> Any:
     if getattr(reward, "own_deadlines", False):
         try:
@@ -85,57 +78,11 @@ async def answer(reward: Callable[[Any], Any], subject: Any, timeout: float, nam
         RewardError: it raised.
     """
     try:
-        return await _in_time(_awaited(reward, subject) if is_async(reward) else _on_thread(reward, subject), timeout)
-    except _TooSlow as error:
+        return await in_time(called(reward, subject, thread="millrace-reward"), timeout)
+    except TooSlow as error:
         raise RewardTimeoutError(f"reward {name} took longer than {timeout:g} s; make it faster or raise {bound}") from error
     except RewardError as error:
         kind = RewardTimeoutError if isinstance(error, RewardTimeoutError) else RewardError
         raise kind(f"reward {name}: {error}") from error
     except Exception as error:
         raise RewardError(f"reward {name} raised {type(error).__name__}: {error}") from error
-
-
-class _TooSlow(Exception):
-    """The deadline passed; the reward's own TimeoutError is another matter."""
-
-
-async def _in_time(judgement: Awaitable[Any], timeout: float) -> Any:
-    try:
-        async with asyncio.timeout(timeout) as deadline:
-            return await judgement
-    except TimeoutError as error:
-        if deadline.expired():
-            raise _TooSlow from error
-        raise
-
-
-async def _awaited(reward: Callable[[Any], Any], subject: Any) -> Any:
-    return await reward(subject)
-
-
-async def _on_thread(reward: Callable[[Any], Any], subject: Any) -> Any:
-    """What `reward` returns on a daemon thread. A pool would do less well: a few rewards that hang would fill it."""
-    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
-    if not getattr(loop, "waits_for_threads", True):  # virtual time stands still while it works here, and would overtake a thread
-        value = reward(subject)
-        return await value if inspect.isawaitable(value) else value
-    done = asyncio.Event()
-    outcome: list[tuple[Any, BaseException | None]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((context.run(reward, subject), None))
-        except BaseException as error:  # noqa: BLE001 - raised again below, for the one who waits
-            outcome.append((None, error))
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(done.set)
-
-    threading.Thread(target=run, name="millrace-reward", daemon=True).start()
-    await done.wait()
-    ((value, error),) = outcome
-    if isinstance(error, StopIteration) or not isinstance(error, Exception | None):
-        # A coroutine cannot raise the one; the others (SystemExit) would end the program instead of the judgement.
-        raise RuntimeError(repr(error)) from error
-    if error is not None:
-        raise error
-    return await value if inspect.isawaitable(value) else value

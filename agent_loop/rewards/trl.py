@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from agent_loop.deadline import is_async
 from agent_loop.rewards.judgement import Judgement, answers_of
-from agent_loop.rewards.judging import is_async, name_of
+from agent_loop.rewards.judging import name_of
 from buffer.rollout import RolloutGroup, RolloutState
 from buffer.rows import drawn_fields
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Idefics3ForConditionalGeneration
 
-from agent_loop import AgentLoop, Sampler, SamplingParams, SingleTurnAgentLoop
+from agent_loop import Sampler, SamplingParams, SingleTurnAgentLoop
 from agent_loop.engines.vllm import VLLMEngine
 from agent_loop.errors import RequestRefusedError
-from buffer import ReplayBuffer, Status
+from buffer import ReplayBuffer, RolloutState, Status
 from producer import ReplayPromptSampler
 from tests.tiny_seeing_model import IMAGE, make_tiny_seeing_model
 
@@ -62,22 +62,14 @@ def data_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-class Stopping:
-    """Interrupts its group when every member has two tokens."""
+class Halts(SingleTurnAgentLoop):
+    """Leaves a response after 6 tokens, as one that is interrupted there."""
 
-    piece_tokens = 1
-
-    def __init__(self, loop: AgentLoop, group_id: int) -> None:
-        self._loop, self._group_id, self._tokens = loop, group_id, {0: 0, 1: 0}
-        self._tasks = set[asyncio.Task[None]]()
-
-    def decoded(self, member: int, tokens: int) -> None:
-        self._tokens[member] += tokens
-        if not self._tasks and min(self._tokens.values()) >= 2:
-            self._tasks.add(asyncio.create_task(self._loop.interrupt([self._group_id])))
-
-    def ended(self, member: int) -> None:
-        pass
+    async def generate(self, state: RolloutState) -> RolloutState:
+        state.prompt_ids = self._encode(state)
+        await self.extend(state, self.sampling.replace(max_tokens=6))
+        state.finish_reason = "abort"
+        return state
 
 
 async def test_logprobs_are_those_of_a_model_that_sees_the_images(engine: VLLMEngine, model: Path, tmp_path: Path) -> None:
@@ -120,21 +112,21 @@ async def test_an_agent_loop_trains_on_images_and_goes_on_with_them_from_the_dat
     parts = [{"type": "image", "image": str(tmp_path / "red.png")}, {"type": "image"}, {"type": "text", "text": "what?"}]
     row = {"messages": [{"role": "user", "content": parts}], "images": [data_url(BLUE)]}
     tokenizer, url = AutoTokenizer.from_pretrained(model), f"sqlite:///{tmp_path / 'run.db'}"
-    loop = SingleTurnAgentLoop(engine, tokenizer, reward=lambda state: 1.0, sampling=PARAMS.replace(max_tokens=40))
     async with ReplayBuffer.open(url) as buffer:
         group = await ReplayPromptSampler([row], buffer, group_size=2).sample()
-        loop.watch(group, Stopping(loop, group.group_id))
-        await buffer.put(await loop.generate_group(group))
+        await buffer.put(await Halts(engine, tokenizer, sampling=PARAMS).generate_group(group))
         assert group.status is Status.INTERRUPTED
-        assert [0 < state.response_ids.size < 40 for state in group.rollouts] == [True, True]
+        assert [state.response_ids.size for state in group.rollouts] == [6, 6]
     async with ReplayBuffer.open(url) as buffer:
         again = await ReplayPromptSampler([row], buffer, group_size=2).sample()
+        loop = SingleTurnAgentLoop(engine, tokenizer, reward=lambda state: 1.0, sampling=PARAMS.replace(max_tokens=12))
         await buffer.put(await loop.generate_group(again))
         (stored,) = await buffer.query(status=Status.COMPLETED)
     text = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
     assert text.count(IMAGE) == 2
     for before, state in zip(group.rollouts, stored.rollouts, strict=True):
-        assert state.response_ids[: before.response_ids.size].tolist() == before.response_ids.tolist()
+        assert state.response_ids.size == 12
+        assert state.response_ids[:6].tolist() == before.response_ids.tolist()
         wanted = expected(model, [RED, BLUE], state.response_ids.tolist(), text)
         np.testing.assert_allclose(state.logprobs, wanted, atol=1e-3)
 
