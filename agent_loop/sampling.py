@@ -4,6 +4,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, SupportsFloat, SupportsIndex
 
@@ -124,8 +125,9 @@ def whole(name: str, value: object) -> int:
     if type(value) is int:  # by far the most common, and a protocol's isinstance takes microseconds
         return value
     if isinstance(value, SupportsIndex) and not isinstance(value, bool):
-        return operator.index(value)
-    raise ValueError(f"{name}={value!r} must be a whole number")
+        with suppress(TypeError):  # an array has the method, and a class has it too
+            return operator.index(value)
+    raise ValueError(f"{name}={value!r:.200} must be a whole number")
 
 
 def version_number(value: object) -> int:
@@ -140,9 +142,11 @@ def number(name: str, value: object) -> float:
     """`value` as a finite float, or `ValueError`."""
     if type(value) is float and math.isfinite(value):
         return value
-    if isinstance(value, SupportsFloat) and not isinstance(value, bool) and math.isfinite(float(value)):
-        return float(value)
-    raise ValueError(f"{name}={value!r} must be a finite number")
+    if isinstance(value, SupportsFloat) and not isinstance(value, bool):
+        with suppress(TypeError, OverflowError):  # an array has the method, and a class has it too; 10**400 is above any float
+            if math.isfinite(converted := float(value)):
+                return converted
+    raise ValueError(f"{name}={value!r:.200} must be a finite number")
 
 
 def _tuple(name: str, values: object, kind: Any, what: str) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from agent_loop.arguments import at_least, flag, function, mapping, text
 from agent_loop.loop_thread import LoopThread, call
 from agent_loop.sampling import whole
 from buffer import ReplayBuffer, ResumeReport, RolloutGroup, Status
@@ -24,7 +25,7 @@ from producer.background import Producer
 from producer.errors import ProducerError
 from producer.experience.arrays import Experience
 from producer.experience.experience_maker import ExperienceMaker
-from producer.experience.losses import Reduction
+from producer.experience.losses import Reduction, check_reduction
 from producer.experience.maker import make_experience
 
 Result = TypeVar("Result")
@@ -109,9 +110,17 @@ class BufferDataset(IterableDataset[Any]):  # type: ignore[misc]  # torch is not
         super().__init__()
         if not isinstance(source, Producer | ReplayBuffer):
             raise TypeError(f"source={source!r:.80} is neither a Producer nor a ReplayBuffer; pass an entered producer or an open buffer")
-        for name, value, least in (("batch_size", batch_size, 1), ("prefetch", prefetch, 0), ("last_step", last_step or 0, 0)):
-            if whole(name, value) < least:
-                raise ValueError(f"{name}={value} must be {least} or more")
+        for name, value, least in (("batch_size", batch_size, 1), ("prefetch", prefetch, 0), ("last_step", last_step, 0)):
+            if value is not None or name != "last_step":
+                at_least(name, value, least)
+        if task_name is not None:
+            text("task_name", task_name, "the name of a task")
+        flag("wait", wait)
+        flag("tensors", tensors)
+        if reduction is not None or max_length is not None:
+            check_reduction("token-mean" if reduction is None else reduction, max_length)
+        if not isinstance(make, ExperienceMaker):
+            function("make", make, "an ExperienceMaker, or a function of groups")
         self._producer = source if isinstance(source, Producer) else None
         self._buffer = source.buffer if isinstance(source, Producer) else source
         known = source.task_name if isinstance(source, Producer) else None
@@ -165,6 +174,7 @@ class BufferDataset(IterableDataset[Any]):  # type: ignore[misc]  # torch is not
             StepError: a later step is committed.
             ValueError: it is no state of this dataset.
         """
+        mapping("state", state, "step to a number, as state_dict gave it")
         if set(state) != {"step"}:
             raise ValueError(f"{dict(state)!r:.100} is not the state of a BufferDataset; it has a step")
         if state["step"] is None:  # of a dataset that had not begun
@@ -368,6 +378,7 @@ def in_background(source: Callable[[], AbstractAsyncContextManager[Result]]) -> 
 
     An error of entering or leaving is raised here. It is left when the block ends, whichever way.
     """
+    function("source", source, "an async context manager, such as an @asynccontextmanager")
     thread, opened, left = LoopThread(), Future[Result](), asyncio.Event()
 
     async def live() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.random import default_rng
 from numpy.typing import NDArray
 
+from agent_loop.arguments import at_least, flag
 from buffer.rollout import Position
 from producer.errors import DatasetError
 
@@ -71,8 +72,8 @@ class MapSource(RowSource):
     """A list or map-style dataset; resumes by (epoch, offset), each epoch with a shuffle of its own."""
 
     def __init__(self, dataset: Any, *, shuffle: bool, seed: int) -> None:
-        if seed < 0:
-            raise ValueError(f"seed={seed} is negative; it must be 0 or more")
+        at_least("seed", seed, 0)
+        flag("shuffle", shuffle)
         self._dataset, self._shuffle, self._seed = dataset, shuffle, seed
         self._at = Position(0, 0)
         self._size = 0

@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+from agent_loop.arguments import at_least, within
 from agent_loop.errors import RewardClosedError
-from agent_loop.sampling import number, whole
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -31,10 +31,8 @@ class MicroBatcher(Generic[Item, Result]):
     def __init__(
         self, work: Callable[[list[Item]], Awaitable[Sequence[Result | Exception]]], *, most: int, window: float, at_once: int
     ) -> None:
-        if whole("batch", most) < 1:
-            raise ValueError(f"batch={most} holds no rollout; it must be 1 or more")
-        if number("window", window) < 0:
-            raise ValueError(f"window={window} s is negative; it must be 0 or more")
+        at_least("batch", most, 1)
+        within("window", window, 0, float("inf"))
         self._work, self._most, self._window, self._at_once = work, most, window, at_once
         self._waiting: deque[_Waiting[Item, Result]] = deque()
         self._running: set[asyncio.Task[None]] = set()

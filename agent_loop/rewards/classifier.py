@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from agent_loop.arguments import at_least, function, instance, one_of, text
 from agent_loop.errors import RewardError
 from agent_loop.rewards.batching import MicroBatcher
 from agent_loop.rewards.wire import Render
@@ -62,13 +63,18 @@ class ClassifierReward:
         Raises:
             ValueError: a bound is crossed, or a loaded model came without a tokenizer.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is not one of {DTYPES}")
+        instance("model", model, str | Path | PreTrainedModel, "a folder, a name on the hub, or a loaded model")
+        one_of("dtype", dtype, DTYPES)
+        text("device", device, 'such as "cpu" or "cuda:1"')
+        if not isinstance(label, str):
+            at_least("label", label, 0)
         if isinstance(model, PreTrainedModel) and tokenizer is None:
             raise ValueError("a loaded model came without tokenizer=; pass the one that it was trained with")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length={max_length} allows no token; it must be 1 or more")
-        self.at_once = 2 * batch  # while one is judged, the next is gathered
+        if max_length is not None:
+            at_least("max_length", max_length, 1)
+        if render is not None:
+            function("render", render, "one that makes a text of a rollout")
+        self.at_once = 2 * at_least("batch", batch, 1)  # while one is judged, the next is gathered
         self._source, self._tokenizer, self._label = model, tokenizer, label
         self._device, self._dtype, self._max_length, self._render = device, dtype, max_length, render or self._as_text
         self._batches = MicroBatcher[RolloutState, float](self._scores, most=batch, window=window, at_once=1)

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from agent_loop.arguments import at_least, mapping, positive
 from agent_loop.errors import RewardClosedError, RewardError, RewardTimeoutError
 from agent_loop.rewards.wire import as_json
-from agent_loop.sampling import number, whole
 from buffer.codec import to_json
 from buffer.rollout import RolloutState
 
@@ -79,11 +79,15 @@ class ProcessReward:
         if not isinstance(function, str) or not re.fullmatch(r"[\w.]+:\w+", function):
             raise ValueError(f'function={function!r:.80} must be text like "package.module:name", which a worker imports')
         for name, value in {"workers": workers, "memory_mb": memory_mb, "max_checks": max_checks}.items():
-            if whole(name, value) < 1:
-                raise ValueError(f"{name}={value} must be 1 or more")
+            at_least(name, value, 1)
         for name, seconds in {"timeout": timeout, "start_timeout": start_timeout}.items():
-            if number(name, seconds) <= 0:
-                raise ValueError(f"{name}={seconds} s leaves no time; it must be above 0")
+            positive(name, seconds)
+        if not callable(fields):
+            raise ValueError(f"fields={fields!r:.80} is no function; give one of a rollout whose answer JSON holds")
+        if not isinstance(path, list | tuple) or not all(isinstance(folder, str | Path) for folder in path):
+            raise ValueError(f"path={path!r:.80} must be a list of folders, also where it is one")
+        if environment is not None:
+            mapping("environment", environment, "names of variables to their values")
         self.__name__ = function
         self._timeout, self._start_timeout, self._max_checks, self._fields = timeout, start_timeout, max_checks, fields
         self._memory, self._path = memory_mb << 20, [str(Path(folder).resolve()) for folder in path]

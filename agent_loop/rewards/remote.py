@@ -8,10 +8,10 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
 
+from agent_loop.arguments import at_least, function, instance, mapping, positive
 from agent_loop.errors import RewardError, RewardTimeoutError
 from agent_loop.rewards.batching import MicroBatcher
 from agent_loop.rewards.wire import Wire, rollouts_wire
-from agent_loop.sampling import number, whole
 from buffer.codec import to_json
 from buffer.rollout import RolloutState
 
@@ -85,12 +85,15 @@ class HTTPReward:
             raise ValueError(f"url={url!r:.80} is no URL: {error}") from error
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ValueError(f"url={url!r} must begin with http:// or https:// and name a host")
-        for name, value in {"connections": connections, "attempts": attempts, "max_answer": max_answer}.items():
-            if whole(name, value) < 1:
-                raise ValueError(f"{name}={value} must be 1 or more")
+        for name, value in {"batch": batch, "connections": connections, "attempts": attempts, "max_answer": max_answer}.items():
+            at_least(name, value, 1)
         for name, seconds in {"timeout": timeout, "back_off": back_off, "longest_back_off": longest_back_off}.items():
-            if number(name, seconds) <= 0:
-                raise ValueError(f"{name}={seconds} s must be above 0")
+            positive(name, seconds)
+        instance("wire", wire, Wire | None, "a Wire, such as rollouts_wire(), or None")
+        if headers is not None:
+            mapping("headers", headers, "names to texts")
+        if client is not None:
+            function("client", client, "one that makes an httpx.AsyncClient")
         self._url, self._wire, self._headers = parsed, wire or rollouts_wire(), dict(headers or {})
         self._place = f"{parsed.scheme}://{parsed.netloc.decode().rpartition('@')[2]}{parsed.path}"  # no password, no key in the query
         self._timeout, self._attempts, self._connections, self._max_answer = timeout, attempts, connections, max_answer

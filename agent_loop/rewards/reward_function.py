@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from agent_loop.arguments import at_least, flag, positive, within
 from agent_loop.errors import RewardError, RewardTimeoutError
 from agent_loop.rewards.judgement import Judgement, answers_of, judgement_of
 from agent_loop.rewards.judging import answer
 from agent_loop.rewards.statistics import RewardStatistics
-from agent_loop.sampling import number, whole
+from agent_loop.sampling import number
 
 _CONCURRENCY = 32
 """Calls of one function at once, unless it is told otherwise."""
@@ -52,18 +53,17 @@ class RewardFunction:
     def __post_init__(self) -> None:
         if not callable(self.function) or isinstance(self.function, type):
             raise TypeError(f"function={self.function!r:.80} is no function of a rollout or a group")
-        if number("timeout", self.timeout) <= 0:
-            raise ValueError(f"timeout={self.timeout} s leaves no time; it must be above 0")
-        if self.concurrency is not None and whole("concurrency", self.concurrency) < 1:
-            raise ValueError(f"concurrency={self.concurrency} allows no call; it must be 1 or more")
-        if whole("retries", self.retries) < 0:
-            raise ValueError(f"retries={self.retries} must be 0 or more")
-        if number("back_off", self.back_off) < 0:
-            raise ValueError(f"back_off={self.back_off} s is negative; it must be 0 or more")
-        if self.on_error not in ("fail", "skip"):
-            if isinstance(self.on_error, str):
-                raise ValueError(f'on_error={self.on_error!r} is unknown; it is "fail", "skip", or the number to take')
+        flag("of_group", self.of_group)
+        flag("shaping", self.shaping)
+        positive("timeout", self.timeout)
+        if self.concurrency is not None:
+            at_least("concurrency", self.concurrency, 1)
+        at_least("retries", self.retries, 0)
+        within("back_off", self.back_off, 0, float("inf"))
+        if not isinstance(self.on_error, str):
             number("on_error", self.on_error)
+        elif self.on_error not in ("fail", "skip"):
+            raise ValueError(f'on_error={self.on_error!r} is unknown; it is "fail", "skip", or the number to take')
 
     @property
     def slots(self) -> int:

@@ -42,6 +42,11 @@ def trl_reward(
             logs by `log_metric`, are kept in the rollout's `metrics`. It is called on the function's thread.
     """
 
+    if not callable(function):
+        raise ValueError(f"function={function!r:.80} is none; give a reward function with TRL's signature, not the name of one")
+    if log_extra is not None and not callable(log_extra):
+        raise ValueError(f"log_extra={log_extra!r:.80} is no function; give one of (column, values)")
+
     def called(subject: RolloutState | RolloutGroup) -> tuple[_Logged, Any]:
         states = _states(subject)
         logged = _Logged(len(states), log_extra)

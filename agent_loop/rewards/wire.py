@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agent_loop.arguments import at_least, function, mapping, text
 from buffer.rollout import RolloutState
 
 Render = Callable[[RolloutState], str]
@@ -22,6 +23,10 @@ class Wire:
 
     encode: Callable[[Sequence[RolloutState]], Any]
     decode: Callable[[Any, int], Sequence[Any]]
+
+    def __post_init__(self) -> None:
+        function("encode", self.encode, "one of rollouts")
+        function("decode", self.decode, "one of (answer, n)")
 
 
 def as_json(rollout: RolloutState) -> dict[str, Any]:
@@ -58,6 +63,9 @@ def rollouts_wire() -> Wire:
 def openrlhf_wire(*, label: str = "label", render: Render = plain_text) -> Wire:
     """A reward server as OpenRLHF asks it: `query`, `prompts` and `labels` (a column of the row) to `rewards`."""
 
+    text("label", label, "the name of a column")
+    function("render", render, "one that makes a text of a rollout")
+
     def encode(rollouts: Sequence[RolloutState]) -> Any:
         prompts = [one.messages if one.prompt is None else one.prompt for one in rollouts]
         return {"query": [render(one) for one in rollouts], "prompts": prompts, "labels": [one.row.get(label) for one in rollouts]}
@@ -74,6 +82,11 @@ def vllm_wire(model: str, *, label: int = 0, render: Render = plain_text, option
         render: makes a text of a rollout.
         options: more fields of the body, such as `{"use_activation": False}`.
     """
+
+    text("model", model, "the name under which it is served")
+    at_least("label", label, 0)
+    function("render", render, "one that makes a text of a rollout")
+    mapping("options", {} if options is None else options, "names of fields to their values")
 
     def encode(rollouts: Sequence[RolloutState]) -> Any:
         return {"model": model, "input": [render(one) for one in rollouts], **(options or {})}

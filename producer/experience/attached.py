@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from agent_loop.arguments import mapping, within
+from agent_loop.sampling import whole
 from buffer.rollout import RolloutState
 from producer.experience.config import AdvantageConfig
 from producer.experience.off_policy import OffPolicy
@@ -34,6 +36,14 @@ class Attached:
     trainer: Mapping[str, ArrayLike] = field(default_factory=dict)
     version: int | None = None
     temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, key in (("reference", "rollout_id"), ("values", "rollout_id"), ("trainer", "rollout_id"), ("baselines", "group_id")):
+            mapping(name, getattr(self, name), f"each {key} to what is attached")
+        if self.version is not None:
+            whole("version", self.version)
+        if self.temperature is not None:
+            within("temperature", self.temperature, 0, float("inf"))
 
     def check(self, config: AdvantageConfig, off_policy: OffPolicy | None = None) -> None:
         """Raises ValueError where the configuration or the correction needs what is not there at all."""
@@ -103,7 +113,10 @@ def trained(by_id: Mapping[str, ArrayLike], rollout: RolloutState, name: str) ->
     Raises:
         ValueError: it is not one number a token of the response.
     """
-    values = np.asarray(by_id[rollout.rollout_id], np.float64)
+    try:
+        values = np.asarray(by_id[rollout.rollout_id], np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} of rollout {rollout.rollout_id} is {by_id[rollout.rollout_id]!r:.80}, no numbers: {error}") from error
     if values.shape != rollout.response_ids.shape:
         raise ValueError(
             f"{name} of rollout {rollout.rollout_id} has shape {values.shape} for {rollout.response_ids.size} tokens; "

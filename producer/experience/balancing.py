@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from agent_loop.arguments import at_least, within
 from producer.experience.packing import first_fit_decreasing
 
 Costs = NDArray[np.float64]
@@ -32,13 +33,13 @@ class Cost:
     quadratic: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.linear < float("inf") and 0 <= self.quadratic < float("inf") and self.linear + self.quadratic > 0):
-            raise ValueError(f"{self!r}: both are 0 or more and finite, and not both 0")
+        if within("linear", self.linear, 0, float("inf")) + within("quadratic", self.quadratic, 0, float("inf")) == 0:
+            raise ValueError(f"{self!r}: give numbers that are not both 0")
 
     @classmethod
     def transformer(cls, hidden_size: int) -> "Cost":
         """Of a decoder with causal attention: 24 h^2 operations a token in the matrices, 2 h n^2 in attention, each divided by 2 h."""
-        return cls(12.0 * hidden_size, 1.0)
+        return cls(12.0 * at_least("hidden_size", hidden_size, 1), 1.0)
 
     def of(self, lengths: ArrayLike) -> Costs:
         """(S,) the cost of each sequence."""
@@ -101,9 +102,9 @@ def _checked(lengths: Sequence[int], ranks: int, token_budget: int | None, micro
     sizes = np.asarray(lengths, np.int64).reshape(-1)
     if sizes.size and sizes.min() < 1:
         raise ValueError(f"a sequence of length {sizes.min()}; each has one token or more")
-    for name, value in (("ranks", ranks), ("micro_batches", micro_batches)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be 1 or more")
+    for name, value in (("ranks", ranks), ("micro_batches", micro_batches), ("token_budget", token_budget)):
+        if value is not None:
+            at_least(name, value, 1)
     if sizes.size < ranks:
         raise ValueError(
             f"{sizes.size} sequences for {ranks} ranks: none is split, and a rank without any would wait for ever where ranks train "

@@ -5,11 +5,16 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from agent_loop.arguments import flag, instance, mapping, one_of, positive, within
 from agent_loop.sampling import number, whole
 from producer.experience.advantages import AdvantageFn, Scale
 from producer.experience.kl import KLEstimator, check_kl_estimator
 from producer.experience.shaping import ShapeFn
+from producer.experience.usable import LARGEST
 from producer.experience.whitening import Whiten, check_bounds
+
+_MOST_TRIES = 1e6
+"""Of "pass_at_k": no group has more members."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ class KL:
 
     def __post_init__(self) -> None:
         check_kl_estimator(self.estimator)
-        if self.where not in ("reward", "loss") or not 0 < self.coef < float("inf"):
-            raise ValueError(f"where={self.where!r} must be 'reward' or 'loss', and coef={self.coef} above 0 and finite")
+        one_of("where", self.where, ("reward", "loss"))
+        positive("coef", self.coef)
         if self.where == "loss" and self.estimator == "k1":
             raise ValueError("k1 as a loss term has a gradient of 0 on average, and holds nothing; take 'k2' or 'k3', or where='reward'")
 
@@ -180,14 +185,13 @@ class AdvantageConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} with estimator={self.estimator!r}: {why}")
 
     def _check_bounds(self) -> None:
-        for name, low, high in (("k", 1, float("inf")), ("gamma", 0, 1), ("lam", 0, 1), ("ddof", 0, 1), ("eps", 0, 1e15)):
-            if (value := getattr(self, name)) is not None and not low <= value <= high:
-                raise ValueError(f"{name}={value} must be {low} to {high}")
-        if self.scaling not in get_args(Scale):
-            raise ValueError(f"unknown scale {self.scale!r}; known are {get_args(Scale)}")
+        one_of("scale", self.scale, (*get_args(Scale), None))
         for name in ("k", "ddof"):
             if (value := getattr(self, name)) is not None:
                 whole(name, value)
+        for name, low, high in (("k", 1, _MOST_TRIES), ("gamma", 0, 1), ("lam", 0, 1), ("ddof", 0, 1), ("eps", 0, LARGEST)):
+            if (value := getattr(self, name)) is not None:
+                within(name, value, low, high)
         for name in ("reward_clip", "clip"):
             if (bounds := getattr(self, name)) is not None:
                 check_bounds(name, bounds)
@@ -198,15 +202,14 @@ class AdvantageConfig:
     def _check_parts(self) -> None:
         if self.part_weights is None:
             return
+        mapping("part_weights", self.part_weights, "names of parts to their weights")
         if not any(number(f"the weight of {name!r}", weight) for name, weight in self.part_weights.items()):
             raise ValueError(f"part_weights={dict(self.part_weights)} leaves no part; name those to be trained on")
 
     def _check_whitening(self) -> None:
-        if self.whitening not in get_args(Whiten) or self.whiten_ddof not in (0, 1) or not 0 <= self.whiten_eps < float("inf"):
-            raise ValueError(
-                f"whiten={self.whiten!r} must be one of {get_args(Whiten)}, whiten_ddof={self.whiten_ddof} 0 or 1, "
-                f"whiten_eps={self.whiten_eps} 0 or more and finite"
-            )
+        one_of("whiten", self.whiten, (*get_args(Whiten), None))
+        within("whiten_ddof", whole("whiten_ddof", self.whiten_ddof), 0, 1)
+        within("whiten_eps", self.whiten_eps, 0, LARGEST)
         why = self.spec.scaled
         if self.estimator == "grpo" and self.scaling != "none":
             why = "it is divided by a deviation already; take scale='none', or 'reinforce++_baseline'"
@@ -214,6 +217,8 @@ class AdvantageConfig:
             raise ValueError(f"whiten={self.whiten!r} with estimator={self.estimator!r}: {why}")
 
     def _check_rewards(self) -> None:
+        flag("normalise", self.normalise)
+        instance("kl", self.kl, KL | None, "a KL, such as KL(0.1), or None")
         if self.estimator == "gdpo" and (self.shape or self.reward_clip or self.normalise or self.kl_in_reward):
             raise ValueError(
                 "'gdpo' looks at the parts of a reward, not at their sum: make what shapes it a part of its own, the KL a loss term"

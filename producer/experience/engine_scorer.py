@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from agent_loop.arguments import at_least, instance
 from agent_loop.engines.base import Engine
 from buffer.rollout import RolloutGroup
 from producer.experience.attached import Attached
@@ -30,10 +31,11 @@ class EngineScorer:
         Raises:
             ValueError: there is no engine, or `max_in_flight` is below 1.
         """
+        instance("engine", engine, Engine | None, "an Engine, or None")
+        instance("reference", reference, Engine | None, "an Engine, or None")
+        at_least("max_in_flight", max_in_flight, 1)
         if engine is None and reference is None:
             raise ValueError("an EngineScorer needs an engine or a reference")
-        if max_in_flight < 1:
-            raise ValueError(f"{max_in_flight=} must be 1 or more")
         self.engine, self.reference, self.max_in_flight = engine, reference, max_in_flight
 
     async def attached(self, groups: Iterable[RolloutGroup]) -> Attached:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from agent_loop import AgentLoop, Sampler, SamplingParams
+from agent_loop.arguments import function, instance, mapping, text
 from agent_loop.rewards import GroupReward, Reward
 from agent_loop.sampling import whole
 from buffer import ReplayBuffer, RolloutGroup
@@ -17,7 +18,7 @@ from producer.experience.attached import Attached
 from producer.experience.balancing import Cost
 from producer.experience.config import AdvantageConfig
 from producer.experience.kl import AdaptiveKL
-from producer.experience.maker import make_experience
+from producer.experience.maker import check_rows, make_experience
 from producer.experience.off_policy import OffPolicy, off_policy_named
 from producer.experience.running import RunningMoments
 from producer.experience.samples import Prompt, Source, rows_of, sampled
@@ -91,10 +92,15 @@ class ExperienceMaker:
             ValueError: parts that make no sense together.
         """
         self.config = advantage if isinstance(advantage, AdvantageConfig) else AdvantageConfig(advantage)
+        instance("adaptive_kl", adaptive_kl, AdaptiveKL | None, "an AdaptiveKL, or None")
         if adaptive_kl is not None and self.config.kl is None:
             raise ValueError(f"{adaptive_kl} has no divergence to weigh; give the configuration one: AdvantageConfig(kl=KL(...))")
         if source is not None and not isinstance(source, AgentLoop | Sampler):
             raise TypeError(f"source={source!r:.80} is neither an agent loop nor a Sampler")
+        check_rows(token_budget, pad_id)
+        text("name", name, "the name of the state")
+        if attach is not None:
+            function("attach", attach, "one of a batch, such as Scorer.attached")
         if inspect.iscoroutinefunction(attach):
             raise TypeError(f"attach={attach!r:.80} is async; await it yourself, and give make_experience what comes of it")
         if isinstance(source, Sampler) and (reward is None) == (group_reward is None):
@@ -212,6 +218,7 @@ class ExperienceMaker:
         Raises:
             ValueError: it is something else, or has no coefficient where this maker adapts one. The state stays as it was.
         """
+        mapping("state", state, "batches, running and kl_coef to what state_dict gave")
         if set(state) != {"batches", "running", "kl_coef"}:
             raise ValueError(f"{dict(state)!r:.100} is not the state of an ExperienceMaker; it has batches, running and kl_coef")
         kl = self._first.kl

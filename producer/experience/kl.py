@@ -5,6 +5,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from agent_loop.arguments import at_least, one_of, positive
+from agent_loop.sampling import number
+
 KLEstimator = Literal["k1", "k2", "k3"]
 
 
@@ -29,8 +32,7 @@ def kl_estimate(logprobs: Any, reference: Any, estimator: KLEstimator = "k1") ->
 
 def check_kl_estimator(estimator: str) -> None:
     """Raises ValueError for a name that is none."""
-    if estimator not in get_args(KLEstimator):
-        raise ValueError(f"unknown KL estimator {estimator!r}; known are {get_args(KLEstimator)}")
+    one_of("estimator", estimator, get_args(KLEstimator))
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,9 @@ class AdaptiveKL:
 
     def __post_init__(self) -> None:
         for name in ("coef", "target", "horizon"):
-            if not 0 < (value := getattr(self, name)) < float("inf"):
-                raise ValueError(f"{name}={value} must be above 0 and finite")
+            positive(name, getattr(self, name))
 
     def updated(self, kl: float, sequences: int) -> "AdaptiveKL":
         """The coefficient after a batch of so many sequences, whose divergence was `kl` on average."""
-        if not np.isfinite(kl) or sequences < 0:
-            raise ValueError(f"kl={kl} must be finite, and sequences={sequences} 0 or more")
-        error = min(max(kl / self.target - 1, -0.2), 0.2)
-        return AdaptiveKL(self.coef * (1 + error * sequences / self.horizon), self.target, self.horizon)
+        error = min(max(number("kl", kl) / self.target - 1, -0.2), 0.2)
+        return AdaptiveKL(self.coef * (1 + error * at_least("sequences", sequences, 0) / self.horizon), self.target, self.horizon)

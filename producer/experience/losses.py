@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from agent_loop.arguments import at_least, one_of
 from agent_loop.sampling import whole
 
 Reduction = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "dr_grpo", "seq-sum-norm"]
@@ -23,7 +24,7 @@ class Totals:
     sequences: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sequences <= self.tokens:
+        if at_least("sequences", self.sequences, 0) > at_least("tokens", self.tokens, 0):
             raise ValueError(f"tokens={self.tokens} and sequences={self.sequences}: each sequence that counts has one token or more")
 
     def __add__(self, other: "Totals") -> "Totals":
@@ -48,7 +49,7 @@ def reduce_loss(loss: Any, mask: Any, reduction: Reduction = "token-mean", *, ma
             "dr_grpo", that divided by the constant `max_length` (Liu et al. 2025), so that length has no part in a token's weight;
             "seq-sum-norm", the sum of all by `max_length`, whatever the number of sequences (verl's `seq-mean-token-sum-norm`).
     """
-    _check(reduction, max_length)
+    check_reduction(reduction, max_length)
     inside = mask != 0
     known = np.where(inside, loss, 0.0) if isinstance(loss, np.ndarray) else loss.masked_fill(~inside, 0.0)
     sums, counts = (known * mask).sum(-1), mask.sum(-1)
@@ -82,7 +83,7 @@ def token_weights(
     Raises:
         ValueError: the totals are below those of this part.
     """
-    _check(reduction, max_length)
+    check_reduction(reduction, max_length)
     trained, owner = _tokens(mask, sequence)
     _, index, counts = np.unique(owner[trained], return_inverse=True, return_counts=True)
     own = Totals(int(counts.sum()), counts.size)
@@ -106,9 +107,9 @@ def _tokens(mask: ArrayLike, sequence: ArrayLike) -> tuple[NDArray[np.bool_], ND
     return trained, owner
 
 
-def _check(reduction: str, max_length: int | None) -> None:
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"unknown reduction {reduction!r}; known are {get_args(Reduction)}")
+def check_reduction(reduction: str, max_length: int | None) -> None:
+    """Raises ValueError for a reduction that is none, or whose `max_length` is missing or too much."""
+    one_of("reduction", reduction, get_args(Reduction))
     if (reduction in _BY_LENGTH) != (max_length is not None) or (max_length is not None and whole("max_length", max_length) < 1):
         raise ValueError(
             f"max_length={max_length} with {reduction!r}: 'dr_grpo' and 'seq-sum-norm' need the longest response, the others take none"

@@ -1,13 +1,13 @@
 """`make_experience`: from finished groups to arrays that a training step takes as they are."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.sampling import whole
+from agent_loop.arguments import at_least, instance
 from buffer.rollout import RolloutGroup, RolloutState
 from producer.experience.advantages import AdvantageFn, zero_variance
 from producer.experience.arrays import NO_VERSION, Experience
@@ -58,8 +58,10 @@ def make_experience(
             configuration or the correction needs is not attached.
     """
     config = advantage if isinstance(advantage, AdvantageConfig) else AdvantageConfig(advantage)
-    for name, number in (("token_budget", token_budget or 0), ("pad_id", pad_id)):
-        whole(name, number)
+    groups = _listed(groups)
+    check_rows(token_budget, pad_id)
+    instance("running", running, RunningMoments | None, "the RunningMoments of the batch before, or None")
+    instance("attached", attached, Attached | None, "an Attached, or None")
     beside, correction = attached or Attached(), None if off_policy is None else off_policy_named(off_policy)
     beside.check(config, correction)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -84,6 +86,24 @@ def make_experience(
     dropping = correction is not None and correction.drop
     packed = token_budget is not None
     return _assemble(chosen, rewards[kept], made, beside, layout, metrics, weighed, pad_id=pad_id, packed=packed, dropping=dropping)
+
+
+def check_rows(token_budget: int | None, pad_id: int) -> None:
+    """Raises ValueError for a budget that holds no token, and for an id that no token has."""
+    if token_budget is not None:
+        at_least("token_budget", token_budget, 1)
+    at_least("pad_id", pad_id, 0)
+
+
+def _listed(groups: Sequence[RolloutGroup]) -> Sequence[RolloutGroup]:
+    if isinstance(groups, RolloutGroup | str) or not isinstance(groups, Iterable):
+        raise ValueError(
+            f"groups={groups!r:.80} must be a list of RolloutGroups: [group] where it is one, batch.groups where it is a batch"
+        )
+    listed = list(groups)
+    for at, group in enumerate(listed):
+        instance(f"groups[{at}]", group, RolloutGroup, "a RolloutGroup, as take and produce_batch give them")
+    return listed
 
 
 def _shaped(rollouts: Sequence[RolloutState], config: AdvantageConfig) -> tuple[Array, dict[str, float]]:

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from agent_loop.sampling import SamplingParams, whole
+from agent_loop.arguments import at_least, flag, instance, one_of, positive
+from agent_loop.sampling import SamplingParams
 
 Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -60,18 +61,17 @@ class OffPolicy:
 
     def __post_init__(self) -> None:
         for name in ("weight", "mask"):
-            if getattr(self, name) not in (None, *get_args(Level)):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {get_args(Level)}, or None")
+            one_of(name, getattr(self, name), (*get_args(Level), None))
         for name in ("truncate", "keep"):
             if (bounds := getattr(self, name)) is not None and not _around_one(bounds):
                 raise ValueError(f"{name}={bounds} must be two numbers, one of 0 to 1 and one of 1 or more: equal policies have ratio 1")
         self._check_pairs()
-        if self.negative_kl is not None and not 0 < self.negative_kl < float("inf"):
-            raise ValueError(f"negative_kl={self.negative_kl} must be above 0 and finite")
-        if self.max_staleness is not None and whole("max_staleness", self.max_staleness) < 0:
-            raise ValueError(f"max_staleness={self.max_staleness} must be 0 or more")
-        if self.sampling is not None and not isinstance(self.sampling, SamplingParams):
-            raise ValueError(f"sampling={self.sampling!r} must be the SamplingParams of the agent loop")
+        if self.negative_kl is not None:
+            positive("negative_kl", self.negative_kl)
+        if self.max_staleness is not None:
+            at_least("max_staleness", self.max_staleness, 0)
+        flag("drop", self.drop)
+        instance("sampling", self.sampling, SamplingParams | None, "the SamplingParams of the agent loop")
 
     def _check_pairs(self) -> None:
         if self.truncate is not None and self.weight is None:
@@ -119,8 +119,8 @@ def off_policy_named(name: "str | OffPolicy") -> OffPolicy:
     """The correction of that name; one that is a value already as it is."""
     if isinstance(name, OffPolicy):
         return name
-    if name not in CORRECTIONS:
-        raise ValueError(f"unknown correction {name!r}; known are {sorted(CORRECTIONS)}, or pass an OffPolicy")
+    if not isinstance(name, str) or name not in CORRECTIONS:
+        raise ValueError(f"unknown correction off_policy={name!r:.80}; known are {sorted(CORRECTIONS)}, or pass an OffPolicy")
     return CORRECTIONS[name]
 
 

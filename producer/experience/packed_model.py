@@ -40,6 +40,15 @@ class Row:
         return self.ids[self.at + 1]
 
 
+AUTOCASTS = ("bfloat16", "float16")
+
+
+def check_loaded(name: str, model: object) -> None:
+    """Raises ValueError for a name of a model, or a class of models."""
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"{name}={model!r:.80} is not a loaded model; give one made by an AutoModelFor...from_pretrained(...)")
+
+
 class PackedModel:
     """A causal language model, or a critic, without its head's cost for tokens that nobody asks for.
 
@@ -57,8 +66,7 @@ class PackedModel:
         Raises:
             ValueError: the model has no such head, or no trunk that gives hidden states.
         """
-        if not isinstance(model, torch.nn.Module):
-            raise ValueError(f"{model!r} is not a loaded model; give one made by an AutoModelFor...from_pretrained(...)")
+        check_loaded("model", model)
         self.whole = model
         self.inner = unwrapped(model)
         self.trunk = getattr(self.inner, "base_model", self.inner)

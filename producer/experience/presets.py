@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from agent_loop.arguments import one_of, text
 from producer.experience.config import ALIASES, AdvantageConfig
 
 Preset = Literal["trl", "trl_async", "verl", "openrlhf"]
@@ -53,10 +54,8 @@ def preset(name: Preset, estimator: str = "grpo", **changes: Any) -> AdvantageCo
     Raises:
         ValueError: the library has no such estimator, or another one under that name.
     """
-    if name not in get_args(Preset):
-        raise ValueError(f"unknown preset {name!r}; known are {get_args(Preset)}")
-    known = PRESETS[name]
-    wanted = ALIASES.get(estimator, estimator)
+    known = PRESETS[one_of("name", name, get_args(Preset))]
+    wanted = ALIASES.get(text("estimator", estimator, "the name of one"), estimator)
     if wanted not in known:
-        raise ValueError(f"{name} has no {estimator!r} of these numbers; it has {sorted(known)}")
+        raise ValueError(f"{name} has no estimator={estimator!r} of these numbers; it has {sorted(known)}")
     return replace(AdvantageConfig(wanted, **known[wanted]), **changes)

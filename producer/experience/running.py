@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from agent_loop.arguments import at_least, within
+from agent_loop.sampling import number
+
 
 @dataclass(frozen=True)
 class RunningMoments:
@@ -24,8 +27,9 @@ class RunningMoments:
     squares: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.count < 0 or not np.isfinite(self.mean) or not 0 <= self.squares < float("inf"):
-            raise ValueError(f"{self!r}: the count and the squares are 0 or more, and all are finite")
+        at_least("count", self.count, 0)
+        number("mean", self.mean)
+        within("squares", self.squares, 0, float("inf"))
 
     @property
     def std(self) -> float:
@@ -61,7 +65,10 @@ class RunningMoments:
     @classmethod
     def from_json(cls, text: str) -> "RunningMoments":
         """The inverse of `to_json`. Raises ValueError for anything else."""
-        state = json.loads(text)
+        try:
+            state = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{text!r:.100} is not the state of running moments: {error}") from error
         if not isinstance(state, dict) or set(state) != {"count", "mean", "squares"}:
             raise ValueError(f"{text!r:.100} is not the state of running moments; it has count, mean and squares")
-        return cls(int(state["count"]), float(state["mean"]), float(state["squares"]))
+        return cls(state["count"], state["mean"], state["squares"])

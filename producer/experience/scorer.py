@@ -11,10 +11,11 @@ from typing import Any, Literal, SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from agent_loop.arguments import at_least, flag, function, one_of, positive
 from agent_loop.sampling import whole
 from buffer.rollout import RolloutGroup
 from producer.experience.attached import Attached
-from producer.experience.packed_model import PackedModel, Row
+from producer.experience.packed_model import AUTOCASTS, PackedModel, Row, check_loaded
 from producer.experience.packing import first_fit_decreasing
 from producer.experience.scorable import scorable
 
@@ -80,12 +81,20 @@ class Scorer:
         Raises:
             ValueError: there is no model, one has no head, or a number is out of bounds.
         """
+        positive("temperature", temperature)
+        at_least("token_budget", token_budget, 1)
+        at_least("logit_bytes", logit_bytes, 1)
+        flag("packed", packed)
+        one_of("autocast", autocast, (*AUTOCASTS, None))
         if model is None and reference is None and critic is None:
             raise ValueError("a Scorer needs a model, a reference or a critic")
-        if not 0 < temperature < float("inf") or token_budget < 1 or logit_bytes < 1:
-            raise ValueError(f"{temperature=}, {token_budget=}, {logit_bytes=}: each must be above 0, and the temperature finite")
         if isinstance(reference, str) and (reference != "adapter_off" or not hasattr(model, "disable_adapter")):
             raise ValueError(f"{reference=}: it must be a model, or 'adapter_off' with a model that has a disable_adapter(), as peft's do")
+        for name, one in (("model", model), ("reference", None if isinstance(reference, str) else reference), ("critic", critic)):
+            if one is not None:
+                check_loaded(name, one)
+        if value_head is not None:
+            function("value_head", value_head, "a module from hidden states to one number a token")
         if value_head is not None and critic is None and model is None:
             raise ValueError("a value_head reads hidden states; give the critic or the model that they are of")
         self.temperature, self.token_budget, self.packed = float(temperature), token_budget, packed

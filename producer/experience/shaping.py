@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from agent_loop.arguments import at_least, flag, positive
+from agent_loop.sampling import number
 from producer.experience.usable import usable
 
 Rewards = NDArray[np.float64]
@@ -33,10 +35,10 @@ class Overlong:
     capped: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.buffer <= self.limit or not 0 < self.factor < float("inf"):
-            raise ValueError(
-                f"limit={self.limit}, buffer={self.buffer}, factor={self.factor}: the buffer must be 1 to limit, the factor above 0"
-            )
+        if at_least("buffer", self.buffer, 1) > at_least("limit", self.limit, 1):
+            raise ValueError(f"limit={self.limit}, buffer={self.buffer}: the buffer must be 1 to limit")
+        positive("factor", self.factor)
+        flag("capped", self.capped)
 
     def __call__(self, rewards: Rewards, lengths: NDArray[np.int64], truncated: NDArray[np.bool_]) -> Rewards:
         over = np.clip(lengths - (self.limit - self.buffer), 0, self.buffer if self.capped else None)
@@ -54,7 +56,7 @@ class StopProperly:
     coef: float
 
     def __post_init__(self) -> None:
-        if not float("-inf") < self.coef <= 1:
+        if number("coef", self.coef) > 1:
             raise ValueError(f"coef={self.coef} must be 0 to 1 to multiply, or negative to replace")
 
     def __call__(self, rewards: Rewards, lengths: NDArray[np.int64], truncated: NDArray[np.bool_]) -> Rewards:

@@ -59,4 +59,4 @@ def check_bounds(name: str, bounds: tuple[float, float]) -> None:
     if not (
         isinstance(bounds, tuple | list) and len(bounds) == 2 and all(isinstance(one, Real) for one in bounds) and bounds[0] < bounds[1]
     ):
-        raise ValueError(f"{name}={bounds}; give (low, high) with low below high")
+        raise ValueError(f"{name}={bounds!r:.80}; give (low, high) with low below high")

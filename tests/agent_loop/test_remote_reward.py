@@ -314,13 +314,9 @@ async def test_a_set_opens_and_closes_it_and_judges_by_it() -> None:
         ({"url": "http:///score"}, "name a host"),
         ({"url": "http://[::1"}, "is no URL"),
         ({"url": None}, "is no URL"),
-        ({"attempts": 0}, "attempts=0 must be 1 or more"),
-        ({"timeout": 0}, "timeout=0 s must be above 0"),
-        ({"batch": 0}, "batch=0 holds no rollout"),
-        ({"window": -1}, "window=-1 s is negative"),
     ],
 )
-def test_options_out_of_bounds_are_refused(options: Any, said: str) -> None:
+def test_a_url_that_is_none_is_refused(options: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         HTTPReward(**{"url": "http://localhost/score", **options})
 

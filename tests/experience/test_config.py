@@ -27,27 +27,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"estimator": "gdpo", "part_weights": {}}, "leaves no part"),
     ({"normalise": True}, "changes nothing"),
     ({"estimator": "pass_at_k", "normalise": True}, "changes nothing"),
-    ({"scale": "groups"}, "unknown scale 'groups'"),
-    ({"ddof": 2}, "ddof=2 must be 0 to 1"),
-    ({"eps": -1.0}, "eps=-1.0 must be"),
     ({"estimator": "gae", "gamma": 1.5}, "gamma=1.5 must be 0 to 1"),
     ({"estimator": "pass_at_k", "k": 0}, "k=0 must be"),
     ({"clip": (1.0, -1.0)}, "clip=(1.0, -1.0); give (low, high)"),
     ({"reward_clip": (0.0, 0.0)}, "reward_clip=(0.0, 0.0)"),
-    ({"estimator": "rloo", "whiten": "twice"}, "whiten='twice' must be one of"),
-    ({"whiten_ddof": 3}, "whiten_ddof=3 0 or 1"),
-    ({"eps": float("inf")}, "eps=inf must be 0 to"),
-    ({"estimator": "rloo", "whiten": "full", "whiten_eps": float("inf")}, "whiten_eps=inf 0 or more and finite"),
-    ({"estimator": "pass_at_k", "k": 1.5}, "k=1.5 must be a whole number"),
-    ({"ddof": 0.5}, "ddof=0.5 must be a whole number"),
     ({"clip": (0.5, 1.0)}, "give bounds around 0"),
     ({"clip": 1.0}, "clip=1.0; give (low, high)"),
-    ({"clip": "ab"}, "clip=ab; give (low, high)"),
     ({"estimator": "gdpo", "part_weights": {"a": 0.0}}, "leaves no part"),
     ({"estimator": "gdpo", "part_weights": {"a": float("nan")}}, "the weight of 'a'=nan must be a finite number"),
-    ({"estimator": None}, "estimator=None is neither"),
     ({"shape": lambda rewards, lengths, truncated: rewards}, "shape=(step,)"),
-    ({"shape": (1,)}, "must be a tuple of steps"),
 ]
 
 
@@ -60,10 +48,6 @@ def test_refused_with_the_reason(options: dict[str, Any], reason: str) -> None:
 def test_a_divergence_that_holds_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="k1 as a loss term"):
         KL(0.1, "k1", "loss")
-    with pytest.raises(ValueError, match="'k4'; known are"):
-        KL(0.1, "k4")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="coef=0 above 0"):
-        KL(0)
 
 
 @pytest.mark.parametrize("name", [*ESTIMATORS, *ALIASES])

@@ -51,9 +51,9 @@ def test_o30_a_coefficient_that_follows_its_target() -> None:
 
 
 def test_bad_arguments_are_refused_with_their_value() -> None:
-    with pytest.raises(ValueError, match=r"'k4'; known are"):
+    with pytest.raises(ValueError, match="estimator='k4' must be one of"):
         kl_estimate(LOGPROBS, REFERENCE, "k4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="target=0 must be above 0"):
         AdaptiveKL(0.1, 0)
-    with pytest.raises(ValueError, match="kl=nan must be finite"):
+    with pytest.raises(ValueError, match="kl=nan must be a finite number"):
         AdaptiveKL(0.1, 6).updated(float("nan"), 3)

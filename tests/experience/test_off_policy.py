@@ -214,9 +214,6 @@ def test_kl_estimates_are_those_of_the_sampler_to_the_trainer() -> None:
         ({"weight": "token", "truncate": (0, math.nan)}, "equal policies have ratio 1"),
         ({"weight": "token", "truncate": 2}, "equal policies have ratio 1"),
         ({"sampling": {"top_p": 0.8}}, "must be the SamplingParams"),
-        ({"max_staleness": 1.5}, "max_staleness=1.5 must be a whole number"),
-        ({"negative_kl": 0.0}, "negative_kl=0.0 must be above 0"),
-        ({"max_staleness": -1}, "max_staleness=-1 must be 0 or more"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(options: dict[str, object], why: str) -> None:
@@ -229,7 +226,7 @@ def test_arrays_that_do_not_fit_and_names_that_are_none_are_refused() -> None:
         correct(OffPolicy(), [3], trainer=[0, 0], sampler=[0, 0, 0])
     with pytest.raises(ValueError, match="needs advantages"):
         correct(OffPolicy(negative_kl=1.0), [1], trainer=[0], sampler=[0])
-    with pytest.raises(ValueError, match="unknown correction 'ppo'"):
+    with pytest.raises(ValueError, match="unknown correction off_policy='ppo'"):
         off_policy_named("ppo")
 
 
