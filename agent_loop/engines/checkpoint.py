@@ -7,8 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 2 << 30
+
+# Of each format, the bits of the exponent: all of them are set in what is infinite or no number.
+_EXPONENTS: dict[str, Any] = {
+    "F16": np.uint16(0x7C00),
+    "BF16": np.uint16(0x7F80),
+    "F32": np.uint32(0x7F80_0000),
+    "F64": np.uint64(0x7FF0_0000_0000_0000),
+}
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,27 @@ def header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: the file is cut off, or has no readable header.
     """
+    header, _ = _header(file)
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+
+def not_finite(file: Path) -> str | None:
+    """The name of a tensor in a safetensors file that holds an infinite number, or none; None where there is no such tensor."""
+    header, data = _header(file)
+    with file.open("rb") as stream:
+        for name, entry in header.items():
+            if (form := _EXPONENTS.get(entry["dtype"])) is None:
+                continue  # of fewer bits than have an infinity
+            begin, end = entry["data_offsets"]
+            stream.seek(data + begin)
+            numbers = np.frombuffer(stream.read(end - begin), form.dtype)
+            if ((numbers & form) == form).any():
+                return str(name)
+    return None
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its data starts."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -140,7 +171,7 @@ def header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         end = stop
     if 8 + length + end != size:
         raise ValueError(f"{file} has {size} bytes where its header tells of {8 + length + end}; was saving cut short?")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+    return header, 8 + length
 
 
 def _stamps(files: list[Path]) -> tuple[tuple[str, int, int], ...]:

@@ -1,12 +1,14 @@
 """LoRA adapters on disk in peft's format: what a folder holds, and whether it is one that engines apply just as peft does."""
 
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent_loop.engines.checkpoint import header_shapes
+from agent_loop.engines.checkpoint import header_shapes, not_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -66,6 +68,29 @@ def read_lora(path: Any, model: Mapping[str, tuple[int, ...]]) -> LoraFolder:
         if own is not None and own not in ((out, into), (into, out)):
             raise ValueError(f"{folder} was made for another model: {name} is {(out, into)} there, and {own} in this one")
     return LoraFolder(folder, ranks, shapes)
+
+
+def copied_lora(path: Any, model: Mapping[str, tuple[int, ...]], parent: str | Path | None = None) -> "tempfile.TemporaryDirectory[str]":
+    """A checked copy of an adapter in a folder of its own, in `parent` or the temporary folder.
+
+    Engines that load adapters again later load the copy: by then a trainer may have written over the folder that was given.
+
+    Raises:
+        ValueError: see `read_lora`; or its weights are not finite.
+    """
+    given = read_lora(path, model)
+    scratch = tempfile.TemporaryDirectory(prefix="millrace-adapter-", dir=parent, ignore_cleanup_errors=True)
+    try:
+        folder = Path(scratch.name)
+        for name in (CONFIG, WEIGHTS):
+            shutil.copyfile(given.folder / name, folder / name)
+        read_lora(folder, model)  # the copy, which is what counts: the original may be written over right now
+        if (spoilt := not_finite(folder / WEIGHTS)) is not None:
+            raise ValueError(f"{given.folder} has weights that are not finite ({spoilt}); they would make every response one of noise")
+    except BaseException:
+        scratch.cleanup()
+        raise
+    return scratch
 
 
 def factor_names(layer: str) -> list[str]:

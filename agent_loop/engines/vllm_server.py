@@ -1,10 +1,10 @@
 """vLLM servers over HTTP as one engine: `VLLMServerEngine` spreads requests over replicas and keeps them at one policy."""
 
 import asyncio
-from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,19 +21,22 @@ from agent_loop.engines.base import (
     TopTokens,
     WeightSource,
 )
+from agent_loop.engines.server.adapters import Lora, Loras
 from agent_loop.engines.server.answers import read_likely, read_scores
 from agent_loop.engines.server.breaker import Breaker
+from agent_loop.engines.server.checks import check_least, check_seconds, check_structure, checked_ends, checked_urls
 from agent_loop.engines.server.client import Server, new_session, server_url
 from agent_loop.engines.server.control import Control
 from agent_loop.engines.server.desk import Desk
 from agent_loop.engines.server.facts import Facts
-from agent_loop.engines.server.faults import ReplicaError
 from agent_loop.engines.server.fleet import Care, Fleet
 from agent_loop.engines.server.replica import Flight, Replica, ReplicaStatus
 from agent_loop.engines.server.requests import Manner, Requests
 from agent_loop.engines.server.weights import AT_START, Weights, version_of
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError, first_error
-from agent_loop.sampling import SamplingParams, number, whole
+from agent_loop.sampling import SamplingParams
+
+Result = TypeVar("Result")
 
 
 class VLLMServerEngine(Engine):
@@ -48,8 +51,13 @@ class VLLMServerEngine(Engine):
     endpoints of that mode governs the server: bind it to loopback or a private interface.
     """
 
-    offers = Capabilities(score=True, top_tokens=ALL_TOKENS, load=True)
-    only_with: ClassVar[Mapping[str, str]] = {"top_tokens": "up to `max_logprobs`, 20 by default"}
+    offers = Capabilities(score=True, top_tokens=ALL_TOKENS, adapters=True, top_logprobs=ALL_TOKENS, structured_outputs=True, load=True)
+    only_with: ClassVar[Mapping[str, str]] = {
+        "top_tokens": "up to `max_logprobs`, 20 by default",
+        "top_logprobs": "one fewer than `max_logprobs`, 20 by default",
+        "structured_outputs": "from servers with a tokenizer",
+        "adapters": "from servers with `--enable-lora` and `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`",
+    }
 
     def __init__(
         self,
@@ -85,7 +93,8 @@ class VLLMServerEngine(Engine):
             stream_tokens: how many tokens a server sends at once where nobody watches them; so many are lost at most when it dies.
             attempts: replicas that may fail one request before it fails.
             recompute: at a weight update, compute the attention cache of requests in flight anew.
-            weights_folder: where weights that are given as tensors are written for the servers; None: the temporary folder.
+            weights_folder: where weights that are given as tensors, and copies of adapters, are written for the servers; None: the
+                temporary folder.
             vocab_size: of the model; None asks the server.
             eos_token_ids: tokens that end a response; None asks the server.
             max_logprobs: what the servers were told with `--max-logprobs`.
@@ -100,29 +109,22 @@ class VLLMServerEngine(Engine):
             ValueError: no address, one that is no server's, or one given twice; a bound is crossed.
         """
         super().__init__()
-        self._urls = _checked_urls(urls)
+        self._urls = checked_urls(urls)
         for name, value in (("max_in_flight", max_in_flight), ("stream_tokens", stream_tokens), ("attempts", attempts)):
-            if whole(name, value) < 1:
-                raise ValueError(f"{name}={value} must be 1 or more")
-        if vocab_size is not None and whole("vocab_size", vocab_size) < 1:
-            raise ValueError(f"{vocab_size=} must be 1 or more, or None to ask the server")
-        if whole("max_logprobs", max_logprobs) < 0:
-            raise ValueError(f"{max_logprobs=} must be 0 (no likely tokens) or more")
-        if eos_token_ids is not None:
-            if not isinstance(eos_token_ids, Iterable):
-                raise ValueError(f"{eos_token_ids=} must be a collection of token ids, or None to ask the server")
-            eos_token_ids = frozenset(whole("a token of eos_token_ids", token) for token in eos_token_ids)
-        if whole("affinity_slack", affinity_slack) < 0:
-            raise ValueError(f"{affinity_slack=} must be 0 (only the least loaded replica) or more")
+            check_least(name, value, 1)
+        check_least("max_logprobs", max_logprobs, 0)
+        check_least("affinity_slack", affinity_slack, 0)
+        if vocab_size is not None:
+            check_least("vocab_size", vocab_size, 1)
         times = {"open": open_seconds, "health": health_seconds, "control": control_seconds, "load": load_seconds}
         for name, seconds in (times | {"stall": stall_seconds, "patience": patience_seconds}).items():
-            if number(f"{name}_seconds", seconds) <= 0:
-                raise ValueError(f"{name}_seconds={seconds} must be above 0")
+            check_seconds(f"{name}_seconds", seconds)
         self._api_key, self._adopt = api_key, adopt
         self._max_logprobs = max_logprobs
         self._connect_seconds, self._control_seconds, self._load_seconds = min(10.0, control_seconds), control_seconds, load_seconds
         self._weights = Weights(weights_folder, recompute=recompute)
-        self._fleet = Fleet(self._weights, Care(open_seconds, health_seconds, stall_seconds, patience_seconds), vocab_size, eos_token_ids)
+        care = Care(open_seconds, health_seconds, stall_seconds, patience_seconds)
+        self._fleet = Fleet(self._weights, Loras(weights_folder), care, vocab_size, checked_ends(eos_token_ids))
         self._desk = self._fleet.desk = Desk(self._fleet.serving, max_in_flight, affinity_slack)
         self._requests = Requests(self._fleet, self._desk, self._weights, Manner(stream_tokens, attempts))
         self._control = Control(self._fleet, self._desk, self._weights, self._requests)
@@ -151,8 +153,16 @@ class VLLMServerEngine(Engine):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Scores, and as many likely tokens as `max_logprobs` says."""
-        return replace(self.offers, top_tokens=min(self._max_logprobs, self._alive().vocab_size))
+        """What the servers' arguments leave of `offers`."""
+        facts = self._alive()
+        most = min(self._max_logprobs, facts.vocab_size)
+        return replace(
+            self.offers,
+            top_tokens=most,
+            top_logprobs=max(0, most - 1),
+            structured_outputs=facts.tokenizer,
+            adapters=facts.adapters,
+        )
 
     def _alive(self) -> Facts:
         if self._closed:
@@ -190,7 +200,11 @@ class VLLMServerEngine(Engine):
         for replica in replicas:
             if replica.label == self._weights.label:
                 self._fleet.admit(replica)
-            self._tasks.append(self._group.create_task(self._fleet.tend(replica)))
+            self._tend(replica)
+
+    def _tend(self, replica: Replica) -> None:
+        assert self._group is not None
+        self._tasks.append(self._group.create_task(self._fleet.tend(replica)))
 
     def _begin(self, replicas: Sequence[Replica], facts: Facts) -> None:
         labels = sorted({replica.label for replica in replicas})
@@ -218,6 +232,8 @@ class VLLMServerEngine(Engine):
             await self._control.thaw()
             for task in self._tasks:
                 task.cancel()
+            for lora in self._adapters.clear():
+                await self._control.drop_adapter(lora)
         await self._group.__aexit__(None, None, None)  # an update that waited for the lock finds the engine closed
         self._fleet.close()
         self._desk.close()
@@ -250,36 +266,29 @@ class VLLMServerEngine(Engine):
         """Wait until `count` replicas serve.
 
         Raises:
+            ValueError: `count` is no number of replicas.
             EngineError: they hold weights of an earlier run, and wait for `update_weights` themselves.
         """
         self._alive()
+        check_least("count", count, 1)
         self._requests.check_weights()
         await self._fleet.until_serving(count)
 
-    async def add_replica(self, url: str) -> None:
-        """Take a further server in, while others serve; it is given the weights in force, and gets requests from then on.
+    async def add_replica(self, url: str, *, open_seconds: float = 10.0) -> None:
+        """Take a further server in, while others serve; it is given the weights and adapters in force, and gets requests from then on.
+
+        Args:
+            url: its address.
+            open_seconds: for which it is waited for where it is not up. One that starts and one that is not there look the same, so give
+                a server that was just started the minutes that it needs.
 
         Raises:
             EngineError: it did not come up, or is not one that this engine can use.
-            ValueError: the address is no server's, or is there already.
+            ValueError: the address is no server's, or is there already; `open_seconds` is not above 0.
         """
         self._alive()
-        replica = self._replica(server_url(url))
-        if replica.url in self._fleet.replicas:
-            raise ValueError(f"{replica.url} is a replica of this engine already")
-        await self._fleet.connect(replica, adopt=False)
-        self._alive()
-        if replica.url in self._fleet.replicas:  # meanwhile
-            raise ValueError(f"{replica.url} is a replica of this engine already")
-        self._fleet.replicas[replica.url] = replica
-        try:
-            async with replica.control:
-                await self._fleet.recover(replica)
-        except ReplicaError as error:
-            del self._fleet.replicas[replica.url]
-            raise EngineError(f"{replica.url} was not taken in: {error}") from error
-        assert self._group is not None
-        self._tasks.append(self._group.create_task(self._fleet.tend(replica)))
+        await self._fleet.take_in(self._replica(server_url(url)), check_seconds("open_seconds", open_seconds), self._alive)
+        self._tend(self._fleet.replicas[server_url(url)])
 
     async def remove_replica(self, url: str, *, drain: bool = True) -> None:
         """Send a replica no more requests; those that it has end there, or without `drain` go on elsewhere at once.
@@ -288,17 +297,7 @@ class VLLMServerEngine(Engine):
             ValueError: there is no such replica.
         """
         self._alive()
-        replica = self._fleet.replicas.get(server_url(url))
-        if replica is None:
-            raise ValueError(f"{url} is no replica of this engine; it has {sorted(self._fleet.replicas)}")
-        replica.leaving = True
-        self._fleet.retire(replica, "it was removed")
-        if not drain:
-            replica.cut(ReplicaError(f"{replica.url} was removed"))
-        for ticket in list(replica.tickets):
-            await ticket.over.wait() if drain else None
-        self._fleet.replicas.pop(replica.url, None)
-        replica.kick.set()
+        await self._fleet.send_away(server_url(url), drain=drain)
 
     # Requests
 
@@ -316,17 +315,18 @@ class VLLMServerEngine(Engine):
         """Sample one response; see `Engine.generate`.
 
         Pieces given to `on_tokens` carry `version` as it is when they arrive, and the finish reason "abort" until the last. A stop string
-        of which one half came before a replica died, and the other half after, is not found.
+        of which one half came before a replica died, and the other half after, is not found. A structured response whose replica died
+        begins anew at another one, so that `on_tokens` is shown its tokens at its end.
         """
         ids = self.check_request(prompt_ids, params)
         self.check_media(media)
-        if adapter is not None:
-            self.check_adapter(adapter)
+        check_structure(params.structured_outputs)
         if request_id in self._requests.flights:
             raise RequestRefusedError(f"request id {request_id!r} is in flight already; give every request its own")
-        flight = Flight(ids, params, session_id, on_tokens)
-        await self._requests.finish(request_id, flight)
-        return flight.completion()
+        with self.using_adapter(adapter) as used:
+            flight = Flight(ids, params, session_id, on_tokens, used)
+            await self._requests.finish(request_id, flight)
+            return flight.completion()
 
     async def interrupt(self, request_ids: Collection[str] | None = None) -> None:
         """End the given requests, or all, early; see `Engine.interrupt`.
@@ -345,9 +345,8 @@ class VLLMServerEngine(Engine):
     ) -> NDArray[np.float32]:
         """See `Engine`. A prefill beside the other requests; the prefix cache is of no use to it."""
         ids = self.check_score(token_ids, start).tolist()
-        if adapter is not None:
-            self.check_adapter(adapter)
-        scores, _ = await self._requests.look(ids, 0, lambda answer, _: read_scores(answer, ids))
+        with self.using_adapter(adapter) as used:
+            scores, _ = await self._requests.look(ids, 0, used, lambda answer, _: read_scores(answer, ids))
         return np.array(scores[start - 1 :], np.float32)
 
     async def top_tokens(
@@ -355,10 +354,9 @@ class VLLMServerEngine(Engine):
     ) -> TopTokens:
         """See `Engine`. One step beside the other requests, with the prefix cache."""
         ids = self.check_top_tokens(token_ids, count).tolist()
-        if adapter is not None:
-            self.check_adapter(adapter)
         vocab_size = self.vocab_size
-        likely, version = await self._requests.look(ids, count, lambda _, entry: read_likely(entry, count, vocab_size))
+        with self.using_adapter(adapter) as used:
+            likely, version = await self._requests.look(ids, count, used, lambda _, entry: read_likely(entry, count, vocab_size))
         return TopTokens.of(likely.keys(), likely.values(), version)
 
     # Pauses
@@ -386,39 +384,52 @@ class VLLMServerEngine(Engine):
         the model is refused before a server is touched. Cancelled, it comes to its end first. A replica where a load breaks off is out
         until it is restarted: what it holds may be a mixture.
         """
+        try:
+            await self._to_its_end(lambda: self._control.update(source, version))
+        finally:
+            self._version = self._weights.version
+
+    # Adapters
+
+    async def _load_adapter(self, adapter: Adapter, path: WeightSource) -> Lora:
+        """Load it into all replicas or none, from a copy in `weights_folder`; a replica that was lost meanwhile has it before it serves."""
+        return await self._to_its_end(lambda: self._control.add_adapter(adapter, path), undo=self._drop)
+
+    def _forget_adapter(self, adapter: Adapter, loaded: Lora) -> None:
+        self._drop(loaded)
+
+    def _drop(self, lora: Lora) -> None:
+        if self._group is not None and not self._closed:
+            self._group.create_task(self._control.drop_adapter(lora))
+
+    async def _to_its_end(self, change: Callable[[], Coroutine[Any, Any, Result]], undo: Callable[[Result], None] | None = None) -> Result:
+        """Make a change of all replicas; a cancellation that comes meanwhile is raised when it is made, and undone."""
         self._alive()
         assert self._group is not None
-        updating = self._group.create_task(self._update(source, version))
+        making = self._group.create_task(self._changed(change))
         cancelled: asyncio.CancelledError | None = None
-        while not updating.done():
+        while not making.done():
             try:
-                await asyncio.wait([updating])
+                await asyncio.wait([making])
             except asyncio.CancelledError as error:
                 cancelled = error
-        self._version = self._weights.version
+        result, failure = making.result()
         if cancelled is not None:
+            if failure is None and undo is not None:
+                undo(result[0])
             raise cancelled
-        if (failure := updating.result()) is not None:
+        if failure is not None:
             raise failure
+        return result[0]
 
-    async def _update(self, source: WeightSource, version: int) -> Exception | None:
-        """What it raised: a task's failure would end its siblings."""
+    async def _changed(self, change: Callable[[], Coroutine[Any, Any, Result]]) -> tuple[list[Result], Exception | None]:
+        """What came of it, or what it raised: a task's failure would end its siblings."""
         try:
             async with self._control.lock:
                 self._alive()
-                await self._control.update(source, version)
-        except Exception as error:  # noqa: BLE001 - it is raised where the update was asked for
-            return error
-        return None
-
-
-def _checked_urls(urls: str | Iterable[str]) -> list[str]:
-    listed = [server_url(url) for url in (urls if isinstance(urls, Iterable) and not isinstance(urls, str) else [urls])]
-    if not listed:
-        raise ValueError("urls is empty; give the address of one vLLM server or more, such as 'http://127.0.0.1:8000'")
-    if len(set(listed)) < len(listed):
-        raise ValueError(f"urls={listed} holds an address twice")
-    return listed
+                return [await change()], None
+        except Exception as error:  # noqa: BLE001 - it is raised where the change was asked for
+            return [], error
 
 
 async def _together(actions: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -53,7 +53,7 @@ class WorkerExtension:
     def mend_rows_without_adapter(self) -> None:
         """Have requests of the model itself answered by the model, beside requests of adapters in one batch.
 
-        vLLM's operators for CPUs look up the adapter of such a row, which is -1, as the last one of the list.
+        vLLM's operators for CPUs look up the adapter of such a row, which is -1, as the last one of the list. A further call does nothing.
         """
         from vllm.platforms import current_platform
 
@@ -61,8 +61,9 @@ class WorkerExtension:
             from vllm.lora.ops.torch_ops import lora_ops
             from vllm.lora.punica_wrapper import punica_cpu
 
-            # Under both names: what is called by the other operators, and by the layers.
-            lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = _without_rows_of_none(lora_ops.bgmv_shrink)
+            if not hasattr(lora_ops.bgmv_shrink, "mended"):
+                # Under both names: what is called by the other operators, and by the layers.
+                lora_ops.bgmv_shrink = punica_cpu.bgmv_shrink = _without_rows_of_none(lora_ops.bgmv_shrink)
 
 
 def _without_rows_of_none(shrink: Any) -> Any:
@@ -72,4 +73,5 @@ def _without_rows_of_none(shrink: Any) -> Any:
         shrink(inputs, weights, output, indices, scaling)
         output[: len(indices)][indices < 0] = 0
 
+    bgmv_shrink.mended = True  # type: ignore[attr-defined]  # it is told by this
     return bgmv_shrink

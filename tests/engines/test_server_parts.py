@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 
 from agent_loop.engines.server.answers import (
     Answer,
+    Entry,
     Events,
+    Likely,
     Span,
     read_answer,
     read_likely,
     read_piece,
     read_scores,
     read_spans,
+    read_top,
     read_whole,
 )
 from agent_loop.engines.server.breaker import LONGEST_WISH, Backoff, Breaker
@@ -166,10 +169,11 @@ def with_change(value: Any, path: list[Any], new: Any) -> Any:
 def test_whatever_a_server_answers_is_read_or_refused_and_breaks_nothing(path: list[Any], new: Any) -> None:
     answer = with_change(SOUND, path, new)
     try:
-        piece = read_piece(json.dumps(answer).encode(), 64)
+        piece = read_piece(json.dumps(answer).encode(), 64, 1)
     except ReplicaError:
         pass
     else:
+        assert all(len(ids) == 1 and 0 <= ids[0] < 64 and logprobs[0] <= 0 for ids, logprobs in piece.top)
         assert len(piece.tokens) == len(piece.logprobs)
         assert all(0 <= token < 64 for token in piece.tokens)
         assert all(-10_000 < logprob <= 0 for logprob in piece.logprobs)
@@ -188,6 +192,17 @@ def test_a_sound_answer_is_read() -> None:
     answer = read_answer(json.dumps(SOUND).encode())
     assert read_scores(answer, [4, 5]) == [-2.0]
     assert read_likely(read_whole(answer, 64)[0], 1, 64) == {4: -1.0}
+
+
+def test_the_likeliest_are_told_by_their_ranks_whichever_was_sampled() -> None:
+    ranked = [Likely(7, -0.5, 1), Likely(8, -1.0, 2), Likely(9, -9999.0, 3)]
+    for sampled in ([], [ranked[1]], [Likely(3, -4.0, 20)]):  # told first; where it is none of the likeliest, the last of those is left out
+        entry = Entry(1, -1.0, [*sampled, *(one for one in ranked if one not in sampled)][:3])
+        assert read_top(entry, 2, 64) == ([7, 8], [-0.5, -1.0])
+    assert read_top(Entry(7, -0.5, ranked), 3, 64)[1] == [-0.5, -1.0, float("-inf")]
+    for odd in ([], ranked[:2], [*ranked[:2], Likely(64, -2.0, 3)], [*ranked[:2], Likely(7, -2.0, 3)], [*ranked[:2], Likely(6, 2.0, 3)]):
+        with pytest.raises(ReplicaError):
+            read_top(Entry(7, -0.5, odd), 3, 64)
 
 
 @pytest.mark.parametrize("start", [1, -1])

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +12,14 @@ import pytest_asyncio
 from numpy.typing import NDArray
 
 from agent_loop import create_sampler
+from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import Completion, Engine, WeightSource
-from agent_loop.engines.simulated import SimulatedEngine
 from agent_loop.engines.vllm_server import VLLMServerEngine
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams
 from agent_loop.testing import EngineSuite, InFlight
-from tests.engines.simulated_server import GENERATE, SimulatedServer, answer, hang, raw_stream, write_weights
-
-PARAMS = SamplingParams(max_tokens=40, ignore_eos=True, seed=5)
-REFERENCE = SimulatedEngine()
-QUICK: dict[str, Any] = {"open_seconds": 5.0, "health_seconds": 0.05, "control_seconds": 2.0, "patience_seconds": 5.0}
-
-
-def fast() -> SimulatedEngine:
-    return SimulatedEngine(slots=16)
-
-
-def slow() -> SimulatedEngine:
-    """Slow enough that a test can act on what runs."""
-    return SimulatedEngine(slots=16, tokens_per_second=400.0)
-
-
-@asynccontextmanager
-async def served(count: int = 2, make: Any = fast, **options: Any) -> AsyncIterator[tuple[VLLMServerEngine, list[SimulatedServer]]]:
-    """An engine over so many servers."""
-    async with AsyncExitStack() as stack:
-        servers = [await stack.enter_async_context(SimulatedServer(make)) for _ in range(count)]
-        engine = await stack.enter_async_context(VLLMServerEngine([server.url for server in servers], **QUICK | options))
-        yield engine, servers
-
-
-async def ask(engine: Engine, name: str, params: SamplingParams = PARAMS, **more: Any) -> Completion:
-    return await engine.generate([5, 6, 7], params, request_id=name, **more)
-
-
-def asked(server: SimulatedServer) -> int:
-    return server.calls.count(GENERATE)
-
-
-def check_tokens(completion: Completion, prompt: Sequence[int] = (5, 6, 7), seeds: tuple[int, ...] = (0,)) -> None:
-    """Each log-probability is that of its token after all before it: one that was lost, doubled or misplaced would show."""
-    ids, context = completion.token_ids.tolist(), list(prompt)
-    policy: Any = REFERENCE.policy
-    for token, logprob, version in zip(ids, completion.logprobs, completion.versions, strict=True):
-        assert policy.log_probs(context, seeds[version], SamplingParams())[token] == pytest.approx(logprob, abs=1e-5)
-        context.append(token)
+from tests.engines.served import PARAMS, QUICK, REFERENCE, adapted_logprobs, ask, asked, check_tokens, fast, served, slow
+from tests.engines.simulated_server import GENERATE, SimulatedServer, answer, hang, raw_stream, write_adapter, write_weights
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -94,6 +55,14 @@ class TestOverSimulatedServers(EngineSuite):
     def new_weights(self, engine: Engine) -> WeightSource:
         return write_weights(self.folder, 1)
 
+    def adapter_sources(self, engine: Engine) -> Sequence[WeightSource]:
+        return [write_adapter(self.folder / f"adapter-{seed}", seed) for seed in (3, 4)]
+
+    async def adapted_logprobs(
+        self, engine: Engine, adapter: Adapter, source: WeightSource, prompt_ids: Sequence[int], response_ids: Sequence[int]
+    ) -> NDArray[np.floating]:
+        return adapted_logprobs(int(str(source)[-1]), prompt_ids, response_ids)
+
 
 async def test_a_sampler_over_servers_is_made_by_name(servers: list[SimulatedServer]) -> None:
     async with create_sampler("vllm_server", [server.url for server in servers], adopt=True, seed=3) as sampler:
@@ -122,12 +91,12 @@ async def test_a_session_stays_with_its_replica_until_that_is_much_busier() -> N
     async with served(make=slow, affinity_slack=2) as (engine, servers):
         for turn in range(4):
             await ask(engine, f"turn-{turn}", PARAMS.replace(max_tokens=2), session_id="a b/ü")
-        assert sorted(map(asked, servers)) == [1, 5]  # each was asked once at the opening
+        assert sorted(map(asked, servers)) == [0, 4]
         home = max(servers, key=asked)
         async with asyncio.TaskGroup() as tasks:
             for number in range(4):
                 tasks.create_task(ask(engine, f"s{number}", session_id="a b/ü"))
-        assert asked(home) < 9
+        assert asked(home) < 8
 
 
 async def test_no_more_requests_than_the_bound_are_at_a_replica_and_others_come_in_order() -> None:
@@ -164,6 +133,26 @@ async def test_what_a_killed_replica_had_goes_on_elsewhere_with_every_token_once
         await engine.health()
         await servers[0].start()
         await engine.until_serving(2)
+
+
+async def test_a_structured_response_whose_replica_dies_begins_anew_and_is_shown_at_its_end() -> None:
+    """The structure begins at the first token of a request: what came before the end of its replica cannot be gone on with."""
+    params = PARAMS.replace(structured_outputs={"regex": ".*"}, ignore_eos=False, top_logprobs=2)
+    likely = [{"token_id": token, "logprob": -1.0, "rank": token + 1} for token in range(3)]
+    choice = {"token_ids": [9], "logprobs": {"content": [{"token_id": 9, "logprob": -1.0, "top_logprobs": likely}]}}
+    begun = b"data: " + json.dumps({"request_id": "a", "choices": [choice]}).encode() + b"\n\n"
+    async with served(tokenizer=True) as (engine, servers):
+        whole, pieces = await ask(engine, "whole", params), list[Completion]()
+        for server in servers:
+            server.fault(GENERATE, raw_stream(begun))
+        response = await ask(engine, "structured", params, on_tokens=pieces.append)
+        assert not any(server.faults[GENERATE] for server in servers)
+        assert [piece.token_ids.tolist() for piece in pieces] == [response.token_ids.tolist()] == [whole.token_ids.tolist()]
+        check_tokens(response)
+        assert response.top is not None
+        assert response.top.token_ids.shape == (len(whole.token_ids), 2)
+        with pytest.raises(RequestRefusedError, match="made of what JSON has"):
+            await ask(engine, "odd", params.replace(structured_outputs={"json": {"type": object()}}))
 
 
 async def test_a_restarted_server_is_given_the_weights_in_force_before_it_serves(tmp_path: Path) -> None:
@@ -255,6 +244,13 @@ async def test_what_a_server_refuses_is_refused() -> None:
         servers[1].fault(GENERATE, answer(400))
         with pytest.raises(RequestRefusedError, match="400"):
             await ask(engine, "refused")
+        # What is found out when a stream has begun comes as an event of it.
+        told = raw_stream(b'data: {"error": {"message": "invalid regex", "code": 400}}\n\n')
+        for server in servers:
+            server.faults.clear()
+            server.fault(GENERATE, told)
+        with pytest.raises(RequestRefusedError, match="invalid regex"):
+            await ask(engine, "refused-late")
         for server in servers:
             server.faults.clear()
         check_tokens(await ask(engine, "after"))
@@ -367,7 +363,7 @@ async def test_a_replica_where_a_load_broke_off_is_out_until_it_is_restarted(tmp
         await engine.update_weights(write_weights(tmp_path, 2), 1)
         for number in range(4):
             check_tokens(await ask(engine, f"r{number}"), seeds=(0, 2))
-        assert asked(servers[0]) == 1, "only at the opening"
+        assert not asked(servers[0])
         assert "restart it" in engine.replicas()[0].cause or "500" in engine.replicas()[0].cause
         await servers[0].kill()
         await servers[0].start()
@@ -508,6 +504,21 @@ async def test_a_server_that_is_added_twice_at_once_is_taken_in_once() -> None:
         assert said.count("None") == 1
         assert sum("already" in one for one in said) == 1
         assert [one.serving for one in engine.replicas()] == [True, True]
+
+
+async def test_a_server_that_is_not_there_is_not_waited_for_as_at_the_opening() -> None:
+    async with served(1, open_seconds=600.0) as (engine, _):
+        async with SimulatedServer() as gone:
+            pass
+        with pytest.raises(EngineError, match=r"did not come up in 0\.2 s.*more open_seconds"):
+            await engine.add_replica(gone.url, open_seconds=0.2)
+        for odd in (0, "x"):
+            with pytest.raises(ValueError, match=f"open_seconds={odd!r}"):
+                await engine.add_replica(gone.url, open_seconds=odd)  # type: ignore[arg-type]
+        for count in ("x", 0, 1.5):
+            with pytest.raises(ValueError, match=f"count={count!r}"):
+                await engine.until_serving(count)  # type: ignore[arg-type]
+        assert len(engine.replicas()) == 1
 
 
 async def test_a_server_whose_logprobs_are_not_those_sampled_from_is_refused() -> None:

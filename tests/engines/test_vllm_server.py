@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +14,19 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
+from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import Engine, WeightSource
 from agent_loop.engines.vllm_server import VLLMServerEngine
-from agent_loop.errors import RequestRefusedError
+from agent_loop.errors import AdapterError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
 from agent_loop.testing import EngineSuite, InFlight
 from examples.two_replicas import Replica
-from tests.tiny_model import make_tiny_model
+from tests.tiny_adapter import adapted_model, make_tiny_adapter
+from tests.tiny_model import make_tiny_model, make_tiny_tokenizer
 
 pytestmark = pytest.mark.timeout(600)  # two servers start at once, which takes minutes where much else runs
 SMALL = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager")
+LORA = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8")
 LONG = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
 
 
@@ -31,6 +35,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The model that the servers start with, and one with other weights."""
     folder = tmp_path_factory.mktemp("models")
     return make_tiny_model(folder / "old", seed=0), make_tiny_model(folder / "new", seed=1)
+
+
+@pytest.fixture(scope="module")
+def adapters(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return make_tiny_adapter(folder / "one", models[0], seed=1), make_tiny_adapter(folder / "two", models[0], seed=2, r=8)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +53,8 @@ def servers(models: tuple[Path, Path], logs: Path) -> Iterator[list[Replica]]:
     """Two, started at once."""
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        yield [stack.enter_context(Replica(models[0], *SMALL, log=logs / f"{number}.log")) for number in range(2)]
+        patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        yield [stack.enter_context(Replica(models[0], *SMALL, *LORA, log=logs / f"{number}.log")) for number in range(2)]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -70,9 +81,13 @@ def reference(model: Path) -> torch.nn.Module:
 
 def logprobs(model: Path, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float = 1.0) -> NDArray[np.floating]:
     """(len(response_ids),) teacher-forced log-probabilities by transformers."""
+    return teacher_forced(reference(model), prompt_ids, response_ids, temperature)
+
+
+def teacher_forced(model: Any, prompt_ids: Sequence[int], response_ids: Sequence[int], temperature: float = 1.0) -> NDArray[np.floating]:
     ids = torch.tensor([[*prompt_ids, *response_ids]])
     with torch.inference_mode():
-        logits = reference(model)(ids).logits[0]
+        logits = model(ids).logits[0]
     chosen = torch.log_softmax(logits[len(prompt_ids) - 1 : -1] / temperature, -1)
     return chosen.gather(1, torch.as_tensor(response_ids, dtype=torch.int64)[:, None])[:, 0].numpy()
 
@@ -83,8 +98,8 @@ class TestVLLMServerEngine(EngineSuite):
     eos_temperature = 2.0  # the most that vLLM takes
 
     @pytest.fixture(autouse=True)
-    def _places(self, models: tuple[Path, Path], servers: list[Replica]) -> None:
-        self.models, self.servers = models, servers
+    def _places(self, models: tuple[Path, Path], adapters: tuple[Path, Path], servers: list[Replica]) -> None:
+        self.models, self.adapters, self.servers = models, adapters, servers
 
     def make_engine(self) -> Engine:
         return VLLMServerEngine([server.url for server in self.servers], adopt=True)
@@ -99,6 +114,17 @@ class TestVLLMServerEngine(EngineSuite):
 
     def new_weights(self, engine: Engine) -> WeightSource:
         return self.models[1]
+
+    def adapter_sources(self, engine: Engine) -> Sequence[WeightSource]:
+        return self.adapters
+
+    async def adapted_logprobs(
+        self, engine: Engine, adapter: Adapter, source: WeightSource, prompt_ids: Sequence[int], response_ids: Sequence[int]
+    ) -> NDArray[np.floating]:
+        return teacher_forced(adapted_model(self.models[0], source), prompt_ids, response_ids)  # type: ignore[arg-type]
+
+    def text(self, engine: Engine, token_ids: Sequence[int]) -> str:
+        return str(make_tiny_tokenizer().decode(token_ids, skip_special_tokens=True))
 
     # Two servers may run apart on a busy machine: at one, requests are in flight together.
 
@@ -130,6 +156,19 @@ class TestVLLMServerEngine(EngineSuite):
         assert any(len(set(call.task.result().versions.tolist())) == 2 for call in calls)
         for response in later:
             np.testing.assert_allclose(response.logprobs, logprobs(self.models[1], prompt, response.token_ids.tolist()), atol=1e-3)
+
+    async def test_what_vllm_cannot_load_is_told_and_leaves_the_servers_as_they_were(
+        self, engine: VLLMServerEngine, tmp_path: Path
+    ) -> None:
+        large = make_tiny_adapter(tmp_path / "large", self.models[0], seed=1, r=32)
+        with pytest.raises(AdapterError, match=r"LoRA rank 32 is greater than max_lora_rank 8"):
+            await engine.add_adapter("large", large)
+        await engine.pause("keep")  # it is no sampling: adapters come and go meanwhile
+        async with self.removed(engine, "small") as (source, _):
+            await engine.add_adapter("small", source)
+            await engine.resume()
+            assert len(await engine.score([5, 6, 7], adapter="small")) == 2
+        assert all(one.serving for one in engine.replicas())
 
     async def test_a_stop_string_ends_the_response_and_what_vllm_refuses_is_refused(self, engine: VLLMServerEngine) -> None:
         response = await engine.generate([5, 6], LONG.replace(stop=("a", "e", "1", " ")), request_id="stopped")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from agent_loop.engines.server.faults import ReplicaError
+from agent_loop.errors import RequestRefusedError
 
 try:
     import msgspec
@@ -21,16 +22,20 @@ MOST_TOKENS = 1 << 22
 LARGEST_EVENT = 16 << 20
 """Bytes of one event of a stream; more is no answer to our requests."""
 
+REFUSALS = (400, 413, 422)
+"""By which a server says that a request can never succeed."""
+
 _FINISHED = (None, "stop", "length", "abort")
 
 Form = TypeVar("Form")
 
 
 class Likely(msgspec.Struct, gc=False):
-    """A token and its log-probability."""
+    """A token, its log-probability, and its place among the likeliest ones, from 1."""
 
     token_id: int
     logprob: float
+    rank: int | None = None
 
 
 class Entry(msgspec.Struct, gc=False):
@@ -79,6 +84,7 @@ class Piece(msgspec.Struct, gc=False):
         server_id: the server's own name of the request, by which it is aborted.
         finish: None while the response goes on.
         labels: which weights sampled each token of the whole response; with `finish` only.
+        top: the likeliest tokens at the place of each token and their log-probabilities, where they were asked for.
     """
 
     server_id: str
@@ -86,6 +92,7 @@ class Piece(msgspec.Struct, gc=False):
     logprobs: list[float]
     finish: str | None
     labels: list[str] | None
+    top: list[tuple[list[int], list[float]]] = []
 
 
 _decode = msgspec.json.Decoder(Answer).decode
@@ -120,22 +127,24 @@ def read_answer(data: bytes) -> Answer:
     """An answer with its one choice.
 
     Raises:
-        ReplicaError: an error that the server reports, or an answer of another form.
+        RequestRefusedError: the server reports that the request can never succeed; within a stream, its status is an event.
+        ReplicaError: another error that the server reports, or an answer of another form.
     """
     try:
         answer = _decode(data)
     except (msgspec.MsgspecError, RecursionError) as error:
         told = parse(data)
         if "error" in told:
-            raise ReplicaError(f"the server broke off: {error_message(told)}") from None
+            refused = isinstance(told["error"], dict) and told["error"].get("code") in REFUSALS
+            raise (RequestRefusedError if refused else ReplicaError)(f"the server broke off: {error_message(told)}") from None
         raise ReplicaError(f"an answer of an unknown form ({error}): {data[:200]!r}") from error
     if len(answer.choices) != 1:
         raise ReplicaError(f"an answer with {len(answer.choices)} choices, where one was asked for")
     return answer
 
 
-def read_piece(data: bytes, vocab_size: int) -> Piece:
-    """One event of `/inference/v1/generate`.
+def read_piece(data: bytes, vocab_size: int, top: int = 0) -> Piece:
+    """One event of `/inference/v1/generate`, with so many of the likeliest tokens.
 
     Raises:
         ReplicaError: an error that the server reports, or nonsense.
@@ -145,9 +154,11 @@ def read_piece(data: bytes, vocab_size: int) -> Piece:
     if choice.finish_reason not in _FINISHED:
         raise ReplicaError(f"unknown finish reason {choice.finish_reason!r:.50}; known are {_FINISHED[1:]}")
     tokens = choice.token_ids or []
-    logprobs = read_logprobs(tokens, _content(choice), vocab_size)
+    content = _content(choice)
+    logprobs = read_logprobs(tokens, content, vocab_size)
     labels = None if choice.weight_versions is None else read_spans(choice.weight_versions)
-    return Piece(answer.request_id, tokens, logprobs, choice.finish_reason, labels)
+    likely = [read_top(entry, top, vocab_size) for entry in content] if top else []
+    return Piece(answer.request_id, tokens, logprobs, choice.finish_reason, labels, likely)
 
 
 def _content(choice: Choice) -> list[Entry]:
@@ -215,6 +226,20 @@ def read_likely(entry: Entry, count: int, vocab_size: int) -> dict[int, float]:
     if len(set(tokens)) != len(tokens) or len(tokens) != count:
         raise ReplicaError(f"{len(set(tokens))} likely tokens, where {count} were asked for")
     return dict(zip(tokens, read_logprobs(tokens, entry.top_logprobs, vocab_size), strict=True))
+
+
+def read_top(entry: Entry, count: int, vocab_size: int) -> tuple[list[int], list[float]]:
+    """The likeliest tokens at a place, the likeliest first, and their log-probabilities; -inf of those that had no chance.
+
+    vLLM tells the sampled token before them, whatever its rank, and no more than were asked for: ask for one more.
+    """
+    told = sorted(entry.top_logprobs, key=lambda likely: likely.rank or MOST_TOKENS)[:count]
+    tokens, logprobs = [likely.token_id for likely in told], [likely.logprob for likely in told]
+    if len(set(tokens)) != count or not (min(tokens) >= 0 and max(tokens) < vocab_size):
+        raise ReplicaError(f"likely tokens {tokens!r:.100}, where {count} of a vocabulary of {vocab_size} were asked for")
+    chances = [logprob for logprob in logprobs if logprob > NO_LOGPROB]
+    check_logprobs(chances)
+    return tokens, [min(logprob, 0.0) if logprob > NO_LOGPROB else -math.inf for logprob in logprobs]
 
 
 def error_message(answer: Any) -> str:

@@ -2,7 +2,8 @@
 
 Of vLLM's endpoints it uses `/health`, `/version`, `/v1/models`, `/inference/v1/generate` (`--enable-scale-out`), and of its development
 mode (`VLLM_SERVER_DEV_MODE=1`) `/pause`, `/resume`, `/is_paused`, `/abort_requests`, `/collective_rpc`, `/weight_info`,
-`/update_weight_version`, `/reset_prefix_cache` and `/server_info`.
+`/update_weight_version`, `/reset_prefix_cache` and `/server_info`; for adapters `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`
+(`VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`).
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from agent_loop.engines.server.answers import Answer, Events, Piece, error_message, parse, read_answer, read_piece
+from agent_loop.engines.server.answers import REFUSALS, Answer, Events, Piece, error_message, parse, read_answer, read_piece
 from agent_loop.engines.server.faults import NoSuchEndpoint, ReplicaBusy, ReplicaError
 from agent_loop.errors import EngineError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
@@ -91,7 +92,7 @@ class Server:
 
     # Requests
 
-    async def stream(self, body: dict[str, Any], session_id: str | None, vocab_size: int) -> AsyncGenerator[Piece, None]:
+    async def stream(self, body: dict[str, Any], session_id: str | None, vocab_size: int, top: int = 0) -> AsyncGenerator[Piece, None]:
         """The pieces of a response; ends after the one with a finish reason, or raises."""
         headers = None if session_id is None else {"X-Session-ID": quote(session_id)[:256]}
         with self._translated():
@@ -101,7 +102,7 @@ class Server:
                 events = Events()
                 while data := await response.content.readany():
                     for event in events.feed(data):
-                        piece = read_piece(event, vocab_size)
+                        piece = read_piece(event, vocab_size, top)
                         yield piece
                         if piece.finish is not None:
                             return
@@ -149,6 +150,14 @@ class Server:
         results = answer.get("results")
         return results if isinstance(results, list) else []
 
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Load an adapter; requests name it as their model. `NoSuchEndpoint` also where the server does not find the folder."""
+        await self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder}, seconds=self.load_seconds)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Know this adapter no more; requests that run under it go on."""
+        await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
     async def reset_cache(self, *, running: bool) -> None:
         """Empty the prefix cache; with `running`, also compute that of requests in flight anew."""
         await self._call("POST", f"/reset_prefix_cache?reset_running_requests={str(running).lower()}&reset_external=true")
@@ -156,7 +165,7 @@ class Server:
     async def _call(self, method: str, path: str, body: Any = None, *, seconds: float | None = None) -> dict[str, Any]:
         content = await self._content(method, path, body, self.seconds if seconds is None else seconds)
         with self._translated():
-            return parse(content) if content else {}
+            return parse(content) if content.startswith(b"{") else {}
 
     async def _content(self, method: str, path: str, body: Any, seconds: float | None) -> bytes:
         data = None if body is None else json.dumps(body)
@@ -188,7 +197,7 @@ class Server:
         message = f"{self.url} answered {status}: {said}"
         if status in (429, 503):
             raise ReplicaBusy(message, seconds_of(retry_after, time.time()))
-        if status in (400, 413, 422):
+        if status in REFUSALS:
             raise RequestRefusedError(message)
         if status == 401:
             raise EngineError(f"{message}; give the server's key as api_key")
@@ -237,11 +246,13 @@ def generate_body(
         "stop_token_ids": sorted(stop_ids),
         "ignore_eos": params.ignore_eos,
         "seed": params.seed,
-        "logprobs": 0,
+        "logprobs": params.top_logprobs and params.top_logprobs + 1,  # see `read_top`
         "detokenize": bool(params.stop),
         "include_stop_str_in_output": True,
         "stream_interval": piece,
     }
+    if params.structured_outputs is not None:
+        sampling["structured_outputs"] = dict(params.structured_outputs)
     # The salt keeps blocks of the prefix cache apart by weights: those of requests in flight outlive an update.
     return {"request_id": name, "model": model, "token_ids": ids, "sampling_params": sampling, "stream": True, "cache_salt": salt}
 

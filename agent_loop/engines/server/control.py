@@ -1,17 +1,20 @@
-"""`Control`: pauses and weight updates over all replicas, one after another."""
+"""`Control`: pauses, weight updates and adapters over all replicas, one after another."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from typing import Any
 
+from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import PauseMode, WeightSource
+from agent_loop.engines.server.adapters import Lora, take_away
 from agent_loop.engines.server.desk import Desk
 from agent_loop.engines.server.faults import ReplicaError
 from agent_loop.engines.server.fleet import Fleet
 from agent_loop.engines.server.replica import Replica
 from agent_loop.engines.server.requests import Requests
 from agent_loop.engines.server.weights import Staged, Weights, check_seen, load
-from agent_loop.errors import WeightUpdateError
+from agent_loop.errors import EngineError, WeightUpdateError
 
 
 class Control:
@@ -66,6 +69,51 @@ class Control:
         if self._fleet.frozen:
             self._fleet.frozen = False
             await self._fleet.each(self._fleet.serving(), lambda replica: replica.server.resume())
+
+    # Adapters; `lock` is held
+
+    async def add_adapter(self, adapter: Adapter, source: WeightSource) -> Lora:
+        """Load an adapter into all replicas; where one refuses it, none keeps it. One that is lost has it before it serves again.
+
+        Raises:
+            ValueError: it is none that fits the model; no server was touched.
+            EngineError: a replica refused it, or none serves.
+        """
+        self._requests.check_weights()
+        loras, errors = self._fleet.loras, dict[Replica, Exception]()
+        lora = await loras.stage(adapter, source, self._weights.shapes)
+
+        async def put(replica: Replica) -> None:
+            try:
+                await loras.put(replica, lora)
+            except (ReplicaError, EngineError) as error:
+                errors[replica] = error
+
+        asked = self._fleet.serving()
+        await self._for_each(asked, put)
+        loaded = [replica for replica in asked if replica not in errors]
+        refused = [error for error in errors.values() if not getattr(error, "lost", False)]
+        if refused or not loaded:
+            await self._for_each(asked, lambda replica: take_away(replica, lora.name))
+            loras.let_go(lora)
+            causes = "; ".join(map(str, refused or errors.values())) or f"no replica serves: {self._fleet.causes()}"
+            raise EngineError(causes) from next(iter(errors.values()), None)
+        # From here on it counts: whoever serves and lacks it, or came meanwhile, catches up first.
+        loras.hold(lora)
+        for replica in self._fleet.serving():
+            if replica not in loaded:
+                self._fleet.take_out(replica, errors.get(replica) or ReplicaError(f"{replica.url} missed the adapter {adapter}"))
+        return lora
+
+    async def drop_adapter(self, lora: Lora) -> None:
+        """Have all replicas forget it."""
+        self._fleet.loras.let_go(lora)
+        await self._for_each(self._fleet.serving(), lambda replica: take_away(replica, lora.name))
+
+    async def _for_each(self, replicas: Sequence[Replica], action: Callable[[Replica], Coroutine[Any, Any, None]]) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for replica in replicas:
+                tasks.create_task(action(replica))
 
     # Weights; `lock` is held
 

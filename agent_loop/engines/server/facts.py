@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from agent_loop.engines.server.faults import NoSuchEndpoint, ReplicaError
 from agent_loop.errors import EngineError, RequestRefusedError
 
 OLDEST = (0, 32)
+NOBODY = "millrace:no-such-adapter"
 
 DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
 SCALE_OUT = "start it with --enable-scale-out"
@@ -30,6 +31,8 @@ class Facts:
         root: where it was loaded from.
         tied: whether its output matrix is its input embedding.
         extended: whether its workers have our extension.
+        adapters: whether it takes adapters while it runs.
+        tokenizer: whether it has one, which structured outputs need.
     """
 
     model: str
@@ -39,6 +42,8 @@ class Facts:
     eos_token_ids: frozenset[int]
     tied: bool
     extended: bool = False
+    adapters: bool = False
+    tokenizer: bool = False
 
     def check_same(self, other: "Facts", url: str, other_url: str) -> None:
         """Raise `EngineError` if two replicas do not serve the same."""
@@ -78,7 +83,9 @@ async def facts_of(server: Server, *, vocab_size: int | None, eos_token_ids: Col
     tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", True)))
     facts = Facts(name, root, max_length, vocab, frozenset(ends), tied)
     await check_endpoints(server, facts)
-    return Facts(name, root, max_length, vocab, frozenset(ends), tied, await _extended(server, tied))
+    facts = replace(facts, extended=await _extended(server, tied))
+    facts = replace(facts, tokenizer=await _has_tokenizer(server, facts))
+    return replace(facts, adapters=await _takes_adapters(server, facts))
 
 
 def _end_of(config: dict[str, Any], text: dict[str, Any]) -> Any:
@@ -122,6 +129,41 @@ async def _extended(server: Server, tied: bool) -> bool:
                 f"matrix as it was; start it with --worker-extension-cls {WORKER}"
             ) from None
         return False
+
+
+async def _has_tokenizer(server: Server, facts: Facts) -> bool:
+    body = look_body(facts.model, [facts.vocab_size // 3], likely_tokens=1, salt=NOBODY, logprobs=None, detokenize=True)
+    try:
+        await server.ask(body | {"output_mode": "text"}, seconds=server.load_seconds)
+    except RequestRefusedError:
+        return False
+    return True
+
+
+async def _takes_adapters(server: Server, facts: Facts) -> bool:
+    """Whether it can be given adapters, and requests under one that it lacks are refused."""
+    try:
+        await server.load_adapter("", "")
+    except RequestRefusedError:  # as it should
+        pass
+    except NoSuchEndpoint:
+        return False  # it is none of those that VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 opens
+    try:
+        await server.load_adapter(NOBODY, f"/no/such/folder/of/{NOBODY}")
+    except NoSuchEndpoint:
+        pass
+    except ReplicaError as error:
+        if error.lost:
+            raise
+        return False  # it was started without --enable-lora
+    try:
+        await server.ask(look_body(NOBODY, [0], likely_tokens=1, salt=NOBODY), seconds=server.load_seconds)
+    except NoSuchEndpoint:
+        return facts.extended or await _device(server) != "cpu"  # where rows without an adapter need mending
+    raise EngineError(
+        f"{server.url} answers requests for models that it does not have, so that a missing adapter would not show; start it without "
+        "VLLM_SKIP_MODEL_NAME_VALIDATION"
+    )
 
 
 async def _device(server: Server) -> str:

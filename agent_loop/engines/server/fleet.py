@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 
+from agent_loop.engines.server.adapters import Loras
 from agent_loop.engines.server.breaker import Breaker
 from agent_loop.engines.server.desk import Desk
 from agent_loop.engines.server.facts import DEV_MODE, Facts, facts_of
@@ -36,17 +37,18 @@ class Fleet:
     Attributes:
         replicas: by address.
         facts: what all of them serve; None before the first one was connected.
+        loras: the adapters that all in rotation hold.
         frozen: the engine is paused.
         hopeless: no replica served for longer than `Care.patience`; why.
     """
 
-    def __init__(self, weights: Weights, care: Care, vocab_size: int | None, eos_token_ids: Collection[int] | None) -> None:
+    def __init__(self, weights: Weights, loras: Loras, care: Care, vocab_size: int | None, eos_token_ids: Collection[int] | None) -> None:
         self.replicas: dict[str, Replica] = {}
         self.facts: Facts | None = None
         self.frozen = False
         self.hopeless: EngineDeadError | None = None
         self.desk: Desk
-        self._weights, self._care = weights, care
+        self._weights, self.loras, self._care = weights, loras, care
         self._vocab_size, self._eos_token_ids = vocab_size, eos_token_ids
         self._changed, self._closed = asyncio.Event(), False
         self._despairs: asyncio.TimerHandle | None = None
@@ -91,21 +93,23 @@ class Fleet:
 
     # Coming
 
-    async def connect(self, replica: Replica, *, adopt: bool) -> None:
-        """Wait for a server to come up, and learn what it serves.
+    async def connect(self, replica: Replica, *, adopt: bool, seconds: float | None = None) -> None:
+        """Wait for a server to come up, by default as long as for the first ones, and learn what it serves.
 
         Raises:
             EngineError: it did not come up, or is not one that this engine can use.
         """
-        loop = asyncio.get_running_loop()
-        end, breaker = loop.time() + self._care.open_seconds, Breaker(base=0.1, most=2.0)
+        loop, seconds = asyncio.get_running_loop(), self._care.open_seconds if seconds is None else seconds
+        end, breaker = loop.time() + seconds, Breaker(base=0.1, most=2.0)
         while True:
             try:
                 return await self._meet(replica, adopt=adopt)
             except ReplicaError as error:
                 breaker.trip(loop.time())
                 if breaker.due is None or breaker.due >= end:
-                    raise EngineError(f"{replica.url} did not come up in {self._care.open_seconds:g} s: {error}") from error
+                    raise EngineError(
+                        f"{replica.url} did not come up in {seconds:g} s: {error}; start it, or give it more open_seconds where it starts"
+                    ) from error
                 await asyncio.sleep(breaker.due - loop.time())
 
     async def _meet(self, replica: Replica, *, adopt: bool) -> None:
@@ -127,6 +131,46 @@ class Fleet:
         self.facts = self.facts or replica.facts
         replica.label, replica.well = label, True
 
+    async def take_in(self, replica: Replica, seconds: float, check_open: Callable[[], object]) -> None:
+        """Have a further server serve, with the weights and adapters in force.
+
+        Raises:
+            EngineError: it did not come up, or is not one that this engine can use.
+            ValueError: it is there already.
+        """
+        self._check_new(replica)
+        await self.connect(replica, adopt=False, seconds=seconds)
+        check_open()
+        self._check_new(replica)
+        self.replicas[replica.url] = replica
+        try:
+            async with replica.control:
+                await self.recover(replica)
+        except BaseException as error:
+            self.retire(replica, "it was not taken in")
+            del self.replicas[replica.url]
+            if isinstance(error, ReplicaError):
+                raise EngineError(f"{replica.url} was not taken in: {error}") from error
+            raise
+
+    def _check_new(self, replica: Replica) -> None:
+        if replica.url in self.replicas:
+            raise ValueError(f"{replica.url} is a replica of this engine already")
+
+    async def send_away(self, url: str, *, drain: bool) -> None:
+        """Send a replica no more requests, and wait until those that it has are over; without `drain` they go on elsewhere at once."""
+        replica = self.replicas.get(url)
+        if replica is None:
+            raise ValueError(f"{url} is no replica of this engine; it has {sorted(self.replicas)}")
+        replica.leaving = True
+        self.retire(replica, "it was removed")
+        if not drain:
+            replica.cut(ReplicaError(f"{replica.url} was removed"))
+        for ticket in list(replica.tickets):
+            await ticket.over.wait() if drain else None
+        self.replicas.pop(replica.url, None)
+        replica.kick.set()
+
     # In rotation
 
     def admit(self, replica: Replica) -> None:
@@ -140,7 +184,7 @@ class Fleet:
         now = asyncio.get_running_loop().time()
         if not replica.serving:
             return  # others that it failed at the same time told us
-        if error.lost:
+        if error.lost or isinstance(error, NoSuchEndpoint):  # an adapter that is not there: it was restarted
             replica.breaker.trip(now)
         else:
             replica.breaker.failed(now)
@@ -217,13 +261,14 @@ class Fleet:
         await replica.server.health()
         if await replica.server.label() != self._weights.label:
             raise ReplicaError(f"{replica.url} holds other weights than those in force: it was restarted, or another engine has it too")
+        await self.loras.check(replica)
         now = asyncio.get_running_loop().time()
         for ticket in list(replica.tickets):
             if isinstance(ticket, Flight) and ticket.decoding and not self.frozen and now - ticket.touched > self._care.stall:
                 ticket.cut(ReplicaError(f"{replica.url} sent nothing more of a response for {self._care.stall:g} s"))
 
     async def recover(self, replica: Replica) -> None:
-        """Bring a replica back into rotation, with the weights in force; it must be held by `control`.
+        """Bring a replica back into rotation, with the weights and adapters in force; it must be held by `control`.
 
         Where those cannot be loaded it is well, and left for the next update.
         """
@@ -242,6 +287,7 @@ class Fleet:
             await self._bring(replica)
         if await server.is_paused():
             await server.resume()
+        await self.loras.bring(replica)
         if replica.label == self._weights.label and not replica.leaving:  # nothing was awaited since
             self.admit(replica)
 

@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agent_loop.engines.base import Completion, OnTokens
+from agent_loop.engines.adapters import InUse
+from agent_loop.engines.base import Completion, OnTokens, TopLogprobs
 from agent_loop.engines.server.answers import Piece
 from agent_loop.engines.server.breaker import Backoff, Breaker
 from agent_loop.engines.server.client import Server
@@ -79,23 +80,38 @@ class Flight(Ticket):
 
     Attributes:
         finish: why it is over; None while it goes on.
+        under: its adapter; None is the model itself.
+        structured: its tokens must follow a structure, which begins at the first token of a request: it cannot go on, but begins anew.
         place: the replica that it was given last.
         server_id: its name there, known from the first piece on.
         touched: when it last got tokens, on the loop's clock.
     """
 
-    def __init__(self, ids: NDArray[np.int32], params: SamplingParams, session_id: str | None, on_tokens: OnTokens | None) -> None:
+    def __init__(
+        self,
+        ids: NDArray[np.int32],
+        params: SamplingParams,
+        session_id: str | None,
+        on_tokens: OnTokens | None,
+        under: InUse | None = None,
+    ) -> None:
         super().__init__(session_id)
+        self.under = under
         self.ids, self.params, self.on_tokens = ids.tolist(), params, on_tokens
         self.finish: str | None = None
         self.server_id: str | None = None
         self.place: Replica | None = None
         self.touched = 0.0
+        self.structured = params.structured_outputs is not None
         self._tokens, self._logprobs, self._versions = list[int](), list[float](), list[int]()
+        self._top = list[tuple[list[int], list[float]]]()
         self._here = 0  # where the tokens of the present replica start
 
     def start(self) -> tuple[list[int], SamplingParams]:
         """Prompt and parameters of what is still wanted, for a further replica."""
+        if self.structured:
+            for held in (self._tokens, self._logprobs, self._versions, self._top):
+                held.clear()
         self._here, self.server_id = len(self._tokens), None
         if not self._here:
             return self.ids, self.params
@@ -105,7 +121,8 @@ class Flight(Ticket):
         return self.ids + self._tokens, self.params.of_request(self.params.max_tokens - self._here, seed)
 
     def take(self, piece: Piece, version: int, now: float) -> None:
-        """Add tokens; they count as of `version` until the replica tells more."""
+        """Add tokens; they count as of `version` until the replica tells more. Under an adapter they are of its version."""
+        version = version if self.under is None else self.under.adapter.version
         if len(self._tokens) + len(piece.tokens) > self.params.max_tokens:
             raise ReplicaError(f"more than the {self.params.max_tokens} tokens that were asked for")
         self.server_id, self.touched = piece.server_id, now
@@ -115,11 +132,12 @@ class Flight(Ticket):
         self._tokens += piece.tokens
         self._logprobs += piece.logprobs
         self._versions += [version] * len(piece.tokens)
-        if self.on_tokens is not None:
+        self._top += piece.top
+        if self.on_tokens is not None and not self.structured:
             self.on_tokens(Completion.of(piece.tokens, piece.logprobs, version, piece.finish or "abort"))
 
     def stamp(self, labels: list[str] | None, versions: dict[str, int]) -> int | None:
-        """Set the versions of the present replica's tokens as that recorded them; gives the oldest.
+        """Set the versions of the present replica's tokens as that recorded them; gives the oldest of the weights.
 
         Raises:
             EngineError: it names weights that this engine did not put there.
@@ -131,8 +149,10 @@ class Flight(Ticket):
             raise EngineError(
                 f"tokens of weights labelled {sorted(foreign)}, which this engine has not put there; does another one update them?"
             )
-        self._versions[self._here :] = [versions[label] for label in labels or ()]
-        return min(self._versions[self._here :], default=None)
+        told = [versions[label] for label in labels or ()]
+        if self.under is None:
+            self._versions[self._here :] = told
+        return min(told, default=None)
 
     @property
     def decoding(self) -> bool:
@@ -141,7 +161,18 @@ class Flight(Ticket):
 
     def completion(self) -> Completion:
         """What it has; "abort" where it is not over."""
-        return Completion.of(self._tokens, self._logprobs, self._versions, self.finish or "abort")
+        completion = Completion.of(self._tokens, self._logprobs, self._versions, self.finish or "abort")
+        return replace(completion, top=self._likeliest()) if self.params.top_logprobs else completion
+
+    def _likeliest(self) -> TopLogprobs:
+        shape = (len(self._top), self.params.top_logprobs)
+        ids, logprobs = zip(*self._top, strict=True) if self._top else ((), ())
+        return TopLogprobs(np.array(ids, np.int32).reshape(shape), np.array(logprobs, np.float32).reshape(shape))
+
+    def show_held(self) -> None:
+        """Show the tokens that were not shown as they came, because they might have been given up."""
+        if self.structured and self.on_tokens is not None and self._tokens:
+            self.on_tokens(Completion.of(self._tokens, self._logprobs, self._versions, self.finish or "abort"))
 
     def settle(self, stop_ids: Collection[int]) -> None:
         """It is over if all tokens came, though the replica broke off before it said why it ended."""

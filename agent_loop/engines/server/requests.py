@@ -3,13 +3,14 @@
 import asyncio
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from agent_loop.engines.adapters import InUse
 from agent_loop.engines.base import piece_tokens
-from agent_loop.engines.server.answers import Answer, Entry, read_whole
+from agent_loop.engines.server.answers import Answer, Entry, Piece, read_whole
 from agent_loop.engines.server.client import generate_body, look_body
 from agent_loop.engines.server.desk import Desk
 from agent_loop.engines.server.facts import Facts
@@ -59,6 +60,7 @@ class Requests:
         try:
             while not flight.finish:
                 await self._fly(flight)
+            flight.show_held()
         finally:
             del self.flights[request_id]
             flight.over.set()
@@ -96,14 +98,14 @@ class Requests:
         return None if ticket.called_back else await self._desk.place(ticket)
 
     async def _talk(self, replica: Replica, flight: Flight) -> None:
-        loop, vocab_size = asyncio.get_running_loop(), self._facts.vocab_size
+        loop = asyncio.get_running_loop()
         ids, params = flight.start()
         pieces = self._manner.stream_tokens if flight.on_tokens is None else piece_tokens(flight.on_tokens)
         name, salt = f"millrace-{id(self):x}-{next(self._names)}", self._weights.label or AT_START
-        body = generate_body(self._facts.model, ids, params, self._stop_ids(params), name=name, salt=salt, piece=pieces)
+        body = generate_body(self._model_of(flight.under), ids, params, self._stop_ids(params), name=name, salt=salt, piece=pieces)
         piece = None
         try:
-            async with flight.talking(), aclosing(replica.server.stream(body, flight.session_id, vocab_size)) as stream:
+            async with flight.talking(), aclosing(self._stream(replica, flight, body)) as stream:
                 async for piece in stream:
                     flight.take(piece, self._weights.version, loop.time())
         except TimeoutError:
@@ -122,6 +124,13 @@ class Requests:
         flight.finish = piece.finish
         replica.busy.accepted()
         replica.breaker.succeeded()
+
+    def _stream(self, replica: Replica, flight: Flight, body: dict[str, Any]) -> AsyncGenerator[Piece, None]:
+        return replica.server.stream(body, flight.session_id, self._facts.vocab_size, flight.params.top_logprobs)
+
+    def _model_of(self, under: InUse | None) -> str:
+        """What a request names as its model."""
+        return self._facts.model if under is None else under.loaded.name
 
     @property
     def _facts(self) -> Facts:
@@ -174,7 +183,7 @@ class Requests:
 
     # Looks
 
-    async def look(self, ids: list[int], likely: int, read: Callable[[Answer, Entry], Result]) -> tuple[Result, int]:
+    async def look(self, ids: list[int], likely: int, under: InUse | None, read: Callable[[Answer, Entry], Result]) -> tuple[Result, int]:
         """What the answer to a request that is no rollout says, and its version: asked again where weights changed meanwhile."""
         ticket = Ticket()
         self.looks.add(ticket)
@@ -184,8 +193,9 @@ class Requests:
                 if replica is None or ticket.called_back:
                     raise EngineClosedError("the engine was closed meanwhile")
                 try:
-                    if (found := await self._asked(replica, ticket, ids, likely, read)) is not None:
-                        return found
+                    body = look_body(self._model_of(under), ids, likely_tokens=likely, salt=self._weights.label or AT_START)
+                    if (found := await self._asked(replica, ticket, body, read)) is not None:
+                        return found, self._weights.version if under is None else under.adapter.version
                 except ReplicaError as error:
                     self._blame(replica, ticket, error)
                 finally:
@@ -195,15 +205,14 @@ class Requests:
             ticket.over.set()
 
     async def _asked(
-        self, replica: Replica, ticket: Ticket, ids: list[int], likely: int, read: Callable[[Answer, Entry], Result]
-    ) -> tuple[Result, int] | None:
-        """One replica's answer; None if it is to be asked for again."""
-        label = self._weights.label or AT_START
+        self, replica: Replica, ticket: Ticket, body: dict[str, Any], read: Callable[[Answer, Entry], Result]
+    ) -> Result | None:
+        """What one replica's answer says; None if it is to be asked for again."""
         try:
             async with ticket.talking():
-                answer = await replica.server.ask(look_body(self._facts.model, ids, likely_tokens=likely, salt=label))
+                answer = await replica.server.ask(body)
         except TimeoutError:
             return None  # it was cut off
         entry, told = read_whole(answer, self._facts.vocab_size)
         value = read(answer, entry)
-        return (value, self._weights.version) if told == label == self._weights.label else None
+        return value if told == body["cache_salt"] == self._weights.label else None

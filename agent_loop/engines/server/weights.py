@@ -8,6 +8,7 @@ is known as such. While a load is under way the label says that too: whoever fin
 import asyncio
 import tempfile
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +75,11 @@ class Weights:
             self._model = None  # a name on a hub, or a folder of another machine: the first update says what the model is made of
         if label == AT_START and self._model is not None:
             self._staged = Staged(self._model)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the model's tensors, by name; empty where they are not known here."""
+        return {} if self._model is None else self._model.shapes
 
     def new_label(self, version: int) -> str:
         """A label that no other weights have."""
