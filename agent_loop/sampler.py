@@ -101,8 +101,8 @@ class Sampler:
         inputs: Input | Sequence[Input],
         sampling_params: SamplingParams | Mapping[str, Any] | None = None,
         adapter_name: str = "",
-        *,
         num_samples: int = 1,
+        *,
         prompt_logprobs: bool = False,
         use_base_model: bool = False,
     ) -> list[SampleResponse]:
@@ -137,8 +137,8 @@ class Sampler:
         inputs: Input | Sequence[Input],
         sampling_params: SamplingParams | Mapping[str, Any] | None = None,
         adapter_name: str = "",
-        *,
         num_samples: int = 1,
+        *,
         prompt_logprobs: bool = False,
         use_base_model: bool = False,
     ) -> list[SampleResponse]:

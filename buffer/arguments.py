@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import SupportsIndex, TypeVar
 
+from buffer.codec import storable_text
 from buffer.numbers import TOO_LARGE, plain_number, refuse_text
 from buffer.policies import TakePolicy
 from buffer.staleness import Level
@@ -15,6 +16,13 @@ def require_task(task_name: str) -> None:
     if not task_name or not isinstance(task_name, str):
         raise ValueError(f"task_name={task_name!r} names no task; give the name of one, as text")
     refuse_text("task_name", task_name)
+
+
+def task_or_none(task_name: str | None) -> str | None:
+    """Of one task, or of all."""
+    if task_name is not None:
+        require_task(task_name)
+    return task_name
 
 
 def check_policy(policy: object) -> None:
@@ -60,17 +68,18 @@ def number_or_none(name: str, value: float | None) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if math.isnan(number):
-        raise ValueError(f"{name}={value!r} is no number to compare with; give one, or None for no bound")
+        raise ValueError(f"{name}={value!r:.100} is no number to compare with; give one, or None for no bound")
     return number
 
 
 def text_or_none(name: str, value: str | None) -> str | None:
+    """A part of a stored text, as it is stored."""
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{name}={value!r} must be text; give a part of what you look for")
-    return value
+    return None if value is None else storable_text(value)
 
 
 N = TypeVar("N", int, float)

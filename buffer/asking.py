@@ -114,7 +114,7 @@ class Asking(Access):
 
     async def last_step(self, task_name: str | None = None) -> int:
         """The last step at which anything of the task (by default of any task) was consumed; 0 before the first."""
-        return await self._read(queries.last_step, task_name)
+        return await self._read(queries.last_step, args.task_or_none(task_name))
 
     async def next_step(self, task_name: str) -> int:
         """The step of the task's next batch where the trainer names none: behind its last one, and behind what is committed."""
@@ -165,7 +165,7 @@ class Asking(Access):
         """
         limit, offset = args.whole_number("limit", limit, at_least=0), args.whole_number("offset", offset, at_least=0)
         filters = Filters(
-            task_name,
+            args.task_or_none(task_name),
             [parse_status(s) for s in ([status] if isinstance(status, str) else status)],
             args.whole_or_none("step", step, at_least=1),
             *args.checked_range("version", args.whole_or_none("min_version", min_version), args.whole_or_none("max_version", max_version)),

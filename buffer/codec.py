@@ -57,6 +57,8 @@ class GroupSnapshot(NamedTuple):
 
 def snapshot(group: RolloutGroup) -> GroupSnapshot:
     """`group` as it is now: what happens to it afterwards does not reach the snapshot. What lies within rows is shared."""
+    if not group.rollouts:  # taken out since it was made
+        raise ValueError(f"group {group.group_id} has no rollouts; a group holds at least one")
     rollouts = [rollout.detached() for rollout in group.rollouts]
     row, copy = None, dict[str, Any]()
     for rollout in rollouts:
@@ -98,10 +100,10 @@ def encode(snapshot: GroupSnapshot, timeline: Timeline | None = None) -> Encoded
     """
     rollouts = snapshot.rollouts
     now = _now(snapshot) if timeline is None else timeline
-    responses = [Response.of(rollout) for rollout in rollouts]
+    responses = _responses(snapshot)
     runs = Runs.of(responses)
     spans = runs.spans(now)
-    lengths, arrays = pack(responses, runs)
+    lengths, arrays = pack(responses, runs, f"group {snapshot.group_id}")
     extras = _extras_to_json(snapshot, rollouts, lengths)
     hot = {
         "epoch": None if snapshot.position is None else snapshot.position.epoch,
@@ -114,6 +116,17 @@ def encode(snapshot: GroupSnapshot, timeline: Timeline | None = None) -> Encoded
     }
     members = [_hot_member(rollout, span) for rollout, span in zip(rollouts, spans, strict=True)]
     return EncodedGroup(snapshot.group_id, snapshot.task_name, snapshot.status, hot, members, extras, arrays, now.number, snapshot)
+
+
+def _responses(snapshot: GroupSnapshot) -> list[Response]:
+    """Of each member; refused where an agent loop has given one another's place."""
+    for place, rollout in enumerate(snapshot.rollouts):
+        if rollout.index != place or rollout.group_id != snapshot.group_id:
+            raise ValueError(
+                f"rollout {rollout.rollout_id} does not belong at index {place} of group {snapshot.group_id}; "
+                "its group_id and its index are for reading"
+            )
+    return [Response.of(rollout) for rollout in snapshot.rollouts]
 
 
 def _now(snapshot: GroupSnapshot) -> Timeline:
@@ -158,13 +171,13 @@ def encode_prefix(snapshot: GroupSnapshot, starts: Mapping[int, int], timeline: 
     Raises `ValueError` for a member that is not there, a start beyond its tokens, and what `encode` raises it for.
     """
     chosen = [_member(snapshot, index, start) for index, start in sorted(starts.items())]
-    whole = [Response.of(rollout) for rollout in snapshot.rollouts]
+    whole = _responses(snapshot)
     spans = Runs.of(whole).spans(_now(snapshot) if timeline is None else timeline)
     deltas = [
         whole[rollout.index].since(starts[rollout.index])._replace(text=rollout.text if rollout.status is Status.COMPLETED else None)
         for rollout in chosen
     ]
-    lengths, arrays = pack(deltas, Runs.of(deltas)) if deltas else ([], b"")
+    lengths, arrays = pack(deltas, Runs.of(deltas), f"group {snapshot.group_id}") if deltas else ([], b"")
     places = [{"member": rollout.index, "start": starts[rollout.index], **own} for rollout, own in zip(chosen, lengths, strict=True)]
     hot = _versions_of([span for span in spans if span]) | _amounts_of(snapshot.rollouts)
     members = [_hot_member(rollout, spans[rollout.index]) for rollout in chosen]

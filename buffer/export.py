@@ -53,13 +53,14 @@ class GroupWriter:
     Raises:
         ValueError: an unknown ending.
         FileExistsError: the file is there.
+        FileNotFoundError: its folder is not.
         ImportError: Parquet without pyarrow.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         suffix = suffix_of(path)
         self._path, self._overwrite = Path(path).absolute(), overwrite
-        self._refuse_existing()
+        self._refuse_place()
         if suffix == _PARQUET:
             pyarrow()
         self._partial = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.partial")
@@ -102,10 +103,10 @@ class GroupWriter:
                 os.link(self._partial, self._path)
                 self._partial.unlink()
             except FileExistsError:
-                self._refuse_existing()
+                self._refuse_place()
                 raise
             except OSError:  # a file system without links
-                self._refuse_existing()
+                self._refuse_place()
                 self._partial.rename(self._path)
         folder = os.open(self._path.parent, os.O_RDONLY)
         try:
@@ -113,9 +114,11 @@ class GroupWriter:
         finally:
             os.close(folder)
 
-    def _refuse_existing(self) -> None:
+    def _refuse_place(self) -> None:
         if self._path.is_dir():
             raise IsADirectoryError(f"{self._path} is a folder; give the name of a file")
+        if not self._path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {self._path.parent} for {self._path.name}; make it first")
         if not self._overwrite and os.path.lexists(self._path):
             raise FileExistsError(f"{self._path} is there already; give another name, or overwrite=True")
 

@@ -156,8 +156,11 @@ def _span(runs: Sequence[tuple[int, int, bool]]) -> Span | None:
 # -- to bytes ---------------------------------------------------------------------------------------------------
 
 
-def pack(responses: Sequence[Response], runs: Runs) -> tuple[list[dict[str, Any]], bytes]:
-    """The lengths of each response's parts, for the extras, and all parts as bytes."""
+def pack(responses: Sequence[Response], runs: Runs, what: str) -> tuple[list[dict[str, Any]], bytes]:
+    """The lengths of each response's parts, for the extras, and all parts as bytes.
+
+    Raises `ValueError` naming `what` where an array holds what `unpack` would refuse: fields can be assigned to.
+    """
     lengths: list[dict[str, Any]] = []
     prompts: list[bytes] = []
     texts: list[bytes] = []
@@ -175,7 +178,18 @@ def pack(responses: Sequence[Response], runs: Runs) -> tuple[list[dict[str, Any]
     ids = [_contiguous(response.response_ids) for response in responses]
     logprobs = [_contiguous(response.logprobs) for response in responses]
     masks = [_contiguous(response.loss_mask) for response in responses]
-    return lengths, b"".join([*prompts, *ids, *logprobs, runs.as_bytes(), *masks, *texts])
+    pairs = runs.as_bytes()
+    arrays = b"".join([*prompts, *ids, *logprobs, pairs, *masks, *texts])
+    at, n = sum(map(len, prompts)), sum(own["n"] for own in lengths)
+    bad = "a version is negative" if min(runs.versions, default=0) < 0 or min(runs.timelines, default=0) < 0 else None
+    if bad or (bad := _why_bad(*(np.frombuffer(arrays, *part) for part in _parts(at, n, len(pairs))))):
+        raise ValueError(f"{what} cannot be stored: {bad}; tokens enter by append() and leave by reset() only")
+    return lengths, arrays
+
+
+def _parts(at: int, n: int, pairs: int) -> list[tuple[type[np.generic], int, int]]:
+    """Where ids, log-probabilities and masks of `n` tokens lie, of what begins with `at` bytes: kind, number and offset."""
+    return [(np.int32, n, at), (np.float32, n, at + 4 * n), (np.uint8, n, at + 8 * n + pairs)]
 
 
 def _contiguous(array: NDArray[Any]) -> Any:
@@ -214,8 +228,9 @@ def unpack(extras: Sequence[Mapping[str, Any]], arrays: bytes) -> list[Response]
     Raises `CorruptPayloadError` or another error of Python's where they contradict each other, never after an allocation
     larger than the bytes.
     """
-    prompts, ids, logprobs, pairs, mask, texts = columns = _columns(extras, arrays)
-    _check(columns)
+    prompts, ids, logprobs, pairs, mask, texts = _columns(extras, arrays)
+    if bad := _why_bad(ids, logprobs, mask):
+        raise CorruptPayloadError(bad)
     runs, shared, responses = pairs.tolist(), None, []
     prompt_at = at = run_at = text_at = 0
     for extra in extras:
@@ -275,17 +290,18 @@ def _ordered(extras: Sequence[Mapping[str, Any]], arrays: bytes) -> bytes:
     return b"".join([part for kind in parts for part in kind] + [arrays[at:]])
 
 
-def _check(columns: _Columns) -> None:
-    """What `RolloutState` would check member by member."""
-    if not columns.ids.size:
-        return
-    if (least := np.minimum.reduce(columns.ids)) < 0:
-        raise CorruptPayloadError(f"a token id is {least}; they are 0 or more")
-    if (most := np.maximum.reduce(columns.mask)) > 1:
-        raise CorruptPayloadError(f"a mask holds {most}; it is 1 where trainable, else 0")
-    finite = np.isfinite(columns.logprobs)
-    if not np.logical_and.reduce(finite) and not finite[columns.mask == 1].all():
-        raise CorruptPayloadError("a log-probability of a trainable token is not finite")
+def _why_bad(ids: NDArray[Any], logprobs: NDArray[Any], mask: NDArray[Any]) -> str | None:
+    """What `RolloutState` would refuse member by member, here of all together; None where it is fine."""
+    if not ids.size:
+        return None
+    if (least := np.minimum.reduce(ids)) < 0:
+        return f"a token id is {least}; they are 0 or more"
+    if (most := np.maximum.reduce(mask)) > 1:
+        return f"a mask holds {most}; it is 1 where trainable, else 0"
+    finite = np.isfinite(logprobs)
+    if not np.logical_and.reduce(finite) and not finite[mask == 1].all():
+        return "a log-probability of a trainable token is not finite"
+    return None
 
 
 def _expanded(runs: Sequence[Sequence[int]], n: int) -> NDArray[np.int32]:

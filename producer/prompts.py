@@ -268,6 +268,8 @@ def _check_storable(row: Any) -> None:
         ids = np.asarray(given)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise ValueError(f"prompt_ids is an array of {ids.dtype} of shape {ids.shape}; it must be one list of whole numbers")
+        if ids.min() < 0:
+            raise ValueError(f"prompt_ids hold {ids.min()}; token ids are 0 or more")
     _ = encode_group(group).prompt
 
 

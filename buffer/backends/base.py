@@ -71,7 +71,7 @@ class Backend(ABC):
         older = stored != str(current) and migrations.migratable(stored, current)
         if stored == str(current) or (older and to_migrate):
             return int(stored)
-        newer = stored.isdigit() and int(stored) > current
+        newer = stored.isdecimal() and int(stored) > current
         forward = "open it for writing once, as `millrace migrate` does" if older else "restore it from a copy"
         remedy = "install a newer Millrace" if newer else forward
         raise SchemaVersionError(f"the database has schema version {stored}, this Millrace knows {current}; {remedy}", stored)

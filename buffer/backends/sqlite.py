@@ -237,6 +237,8 @@ _REMEDIES = (
     ("No space left", "make room on the disk"),
     ("disk I/O error", "look at the disk (room, limits on file size, health); nothing of this transaction was stored"),
     ("not a database", "the file is something else; give another one"),
+    ("no such table", "the file is damaged: restore it from a copy"),
+    ("no such column", "the file is damaged: restore it from a copy"),
     ("malformed", "the file is damaged: restore it from a copy"),
     ("locked", "another program holds the file; close it"),
 )

@@ -15,7 +15,7 @@ STEPS: Mapping[int, Callable[[Connection], None]] = {1: to_2.migrate, 2: to_3.mi
 
 def migratable(stored: str, current: int) -> bool:
     """Whether a database of the schema version `stored` can be brought forward to `current`."""
-    versions = range(int(stored), current) if stored.isdigit() else range(0)
+    versions = range(int(stored), current) if stored.isdecimal() else range(0)
     return len(versions) > 0 and all(version in STEPS for version in versions)
 
 

@@ -45,7 +45,7 @@ async def sampler(request: pytest.FixtureRequest, folder: Path) -> AsyncIterator
 
 async def test_each_input_gets_its_samples_in_order_with_everything_a_token_has(sampler: Sampler) -> None:
     prompts = [[5, 6, 7], [9], [11, 12]]
-    responses = await sampler.sample(prompts, SHORT, num_samples=3)
+    responses = await sampler.sample(prompts, SHORT, "", 3)
     assert [response.prompt_ids.tolist() for response in responses] == prompts
     for response in responses:
         for sequence in response.sequences:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from buffer import Position, RolloutGroup, RolloutState, Status, Turn
-from buffer.codec import GROUP_COLUMNS, MEMBER_COLUMNS, EncodedGroup, decode_group, encode, encode_group, snapshot
+from buffer.codec import GROUP_COLUMNS, MEMBER_COLUMNS, EncodedGroup, decode_group, encode, encode_group, encode_prefix, snapshot
 from buffer.errors import CorruptPayloadError
 from buffer.rollout import TOKEN_ARRAYS
 from buffer.staleness import NO_VERSION, Timeline
@@ -249,6 +249,38 @@ def test_arrays_that_were_put_in_by_hand_and_do_not_fit_are_refused(name: str, v
     setattr(group.rollouts[1], name, value)
     with pytest.raises(ValueError, match=r"rollout math-1-1: its arrays .* tokens enter by append\(\)"):
         encode_group(group)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("response_ids", np.array([5, -1, 5], np.int32), "a token id is -1"),
+        ("loss_mask", np.array([1, 2, 1], np.uint8), "a mask holds 2"),
+        ("logprobs", np.array([-1, np.nan, -1], np.float32), "a log-probability of a trainable token is not finite"),
+        ("versions", np.array([0, -1, 0], np.int32), "a version is negative"),
+        ("timelines", np.array([0, -1, 0], np.int32), "a version is negative"),
+    ],
+)
+@pytest.mark.parametrize("prompt_ids", [None, np.arange(3, dtype=np.int32)], ids=["text", "ids"])
+def test_what_would_not_decode_is_not_stored(name: str, value: Any, message: str, prompt_ids: Any) -> None:
+    group = a_group(1)
+    group.rollouts[0].prompt_ids = prompt_ids
+    setattr(group.rollouts[1], name, value)
+    with pytest.raises(ValueError, match=rf"group 1 cannot be stored: {message}.*; tokens enter by append\(\)"):
+        encode_group(group)
+    with pytest.raises(ValueError, match=f"group 1 cannot be stored: {message}"):
+        encode_prefix(snapshot(group), {1: 0})
+    setattr(group.rollouts[1], name, np.ones_like(value))
+    encode_group(group)
+
+
+@pytest.mark.parametrize(("name", "value"), [("index", 0), ("group_id", 7)])
+def test_a_member_that_was_given_another_place_is_refused(name: str, value: int) -> None:
+    group = a_group(1)
+    setattr(group.rollouts[1], name, value)
+    for encode_it in (encode_group, lambda group: encode_prefix(snapshot(group), {0: 0})):
+        with pytest.raises(ValueError, match=r"rollout math-\d-\d does not belong at index 1 of group 1; .* are for reading"):
+            encode_it(group)
 
 
 def change_extras(**changes: Any) -> Callable[[dict[str, Any]], None]:

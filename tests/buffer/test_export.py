@@ -150,6 +150,11 @@ def test_columns_of_parquet_have_the_types_of_the_arrays(tmp_path: Path) -> None
 # --- names and places
 
 
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {tmp_path}/runs for run.jsonl; make it first"):
+        write_groups(tmp_path / "runs" / "run.jsonl", some())
+
+
 def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:
     for write in (write_groups, write_jsonl, write_parquet):
         with pytest.raises(ValueError, match="parquet"):

@@ -219,6 +219,10 @@ def newer(path: Path) -> None:
     _execute(path, "UPDATE millrace_meta SET value = '999' WHERE key = 'schema_version'")
 
 
+def of_an_odd_version(path: Path) -> None:
+    _execute(path, "UPDATE millrace_meta SET value = '²' WHERE key = 'schema_version'")
+
+
 def of_no_version(path: Path) -> None:
     _execute(path, "DELETE FROM millrace_meta")
 
@@ -255,6 +259,7 @@ def _execute(path: Path, statement: str) -> None:
 CASES: list[tuple[Callable[[Path], None], type[Exception], str]] = [
     (newer, SchemaVersionError, "schema version 999, this Millrace knows 5; install a newer Millrace"),
     (of_no_version, SchemaVersionError, "schema version none, .*; restore it from a copy"),
+    (of_an_odd_version, SchemaVersionError, "schema version ², .*; restore it from a copy"),
     (foreign, ForeignDatabaseError, r"other tables \(accounts\) and is no Millrace buffer; give another file"),
     (text, DatabaseError, "run.db: file is not a database; the file is something else; give another one"),
     (truncated, DatabaseError, "run.db: database disk image is malformed; the file is damaged: restore it from a copy"),

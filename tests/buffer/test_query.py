@@ -35,7 +35,9 @@ async def buffer(tmp_path: Path) -> AsyncIterator[ReplayBuffer]:
         for step in (1, 2):
             await opened.take("math", 1, step=step)
         await put_all(opened, [judged(1, 0.0, 0.0), judged(4, None, None)])
-        await put_all(opened, [failed(5, "ValueError: 100% wrong", 1), failed(6, "TimeoutError: 100 s", 3), failed(7, r"a_b\c 'x' --", 2)])
+        await put_all(
+            opened, [failed(5, "ValueError: 100% wrong", 1), failed(6, "TimeoutError: 100 s", 3), failed(7, "a_b\\c 'x' --\0\ud800", 2)]
+        )
         mixed = a_group(8, task_name="code", size=1, version=2)
         mixed.rollouts[0].append([9], logprobs=[-1.0], version=6)
         mixed.rollouts[0].append([9], trainable=False, version=9)
@@ -69,6 +71,8 @@ async def buffer(tmp_path: Path) -> AsyncIterator[ReplayBuffer]:
         ({"error": "' OR 1=1 --"}, []),
         ({"error": "'x' --"}, [7]),
         ({"error": ""}, [5, 6, 7]),
+        ({"error": "\0"}, [7]),
+        ({"error": "\ud800"}, [7]),
         ({"min_attempts": 2}, [6, 7]),
         ({"min_attempts": 0}, [1, 2, 3, 4, 5, 6, 7, 8]),
         ({"min_attempts": np.int64(4)}, []),
@@ -129,6 +133,10 @@ async def test_the_step_is_that_of_what_is_not_given_back(buffer: ReplayBuffer) 
         ({"step": 0}, "step=0 must be a whole number, 1 or more"),
         ({"min_attempts": -1}, "min_attempts=-1 must be a whole number, 0 or more"),
         ({"error": 100}, "error=100 must be text"),
+        ({"task_name": 5}, "task_name=5 names no task"),
+        ({"task_name": "a\0"}, r"task_name='a\\x00' holds a null character"),
+        ({"task_name": "\ud800"}, r"task_name='\\ud800' is no text that a database holds"),
+        ({"max_reward": 10**400}, "max_reward=1000+ is no number to compare with"),
         ({"min_age": 2, "max_age": 1}, r"min_age=2\.0 lies above max_age=1\.0"),
         ({"order": "id; DROP TABLE groups"}, "order='id; DROP TABLE groups' is unknown; choose among .*'oldest', 'newest'"),
     ],

@@ -48,9 +48,15 @@ async def test_the_buffer_keeps_a_copy(buffer: ReplayBuffer) -> None:
     assert plain(second) == before, "every group handed out is a fresh one"
 
 
-async def test_an_empty_group_is_refused_before_it_reaches_the_buffer() -> None:  # case 8
+async def test_an_empty_group_is_refused_before_it_reaches_the_database(buffer: ReplayBuffer) -> None:  # case 8
     with pytest.raises(ValueError, match="has no rollouts; a group holds at least one"):
         RolloutGroup(1, [])
+    group = a_group(1)
+    group.rollouts.clear()
+    for store in (buffer.put(group), buffer.put_restored([group])):
+        with pytest.raises(ValueError, match="group 1 has no rollouts; a group holds at least one"):
+            await store
+    assert await buffer.task_names() == []
 
 
 async def test_a_group_runs_from_drawn_to_archived(buffer: ReplayBuffer) -> None:

@@ -246,6 +246,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"prompt_ids": []}, "empty"),
     ({"prompt_ids": [[1, 2], [3, 4]]}, "shape"),
     ({"prompt_ids": [1.5]}, "whole numbers"),
+    ({"prompt_ids": [3, -1]}, "hold -1; token ids are 0 or more"),
     ({"prompt_ids": "12"}, "whole numbers|invalid literal"),
     ({"prompt_ids": [2**40]}, "out of bounds|too large|whole"),
     ({"prompt": [1, 2]}, "chat messages"),
@@ -354,7 +355,9 @@ async def test_columns_collated_into_one_mapping_are_refused(buffer: ReplayBuffe
 
 
 @pytest.mark.parametrize(
-    "options", [{"group_size": 0}, {"max_prompt_tokens": 0}, {"on_bad_row": "skip"}, {"seed": -1}], ids=lambda options: next(iter(options))
+    "options",
+    [{"group_size": 0}, {"max_prompt_tokens": 0}, {"on_bad_row": "skip"}, {"seed": -1}, {"seed": 1.5}, {"seed": "7"}],
+    ids=lambda options: ascii(options)[1:-1],
 )
 async def test_bad_arguments_are_refused_at_construction(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
