@@ -10,6 +10,7 @@ from agent_loop import AgentLoop
 from agent_loop.engines.base import Engine, PauseMode, WeightSource
 from agent_loop.sampling import whole
 from buffer import ReplayBuffer
+from producer.checks import check_parts
 from producer.errors import ProducerError
 from producer.gate import Gate, paused
 from producer.plan import ProducedBatch
@@ -44,6 +45,7 @@ class Producer:
     def __init__(self, strategy: ProduceStrategy, agent_loop: AgentLoop, sampler: PromptSampler, task_name: str) -> None:
         if not isinstance(strategy, ProduceStrategy):
             raise TypeError(f"strategy={strategy!r:.80} is no ProduceStrategy; pass AsyncProduceStrategy(buffer, ...)")
+        check_parts(agent_loop, sampler)
         if not task_name or not isinstance(task_name, str):
             raise ValueError(f"task_name={task_name!r} names no task; give the name of one, as text")
         self._strategy, self._agent_loop, self._sampler, self._task_name = strategy, agent_loop, sampler, task_name

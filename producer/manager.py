@@ -3,19 +3,23 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self, get_args
 
 from agent_loop import AgentLoop
+from agent_loop.arguments import function
 from agent_loop.engines.base import PauseMode, WeightSource
 from agent_loop.errors import first_error
 from agent_loop.sampling import number, whole
 from buffer import ReplayBuffer, Share, Status
+from buffer.errors import ResumeRequiredError, StepError
+from producer.checks import check_loop, check_parts
 from producer.errors import ProducerError
 from producer.evaluation import Evaluation, EvaluationResult
 from producer.gate import paused
+from producer.kept_weights import KeptWeights
 from producer.merging import merged_metrics
 from producer.metrics import Metrics
 from producer.part import Part, TrainingTask
@@ -23,6 +27,7 @@ from producer.permits import Permits
 from producer.pinning import Pins
 from producer.plan import ProducedBatch
 from producer.shares import allotments, checked_weights
+from producer.strategy import ProduceStrategy
 
 _log = logging.getLogger(__name__)
 
@@ -66,8 +71,10 @@ class TaskManager:
         evaluation_weight: float = 1.0,
     ) -> None:
         _check_tasks(buffer, tasks)
+        if weights is not None:
+            function("weights", weights, "one of the step and of metrics, which gives weights by task, or None")
         self._buffer, self._tasks = buffer, {task.name: task for task in tasks}
-        self._weights: dict[str, float] = dict(checked_weights({task.name: task.weight for task in tasks}))
+        self._weights = KeptWeights(buffer, {task.name: task.weight for task in tasks})
         checked_weights({"evaluation": evaluation_weight})
         self._reweigh, self._evaluation_weight = weights, evaluation_weight
         self._permits = None if max_in_flight is None else Permits(max_in_flight)
@@ -84,6 +91,8 @@ class TaskManager:
     async def __aenter__(self) -> Self:
         if self._group is not None:
             raise ProducerError("this manager is entered already; one `async with` at a time")
+        await self._weights.as_after(max(0, await self._next_step() - 1))
+        self._weigh()
         self._group = await asyncio.TaskGroup().__aenter__()
         return self
 
@@ -103,19 +112,32 @@ class TaskManager:
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """Of the tasks, from the next batch on."""
-        return dict(self._weights)
+        """Of the tasks, from the next batch on; what an earlier process changed is found when this is entered, or asked for a batch."""
+        return dict(self._weights.now)
 
-    def set_weight(self, name: str, weight: float) -> None:
-        """Give a task another weight, from the next batch on; `ValueError` if it is none, or the last above 0 would go."""
-        self._set_weights({name: weight})
+    async def set_weight(self, name: str, weight: float) -> None:
+        """Give a task another weight, from the next batch on.
 
-    def _set_weights(self, changed: Mapping[str, float]) -> None:
-        if unknown := [name for name in changed if name not in self._tasks]:
-            raise ValueError(f"there is no task {unknown[0]!r}; the tasks are {sorted(self._tasks)}")
-        self._weights = dict(checked_weights({**self._weights, **changed}))
+        It belongs to the last batch that was consumed: a run that is resumed from that step or a later one goes on with it, as long as
+        the program gives the task the weight that it gave it then. Set after that step was committed, it belongs to the next batch.
+
+        Raises:
+            ValueError: there is no such task, it is no weight, or the last above 0 would go.
+        """
+        self._weights.ask(name, weight)
+        self._weigh()
+        if (last := await self._next_step() - 1) > 0:
+            with suppress(StepError, ResumeRequiredError):  # of a step that is final, or will be undone: kept with the next batch
+                await self._weights.as_after(last)
+                await self._weights.keep(last)
+            self._weigh()
+
+    def _weigh(self) -> None:
         for name, part in self._parts.items():
-            part.weigh(self._weights[name])
+            part.weigh(self._weights.now[name])
+
+    async def _next_step(self) -> int:
+        return max([await self._buffer.next_step(name) for name in self._tasks])
 
     async def removed(self) -> dict[str, dict[Status, int]]:
         """Tasks that had shares of earlier batches and are not this manager's: their groups by status. They stay in the buffer."""
@@ -136,7 +158,7 @@ class TaskManager:
     async def evaluate(
         self,
         task_name: str,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Iterable[Mapping[str, Any]],
         agent_loop: AgentLoop,
         *,
         group_size: int = 1,
@@ -165,7 +187,9 @@ class TaskManager:
             ProducerError: every prompt failed, or the weights were updated all the time.
             EngineDeadError, ResumeRequiredError: see `ProduceStrategy.produce_batch`.
         """
+        rows = list(rows)
         self._check_evaluation(task_name, rows, group_size)
+        check_loop(agent_loop)
         agent_loop.check_initialised()
         permits = None if self._permits is None else self._permits.account(self._evaluation_weight, group_size)
         async with self._one_evaluation(task_name), self._pins.held():
@@ -261,11 +285,13 @@ class TaskManager:
             raise ValueError(f"batch_size={batch_size} is no batch; it must be 1 or more")
         with self._one_at_a_time():
             began = _now()
-            step = max([await self._buffer.next_step(name) for name in self._tasks]) if step is None else step
+            step = await self._next_step() if step is None else step
             await self._buffer.check_take(next(iter(self._tasks)), step)
             await self._tell_of_removed()
+            asked = self._weights.asked()
             shares = await self._shares(batch_size, step)
             batch = await self._produced(shares, step, began)
+            self._weights.settle(asked)
             self._metrics = batch.metrics
             return batch
 
@@ -281,14 +307,18 @@ class TaskManager:
 
     async def _shares(self, batch_size: int, step: int) -> list[Share]:
         """How this batch is shared out. Steps that were rewound, or failed, do not count: only what was consumed before it."""
-        if self._reweigh is not None:
-            self._set_weights(self._reweigh(step, dict(self._metrics)))
         carried = {share.task_name: share.carried for share in await self._buffer.shares(before=step)}
-        coming = list(itertools.islice(allotments(batch_size, self._weights, carried), 1 + self._horizon))
+        await self._weights.as_after(step - 1)
+        if self._reweigh is not None:
+            self._weights.change(self._reweigh(step, dict(self._metrics)))
+        self._weigh()
+        weights = self._weights.now
+        await self._weights.keep(step)
+        coming = list(itertools.islice(allotments(batch_size, weights, carried), 1 + self._horizon))
         for name, part in self._parts.items():
             part.expects([allotment.groups[name] for allotment in coming])
         now = coming[0]
-        return [Share(name, self._weights[name], n, now.carried.get(name, 0.0)) for name, n in now.groups.items()]
+        return [Share(name, weights[name], n, now.carried.get(name, 0.0)) for name, n in now.groups.items()]
 
     async def _produced(self, shares: Sequence[Share], step: int, began: float) -> ProducedBatch:
         parts = {share.task_name: self._parts[share.task_name] for share in shares if share.groups}
@@ -361,6 +391,11 @@ def _check_tasks(buffer: ReplayBuffer, tasks: Sequence[TrainingTask]) -> None:
             raise TypeError(f"task {task!r:.80} is no TrainingTask; pass TrainingTask(name, agent_loop, sampler, strategy, weight)")
         if not task.name or not isinstance(task.name, str):
             raise ValueError(f"name={task.name!r} names no task; give the name of one, as text")
+        check_parts(task.agent_loop, task.sampler)
+        if not isinstance(task.strategy, ProduceStrategy):
+            raise TypeError(
+                f"strategy={task.strategy!r:.80} of task {task.name!r} is no ProduceStrategy; pass AsyncProduceStrategy(buffer, ...)"
+            )
         if task.strategy.buffer is not buffer:
             raise ValueError(f"the strategy of task {task.name!r} has another buffer than the manager; give all of them the same one")
     for what, seen in (("name", [task.name for task in tasks]), ("sampler", [id(task.sampler) for task in tasks])):

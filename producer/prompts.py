@@ -313,6 +313,8 @@ class ReplayPromptSampler(PromptSampler):
         order: PromptOrder | None = None,
         **options: Any,
     ) -> None:
+        if not isinstance(buffer, ReplayBuffer):
+            raise TypeError(f"buffer={buffer!r:.80} is no ReplayBuffer; pass an open one")
         super().__init__(dataset, group_size, **options)
         if unknown := [status for status in replay if status not in LEFT_BEHIND]:
             raise ValueError(f"replay={unknown[0]!r} cannot be offered again; choose among {[str(s) for s in LEFT_BEHIND]}")

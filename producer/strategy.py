@@ -7,11 +7,13 @@ from types import TracebackType
 from typing import Literal, Self
 
 from agent_loop import AgentLoop
+from agent_loop.arguments import flag, function, one_of
 from agent_loop.sampling import number, whole
 from buffer import Fifo, ReplayBuffer, StalestFirst, Status, TakePolicy
 from buffer.errors import BufferClosedError
 from producer.adaptive import AdaptiveLimit
 from producer.checkpoints import Interval
+from producer.checks import check_parts
 from producer.errors import ProducerError
 from producer.filters import GroupFilter
 from producer.flight import Rules
@@ -86,19 +88,28 @@ class ProduceStrategy(ABC):
     ) -> None:
         if not isinstance(buffer, ReplayBuffer):
             raise TypeError(f"buffer={buffer!r:.80} is no ReplayBuffer; pass an open one")
-        budget = {"max_failed": max_failed, "max_filtered": max_filtered, "max_interrupted": max_interrupted}
-        for name, bound in {"max_staleness": max_staleness, **budget, "interrupt_timeout": interrupt_timeout}.items():
-            if bound is not None and number(name, bound) < 0:
+        counts = {"max_failed": max_failed, "max_filtered": max_filtered, "max_interrupted": max_interrupted}
+        for name, bound in {"max_staleness": max_staleness, **counts}.items():
+            if bound is not None and whole(name, bound) < 0:
                 raise ValueError(f"{name}={bound} is negative; it must be 0 or more")
+        if number("interrupt_timeout", interrupt_timeout) < 0:
+            raise ValueError(f"interrupt_timeout={interrupt_timeout} is negative; it must be 0 or more")
+        if group_filter is not None:
+            function("group_filter", group_filter, "zero_variance, pass_rate(...), one of your own, or None")
+        flag("enable_partial_rollout", enable_partial_rollout)
+        if progress is not None:
+            flag("progress", progress)
+        if not isinstance(policy, TakePolicy | None):
+            raise TypeError(f"policy={policy!r:.80} is none; give Fifo(), StalestFirst(), FreshestFirst() or None")
         if not isinstance(max_in_flight, AdaptiveLimit | None) and whole("max_in_flight", max_in_flight) < 1:
             raise ValueError(f"max_in_flight={max_in_flight} lets no rollout run; it must be 1 or more")
         if not isinstance(redundant, RedundantMembers | None):
             raise TypeError(f"redundant={redundant!r:.80} is none; pass RedundantMembers(extra=..., bias='accept')")
         if not isinstance(watchdog, Watchdog | None):
             raise TypeError(f"watchdog={watchdog!r:.80} is none; pass Watchdog(factor=..., least_seconds=...) or None")
-        _check_choice("on_stall", on_stall, ("warn", "raise"))
-        _check_choice("in_flight", in_flight, ("interrupt", "keep"))
-        _check_choice("on_stale", on_stale, ("wait", "expire", "mask"))
+        one_of("on_stall", on_stall, ("warn", "raise"))
+        one_of("in_flight", in_flight, ("interrupt", "keep"))
+        one_of("on_stale", on_stale, ("wait", "expire", "mask"))
         waits = max_staleness is not None and on_stale == "wait"
         if waits and policy is not None and not isinstance(policy, StalestFirst):
             raise ValueError(f"policy={policy!r} could leave the stalest until they are too stale; on_stale='wait' needs StalestFirst()")
@@ -192,6 +203,7 @@ class ProduceStrategy(ABC):
         """Raise what producing such batches would raise at once."""
         if whole("batch_size", batch_size) < 1:
             raise ValueError(f"batch_size={batch_size} is no batch; it must be 1 or more")
+        check_parts(agent_loop, sampler)
         agent_loop.check_initialised()
         if self.redundant is not None:
             self.redundant.needed(sampler.group_size)
@@ -257,8 +269,3 @@ class ProduceStrategy(ABC):
             await production.open(self._tasks)
         production.batch.size = batch_size
         return production
-
-
-def _check_choice(name: str, given: object, known: tuple[str, ...]) -> None:
-    if given not in known:
-        raise ValueError(f"{name}={given!r:.40} is unknown; choose among {known}")

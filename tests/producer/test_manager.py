@@ -145,7 +145,7 @@ async def test_a_task_without_a_group_in_a_batch_is_not_run_and_what_it_keeps_ru
             assert Counter(name for part in seen for name in part) == {"often": 3, "kept": 1}
             await buffer.wait_for("kept", Status.COMPLETED, 4, timeout=30)  # one batch's surplus, produced while the others' came
             before = await buffer.counts("kept")
-            manager.set_weight("kept", 0)
+            await manager.set_weight("kept", 0)
             assert sizes(await manager.produce_batch(5)) == {"often": 5}
             assert await buffer.counts("kept") == before
         assert await buffer.count("kept", Status.RUNNING) == 0
@@ -223,13 +223,61 @@ async def test_weights_change_from_batch_to_batch(buffer: ReplayBuffer) -> None:
         assert [sizes(await manager.produce_batch(12)) for _ in range(3)] == [{"a": 6, "b": 6}, {"a": 4, "b": 8}, {"a": 3, "b": 9}]
         assert told == [(1, -1), (2, 6), (3, 4)]
         manager = TaskManager(buffer, tasks)
-        manager.set_weight("a", 0)
+        await manager.set_weight("a", 0)
         assert sizes(await manager.produce_batch(3)) == {"b": 3}
-        assert manager.weights == {"a": 0, "b": 1}
+        assert manager.weights == {"a": 0, "b": 3}
         for name, weight in (("a", -1.0), ("b", 0.0), ("x", 1.0)):
             with pytest.raises(ValueError, match=r"weight|no task 'x'"):
-                manager.set_weight(name, weight)
+                await manager.set_weight(name, weight)
         assert sizes(await manager.produce_batch(1)) == {"b": 1}
+
+
+async def weights_of(buffer: ReplayBuffer, engine: SimulatedEngine, program: dict[str, float], **options: Any) -> dict[str, float]:
+    """Of a batch of a manager that was made anew, with these weights in its program."""
+    batch = await TaskManager(buffer, [a_task(buffer, engine, *of) for of in program.items()], **options).produce_batch(4)
+    return {name: batch.metrics[f"task/{name}/share/weight"] for name in program}
+
+
+async def test_weights_that_were_changed_come_back_with_the_run_unless_the_program_says_others_since(url: str) -> None:
+    program = {"a": 1.0, "b": 1.0}
+    async with SimulatedEngine(lengths=4) as engine:
+        async with (
+            ReplayBuffer.open(url) as buffer,
+            TaskManager(buffer, [a_task(buffer, engine, *of) for of in program.items()]) as manager,
+        ):
+            assert sizes(await manager.produce_batch(4)) == {"a": 2, "b": 2}
+            await manager.set_weight("b", 3)  # of step 1
+            assert sizes(await manager.produce_batch(4)) == {"a": 1, "b": 3}
+            await buffer.commit(2)
+            await manager.set_weight("a", 0.5)  # of step 3, since step 2 is final
+            await manager.produce_batch(4)
+            await manager.set_weight("a", 9)
+        async with ReplayBuffer.open(url) as buffer:
+            early = TaskManager(buffer, [a_task(buffer, engine, *of) for of in program.items()])
+            await early.set_weight("b", 7)  # before it is known where the run goes on
+            await buffer.resume(step=2)
+            assert (await early.produce_batch(4)).metrics["task/b/share/weight"] == 7
+            assert early.weights == {"a": 1, "b": 7}
+            await buffer.resume(step=2)
+            async with TaskManager(buffer, [a_task(buffer, engine, *of) for of in program.items()]) as manager:
+                assert manager.weights == {"a": 1, "b": 3}
+            assert await weights_of(buffer, engine, program) == {"a": 1, "b": 3}
+            assert await weights_of(buffer, engine, {"a": 2.0, "b": 1.0, "new": 5.0}) == {"a": 2, "b": 3, "new": 5}
+            assert await weights_of(buffer, engine, {"a": 2.0, "b": 2.0}) == {"a": 2, "b": 2}
+            assert await weights_of(buffer, engine, program) == program, "the last that changed holds"
+            await nothing_is_lost(buffer)
+
+
+async def test_weights_of_a_function_that_speaks_once_come_back_and_those_of_a_batch_that_failed_do_not(buffer: ReplayBuffer) -> None:
+    program = {"a": 1.0, "b": 1.0}
+    async with SimulatedEngine(lengths=4) as engine:
+        assert await weights_of(buffer, engine, program, weights=lambda step, metrics: {"b": 0.0} if step == 1 else {}) == {"a": 1, "b": 0}
+        assert await weights_of(buffer, engine, program) == {"a": 1, "b": 0}
+        broken = TaskManager(buffer, [a_task(buffer, engine, "b", rows=[{}]), a_task(buffer, engine, "a")], weights=lambda *_: {"b": 4.0})
+        with pytest.raises(DatasetError):
+            await broken.produce_batch(4)
+        assert await weights_of(buffer, engine, program) == {"a": 1, "b": 0}
+        assert await weights_of(buffer, engine, {"b": 1.0}) == {"b": 1}, "what was set to 0 beside others that are gone"
 
 
 async def test_a_rewound_run_is_shared_out_as_the_one_that_was_not(buffer: ReplayBuffer) -> None:
@@ -306,7 +354,7 @@ async def test_a_bad_row_and_an_empty_dataset_of_one_task_are_told_with_its_name
         empty = TaskManager(buffer, [a_task(buffer, engine, "good"), a_task(buffer, engine, "empty", rows=[])])
         with pytest.raises(DatasetError, match="empty"):
             await empty.produce_batch(2)
-        manager.set_weight("bad", 0)
+        await manager.set_weight("bad", 0)
         assert sizes(await manager.produce_batch(2)) == {"good": 2}
 
 

@@ -23,10 +23,13 @@ from buffer.errors import BufferClosedError, ReplayBufferError, ResumeRequiredEr
 from producer import (
     AsyncProduceStrategy,
     ProducedBatch,
+    Producer,
     ProduceStrategy,
     PromptSampler,
     ReplayPromptSampler,
     SyncProduceStrategy,
+    TaskManager,
+    TrainingTask,
     zero_variance,
 )
 from producer.errors import DatasetError, FailureBudgetError, ProducerError
@@ -860,11 +863,45 @@ async def test_a_loop_that_holds_a_cancellation_back_is_named(buffer: ReplayBuff
         {"interrupt_timeout": float("nan")},
         {"max_interrupted": True},
         {"staleness_threshold": "0.5"},
+        {"max_staleness": 1.5},
+        {"max_failed": 2.5},
+        {"interrupt_timeout": None},
+        {"enable_partial_rollout": "no"},
+        {"progress": "no"},
+        {"group_filter": "zero_variance"},
+        {"policy": "fifo"},
     ],
+    ids=str,
 )
 async def test_bad_bounds_are_refused_at_construction(buffer: ReplayBuffer, arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(arguments))):
+    with pytest.raises((ValueError, TypeError), match=next(iter(arguments))):
         AsyncProduceStrategy(buffer, **arguments)
+
+
+async def test_parts_that_are_none_are_refused_by_name_before_anything_runs(buffer: ReplayBuffer) -> None:
+    async with Counting(lengths=5) as engine:
+        strategy, loop, sampler = SyncProduceStrategy(buffer), loop_of(engine), sampler_of(buffer)
+        for parts, name in (
+            ((None, sampler), "agent_loop=None"),
+            ((engine, sampler), "agent_loop="),
+            ((loop, [{"prompt": "a"}]), "sampler="),
+        ):
+            with pytest.raises(TypeError, match=name):
+                await strategy.produce_batch(*parts, 2, TASK)  # type: ignore[arg-type]
+            with pytest.raises(TypeError, match=name):
+                Producer(strategy, *parts, TASK)  # type: ignore[arg-type]
+            with pytest.raises(TypeError, match=name):
+                TaskManager(buffer, [TrainingTask(TASK, *parts, strategy)])  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="strategy=None"):
+            TaskManager(buffer, [TrainingTask(TASK, loop, sampler, None)])  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="weights="):
+            TaskManager(buffer, [TrainingTask(TASK, loop, sampler, strategy)], weights={TASK: 1.0})  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="buffer=None"):
+            ReplayPromptSampler([{"prompt": "a"}], None)  # type: ignore[arg-type]
+        for options in ({"seed": "1"}, {"shuffle": "no"}):
+            with pytest.raises((ValueError, TypeError), match=next(iter(options))):
+                ReplayPromptSampler([{"prompt": "a"}], buffer, **options)
+    assert engine.requests == 0
 
 
 async def test_a_strategy_needs_a_buffer_and_a_whole_batch(buffer: ReplayBuffer) -> None:
