@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_loop.engines.base import Completion, FinishReason, TopLogprobs
+from agent_loop.engines.values import check_logprobs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,10 +37,7 @@ class SampledSequence:
     def __post_init__(self) -> None:
         if self.finish_reason not in get_args(FinishReason):
             raise ValueError(f"unknown finish reason {self.finish_reason!r}; known are {get_args(FinishReason)}")
-        if np.isnan(self.logprobs).any():
-            raise ValueError(
-                f"token {int(np.isnan(self.logprobs).argmax())} has a log-probability that is no number; are the weights sound?"
-            )
+        check_logprobs(self.logprobs, "token", sampled=True)
 
     @classmethod
     def of(cls, completion: Completion, text: str | None, score: float | None = None) -> "SampledSequence":

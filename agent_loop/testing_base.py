@@ -88,6 +88,10 @@ class Suite(ABC):
         """Weights that cannot be loaded."""
         return "no/such/folder/of/weights"
 
+    def spoilt_weights(self, engine: Engine) -> WeightSource | None:
+        """The original weights with NaN where it reaches every log-probability, and no cache; None where weights hold no numbers."""
+        return None
+
     def adapter_sources(self, engine: Engine) -> Sequence[WeightSource]:
         """Two adapters, each of which changes greedy output in its way; an engine that declares adapters needs them."""
         raise NotImplementedError(f"{type(engine).__name__} declares adapters: give adapter_sources and adapted_logprobs")

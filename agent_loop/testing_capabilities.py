@@ -2,13 +2,15 @@
 
 import asyncio
 import re
+from collections.abc import Awaitable
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
 
-from agent_loop.engines.base import Capabilities, Engine
-from agent_loop.errors import RequestRefusedError, WeightUpdateError
+from agent_loop.engines.base import Capabilities, Completion, Engine
+from agent_loop.errors import EngineError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams
 from agent_loop.testing_base import InFlight, Suite
 
@@ -23,6 +25,33 @@ class CapabilitySuite(Suite):
             assert has <= offered, f"{one.name}={has}, of which the class offers {offered}"
             if offered and one.name not in engine.only_with:
                 assert has, f"{one.name} is offered by the class, and only_with names no condition that this engine could lack"
+
+    async def test_log_probabilities_that_are_no_numbers_are_refused_with_their_token(self, engine: Engine) -> None:
+        prompt, spoilt = self.prompts(engine, 4)[3], self.spoilt_weights(engine)
+        if spoilt is None:
+            return
+        old, came, shown = await self.greedy(engine), asyncio.Event(), list[int]()
+
+        def show(piece: Completion) -> None:
+            shown.extend(piece.token_ids.tolist())
+            came.set()
+
+        async with self.weights_restored(engine) as version:
+            async with asyncio.TaskGroup() as tasks:
+                call = tasks.create_task(_refusal(engine.generate(prompt, self.long(), request_id="spoilt", on_tokens=show)))
+                call.add_done_callback(lambda _: came.set())
+                await came.wait()
+                await engine.update_weights(spoilt, version + 1)
+            named = re.match(r"token (\d+) has log-probability nan", call.result())
+            assert named is not None, call.result()
+            assert int(named[1]) >= len(shown) >= 1  # counted from the first of the response, and shown to nobody
+            short = SamplingParams(max_tokens=3, ignore_eos=True)
+            assert (await _refusal(engine.generate(prompt, short, request_id="whole"))).startswith("token 0 has log-probability nan")
+            if engine.capabilities.score:
+                assert (await _refusal(engine.score(prompt, start=2))).startswith("scored token 2 has log-probability nan")
+            if engine.capabilities.top_tokens:
+                assert (await _refusal(engine.top_tokens(prompt, 1))).startswith("likely token 0 has log-probability nan")
+        assert await self.greedy(engine) == old
 
     async def test_the_likeliest_tokens_of_each_position_come_with_a_response(self, engine: Engine) -> None:
         prompt, most = self.prompts(engine, 1)[0], engine.capabilities.top_logprobs
@@ -124,3 +153,9 @@ class CapabilitySuite(Suite):
             await engine.interrupt()
         assert (load is None) == (not engine.capabilities.load)
         assert load is None or load.running + load.waiting >= 1, call
+
+
+async def _refusal(call: Awaitable[Any]) -> str:
+    with pytest.raises(EngineError) as raised:
+        await call
+    return str(raised.value)

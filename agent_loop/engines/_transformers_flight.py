@@ -63,7 +63,8 @@ class Flight:
         if sampled.token in self.stop_ids or self.strings.completed(self._tokens):
             reason = "stop"
         if self.on_tokens is not None:
-            self.on_tokens(Completion.of([sampled.token], [sampled.logprob], version, reason or "abort"))
+            before = len(self._tokens) - 1
+            self.on_tokens(Completion.of([sampled.token], [sampled.logprob], version, reason or "abort", first=before))
         return reason
 
     def completion(self, reason: FinishReason) -> Completion:

@@ -4,7 +4,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_loop.engines.adapters import Adapter, Adapters, InUse, check_keep
+from agent_loop.engines.values import check_logprobs
 from agent_loop.errors import AdapterError, EngineClosedError, EngineDeadError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams, version_number, whole
 
@@ -58,6 +59,12 @@ class Completion:
         versions: int32, `engine.version` when each token was sampled; under an adapter that of the adapter.
         finish_reason: "stop" (EOS, a stop token or string), "length", or "abort" (interrupted: the tokens so far).
         top: the likeliest tokens at each position, where `top_logprobs` asked for them; pieces have none.
+
+    `first`, of a piece, is how many tokens of the response come before it, for messages; it is not kept.
+
+    Raises:
+        ValueError: arrays of unlike lengths, or an unknown finish reason.
+        EngineError: a log-probability that is none (NaN, infinite, above 0), with the token's position in the response.
     """
 
     token_ids: NDArray[np.int32]
@@ -65,20 +72,24 @@ class Completion:
     versions: NDArray[np.int32]
     finish_reason: FinishReason
     top: "TopLogprobs | None" = None
+    first: InitVar[int] = 0
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, first: int) -> None:
         sizes = (len(self.token_ids), len(self.logprobs), len(self.versions))
         if not sizes[0] == sizes[1] == sizes[2]:
             raise ValueError(f"token_ids, logprobs and versions have lengths {sizes}; they need one length")
         if self.finish_reason not in _FINISH_REASONS:
             raise ValueError(f"unknown finish reason {self.finish_reason!r}; known are {_FINISH_REASONS}")
+        check_logprobs(self.logprobs, "token", first=first, sampled=True)
 
     @classmethod
-    def of(cls, token_ids: Sequence[int], logprobs: Sequence[float], versions: int | Sequence[int], finish_reason: str) -> "Completion":
+    def of(
+        cls, token_ids: Sequence[int], logprobs: Sequence[float], versions: int | Sequence[int], finish_reason: str, *, first: int = 0
+    ) -> "Completion":
         """A completion from lists; one number as `versions` stands for all tokens."""
         ids = np.asarray(token_ids, np.int32)
         stamped = np.full(ids.shape, versions, np.int32) if np.ndim(versions) == 0 else np.asarray(versions, np.int32)
-        return cls(ids, np.asarray(logprobs, np.float32), stamped, finish_reason)  # type: ignore[arg-type]  # checked above
+        return cls(ids, np.asarray(logprobs, np.float32), stamped, finish_reason, first=first)  # type: ignore[arg-type]  # it is checked
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,10 +99,16 @@ class TopLogprobs:
     Attributes:
         token_ids: (n, k) int32, the likeliest first.
         logprobs: (n, k) float32, natural log; -inf of tokens that truncation or structure left no chance.
+
+    Raises:
+        EngineError: a log-probability that is none, with its position.
     """
 
     token_ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        check_logprobs(self.logprobs, "a likely token at position")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +168,17 @@ class TopTokens:
         token_ids: (n,) int32, the likeliest first, of equally likely ones the lowest id.
         logprobs: (n,) float32, natural log, at temperature 1 and without truncation.
         version: `engine.version` that gave them; under an adapter that of the adapter.
+
+    Raises:
+        EngineError: a log-probability that is none, with its place.
     """
 
     token_ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
     version: int
+
+    def __post_init__(self) -> None:
+        check_logprobs(self.logprobs, "likely token")
 
     @classmethod
     def of(cls, token_ids: Iterable[int], logprobs: Iterable[float], version: int) -> "TopTokens":

@@ -36,6 +36,7 @@ from agent_loop.engines.simulated_costs import CostModel, Statistics
 from agent_loop.engines.simulated_policy import FillerPolicy, Lengths, Policy, Request, Script, ScriptedPolicy
 from agent_loop.engines.simulated_request import InFlight
 from agent_loop.engines.simulated_table import TablePolicy, adapted_seed, weights_seed
+from agent_loop.engines.values import scores
 from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
 
@@ -397,7 +398,7 @@ class SimulatedEngine(Engine):
         if not isinstance(self.policy, TablePolicy):
             return await super().score(token_ids, start=start, adapter=adapter)
         ids, which = self.check_score(token_ids, start), None if adapter is None else self.check_adapter(adapter)
-        return self.reference_logprobs(ids[:start].tolist(), ids[start:].tolist(), self._version, adapter=which).astype(np.float32)
+        return scores(self.reference_logprobs(ids[:start].tolist(), ids[start:].tolist(), self._version, adapter=which), start)
 
     async def top_tokens(
         self, token_ids: Sequence[int] | NDArray[np.int32], count: int, *, adapter: str | Adapter | None = None

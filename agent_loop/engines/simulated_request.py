@@ -131,7 +131,7 @@ class InFlight(Job):
 
     def context(self) -> NDArray[np.int32]:
         """Prompt and response, once it has ended."""
-        return np.concatenate([self.prompt, self._part(0).token_ids])
+        return np.concatenate([self.prompt, self._token_ids(0)])
 
     def show(self, version: int, at_least: int = 1) -> None:
         """Show `on_tokens` what it has not seen yet, if that is so many tokens; `version` is that of those without a stamp."""
@@ -145,12 +145,15 @@ class InFlight(Job):
             self.show(version, self._piece)
 
     def _part(self, start: int, version: int = 0) -> Completion:
+        known = self._known
+        logprobs = np.array(self._logprobs[start:], np.float32) if known is None else known.logprobs[start : self.size]
+        reason: FinishReason = self.outcome if isinstance(self.outcome, str) else "abort"
+        return Completion(self._token_ids(start), logprobs, self._versions(start, version), reason, first=start)
+
+    def _token_ids(self, start: int) -> NDArray[np.int32]:
         if self._known is not None:
-            ids, logprobs = self._known.token_ids[start : self.size], self._known.logprobs[start : self.size]
-        else:
-            ids = np.array(self._ids[self.prompt.size + start :], np.int32)
-            logprobs = np.array(self._logprobs[start:], np.float32)
-        return Completion(ids, logprobs, self._versions(start, version), self.outcome if isinstance(self.outcome, str) else "abort")
+            return self._known.token_ids[start : self.size]
+        return np.array(self._ids[self.prompt.size + start :], np.int32)
 
     def _versions(self, start: int, version: int) -> NDArray[np.int32]:
         versions = np.empty(self.size - start, np.int32)

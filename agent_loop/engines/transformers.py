@@ -29,6 +29,7 @@ from agent_loop.engines.base import (
     TopTokens,
     WeightSource,
 )
+from agent_loop.engines.values import scores
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
 
@@ -297,7 +298,7 @@ class TransformersEngine(Engine):
         with self.using_adapter(adapter) as used:
             under = None if used is None else used.adapter
             logprobs, _ = await backend.look(ids, lambda logits: _chosen(logits[start - 1 : -1], ids[start:]), under)
-        return np.array(logprobs, np.float32)
+        return scores(logprobs, start)
 
     async def top_tokens(
         self, token_ids: Sequence[int] | NDArray[np.int32], count: int, *, adapter: str | Adapter | None = None
@@ -341,7 +342,7 @@ class TransformersEngine(Engine):
     def _hand(self, flight: Flight, sampled: Sampled) -> None:
         try:
             reason = flight.take(sampled)
-        except Exception as error:  # noqa: BLE001  # the user's callback failed: its own request raises it, the others go on
+        except Exception as error:  # noqa: BLE001  # the user's callback failed, or no number came: the request raises it, others go on
             self._finish(flight, error)
         else:
             if reason is not None:

@@ -24,6 +24,7 @@ from agent_loop.engines.base import (
     WeightSource,
     piece_tokens,
 )
+from agent_loop.engines.values import scores
 from agent_loop.engines.vllm_adapter import (
     Start,
     checkpoint_of,
@@ -323,7 +324,7 @@ class VLLMEngine(WeightsOfVLLM):
                     flats.append(part.logprobs)
                 if on_tokens is not None and new:
                     stamp = self._version if version is None else version
-                    on_tokens(Completion.of(new, new_logprobs, stamp, part.finish_reason or "abort"))
+                    on_tokens(Completion.of(new, new_logprobs, stamp, part.finish_reason or "abort", first=len(tokens) - len(new)))
         if part.finish_reason not in get_args(FinishReason):
             raise EngineError(f"vLLM ended request {request_id!r} with {part.finish_reason!r}; known are {get_args(FinishReason)}")
         versions = token_versions(part.weight_versions, len(tokens)) if version is None else version
@@ -400,7 +401,7 @@ class VLLMEngine(WeightsOfVLLM):
         ids = self.check_score(token_ids, start).tolist()
         with self.using_adapter(adapter) as used:
             output, _ = await self._look(ids, look_params(), used)
-        return np.array(prompt_logprobs(output.prompt_logprobs, ids)[start - 1 :], np.float32)
+        return scores(prompt_logprobs(output.prompt_logprobs, ids)[start - 1 :], start)
 
     async def top_tokens(
         self, token_ids: Sequence[int] | NDArray[np.int32], count: int, *, adapter: str | Adapter | None = None

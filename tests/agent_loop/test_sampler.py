@@ -339,17 +339,6 @@ async def test_unknown_finish_reasons_raise() -> None:
 # --- text and scores
 
 
-async def test_log_probabilities_that_are_no_numbers_raise() -> None:
-    class Spoilt(SimulatedEngine):
-        async def generate(self, *args: Any, **options: Any) -> Completion:
-            sound = await super().generate(*args, **options)
-            return Completion.of(sound.token_ids, [*sound.logprobs[:-1], float("nan")], sound.versions, sound.finish_reason)  # type: ignore[arg-type]  # arrays
-
-    async with Sampler(Spoilt()) as sampler:
-        with pytest.raises(ValueError, match="no number; are the weights sound"):
-            await sampler.sample([5], SHORT)
-
-
 async def test_prompts_are_encoded_as_they_are() -> None:
     async with Sampler(simulated(), TOKENIZER) as sampler:
         responses = await sampler.generate_from_prompts(["2 + 2 =", "3 + 3 ="], SHORT, num_samples=2)

@@ -84,6 +84,9 @@ class TestTransformersEngine(EngineSuite):
     def new_weights(self, engine: Engine) -> WeightSource:
         return self.folders[1]
 
+    def spoilt_weights(self, engine: Engine) -> WeightSource:
+        return load_file(self.folders[0] / "model.safetensors") | {"model.norm.weight": torch.full((128,), torch.nan)}
+
     def adapter_sources(self, engine: Engine) -> Sequence[WeightSource]:
         return self.adapters
 

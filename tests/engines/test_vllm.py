@@ -125,6 +125,9 @@ class TestVLLMEngine(EngineSuite):
     def new_weights(self, engine: Engine) -> WeightSource:
         return self.models[1]
 
+    def spoilt_weights(self, engine: Engine) -> WeightSource:
+        return load_file(self.models[0] / "model.safetensors") | {"model.norm.weight": torch.full((128,), torch.nan)}
+
     async def test_closing_ends_what_is_in_flight_and_is_idempotent(self, capfd: pytest.CaptureFixture[str]) -> None:  # type: ignore[override]
         before = descendants()
         capfd.readouterr()
