@@ -16,8 +16,14 @@ from agent_loop.sampler import Sampler
 from agent_loop.samples import SampledSequence
 from agent_loop.sampling import SamplingParams, number, whole
 
+MOST_BEAMS = 256
+"""A step compares as many continuations as beams by likely tokens: more would hold up the event loop."""
+
 MOST_PENALTY = 10
 """Of `length_penalty`, above 0 or below: powers of any length are numbers."""
+
+_PLAIN = SamplingParams()
+_DRAWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "top_logprobs", "structured_outputs")
 
 NOT_FOR_TRAINING = (
     "beam search gives no training rollouts: beams are the likeliest responses, not samples of the policy, so what is estimated from them "
@@ -70,23 +76,37 @@ class Search:
 
     def step(self, likely: Iterable[TopTokens]) -> None:
         """Go on by a token, given the likely ones of each running beam, in order."""
-        ranked = sorted(
-            (
-                beam.extended(token, logprob, top.version)
-                for beam, top in zip(self.running, likely, strict=True)
-                for token, logprob in zip(top.token_ids.tolist(), top.logprobs.tolist(), strict=True)
-            ),
-            key=self._order,
-        )
+        told = list(likely)
+        ranked = self._ranked(told)
+
+        def beam(score: float, context: tuple[int, ...], token: int, place: int, logprob: float) -> Beam:
+            return self.running[place].extended(token, logprob, told[place].version)
+
         # A beam may stop only if it is among those that would go on: else an unlikely EOS, cheap since it is short, would win.
-        self._finish([beam for beam in ranked[: self._beams] if beam.token_ids[-1] in self._stops], "stop")
-        self.running = [beam for beam in ranked if beam.token_ids[-1] not in self._stops][: self._beams]
+        self._finish([beam(*one) for one in ranked[: self._beams] if one[2] in self._stops], "stop")
+        self.running = [beam(*one) for one in [one for one in ranked if one[2] not in self._stops][: self._beams]]
         if self.running and len(self.running[0].token_ids) == self._longest:
             self._finish(self.running, "length")
             self.running = []
         if len(self.finished) == self._beams:
             worst = self.finished[-1][0].score(self._penalty)
             self.running = [beam for beam in self.running if beam.at_best(self._penalty, self._longest) > worst]
+
+    def _ranked(self, told: list[TopTokens]) -> list[tuple[float, tuple[int, ...], int, int, float]]:
+        """Continuations in the order of `_order`, as (-score, tokens so far, token, which beam, its log-probability).
+
+        Those that are surely left out are not among them, nearly all: a step of many beams would hold up the event loop.
+        """
+        sizes = [top.token_ids.size for top in told]
+        tokens, logprobs = np.concatenate([top.token_ids for top in told]), np.concatenate([top.logprobs for top in told])
+        totals = np.repeat([beam.total for beam in self.running], sizes) + logprobs.astype(np.float64)
+        scores = totals / math.pow(len(self.running[0].token_ids) + 1, self._penalty)
+        going = scores[~np.isin(tokens, list(self._stops))]
+        least = np.partition(going, -self._beams)[-self._beams] if going.size > self._beams else -np.inf
+        kept = np.flatnonzero(scores >= least)
+        places = np.repeat(np.arange(len(told)), sizes)[kept].tolist()
+        contexts = [self.running[place].token_ids for place in places]
+        return sorted(zip((-scores[kept]).tolist(), contexts, tokens[kept].tolist(), places, logprobs[kept].tolist(), strict=True))
 
     def _finish(self, beams: Iterable[Beam], reason: FinishReason) -> None:
         self.finished += [(beam, reason) for beam in beams]
@@ -109,14 +129,14 @@ class BeamSearchSampler(Sampler):
     Args:
         engine: with `capabilities.top_tokens` of `beams` and the number of stop tokens together.
         tokenizer: as of `Sampler`.
-        beams: how many go on at each step, 1 or more.
+        beams: how many go on at each step, from 1 to 256.
         length_penalty: 1 is the mean log-probability of a token, 0 the log-probability of all, more prefers longer responses.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None = None, *, beams: int = 4, length_penalty: float = 1.0) -> None:
         super().__init__(engine, tokenizer, seed=0)
-        if whole("beams", beams) < 1:
-            raise ValueError(f"beams={beams} search nothing; it must be 1 or more")
+        if not 1 <= whole("beams", beams) <= MOST_BEAMS:
+            raise ValueError(f"{beams=} is out of bounds; it must be from 1 to {MOST_BEAMS}")
         if abs(number("length_penalty", length_penalty)) > MOST_PENALTY:
             raise ValueError(f"{length_penalty=} is out of bounds; it must be from {-MOST_PENALTY} to {MOST_PENALTY}, and 1 is the mean")
         self.beams, self.length_penalty = beams, float(length_penalty)
@@ -142,11 +162,14 @@ class BeamSearchSampler(Sampler):
     def _check(self, params: SamplingParams, num_samples: int, count: int) -> None:
         if num_samples > self.beams:
             raise RequestRefusedError(f"num_samples={num_samples} is more than beams={self.beams}; raise beams")
-        plain = SamplingParams(max_tokens=params.max_tokens, stop_token_ids=params.stop_token_ids, ignore_eos=params.ignore_eos)
-        if params.replace(seed=None) != plain:
-            raise RequestRefusedError(
-                f"{params} does not fit beam search, which draws nothing: leave all but max_tokens, stop_token_ids, ignore_eos"
-            )
+        for name in _DRAWN:
+            # Greedy or not is nothing to it, and a row of data may well say so.
+            usual = (0.0, 1.0) if name == "temperature" else (getattr(_PLAIN, name),)
+            if (given := getattr(params, name)) not in usual:
+                raise RequestRefusedError(
+                    f"{name}={given!r:.80} does not fit beam search, which draws nothing: leave all but max_tokens, stop_token_ids "
+                    "and ignore_eos"
+                )
         if count > (most := self.engine.capabilities.top_tokens):
             raise RequestRefusedError(
                 f"beams={self.beams} need the {count} likeliest tokens of each step, and this engine tells {most}; use fewer beams, "
