@@ -22,7 +22,10 @@ from agent_loop.rewards import GroupReward, Reward, by_kind
 from agent_loop.sample_inputs import Input, Prompt, as_list, prompt_of
 from agent_loop.sample_scores import Judge
 from agent_loop.samples import SampledSequence, SampleResponse
-from agent_loop.sampling import SamplingParams, number, whole
+from agent_loop.sampling import SamplingParams, number, seed_number, whole
+
+MOST_SAMPLES = 1 << 16
+"""Of an input, in one call: each is a task, and all begin at once."""
 
 _NUMBERS = itertools.count()
 
@@ -38,7 +41,11 @@ class Sampler:
     Args:
         engine: any.
         tokenizer: encodes text and chats, and decodes responses; None where inputs are token ids and no text is wanted.
-        seed: of requests whose parameters bring none; None draws one.
+        seed: of requests whose parameters bring none, from 0 to 2**63 - 1; None draws one.
+
+    Raises:
+        TypeError: no engine, or no tokenizer.
+        ValueError: a seed out of bounds.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None = None, *, seed: int | None = None) -> None:
@@ -47,7 +54,7 @@ class Sampler:
         if tokenizer is not None and not hasattr(tokenizer, "decode"):
             raise TypeError(f"tokenizer={tokenizer!r:.80} has no decode; pass a tokenizer of transformers, or one like it")
         self.engine, self.tokenizer = engine, tokenizer
-        self._seed = secrets.randbits(62) if seed is None else whole("seed", seed)
+        self._seed = secrets.randbits(62) if seed is None else seed_number("seed", seed)
         self._drawn = itertools.count()
         self._template: Any = None
         self._thread: LoopThread | None = None
@@ -117,7 +124,7 @@ class Sampler:
                 parts of messages, `{"type": "image", "image": ...}`, or a row's `images`, in order, each as `Engine.generate` takes it.
             sampling_params: an object, or a mapping of its fields; None takes the defaults.
             adapter_name: of an adapter of the engine, whose newest version samples all of this call. "" is the sampler's engine as it is.
-            num_samples: 1 or more.
+            num_samples: from 1 to 65536.
             prompt_logprobs: also score the prompts, which needs an engine with `capabilities.score`.
             use_base_model: with every adapter off, whatever `adapter_name` says and the sampler's engine is made with.
 
@@ -164,7 +171,7 @@ class Sampler:
         use_base_model: bool = False,
     ) -> list[SampleResponse]:
         """`sample` for text: each prompt is encoded as it is, without a chat template."""
-        if not isinstance(prompts, Iterable):
+        if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
             raise RequestRefusedError(f"prompts={prompts!r:.60} is no text, and no list of texts")
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         for place, prompt in enumerate(listed):
@@ -200,9 +207,15 @@ class Sampler:
             num_samples: 1 or more.
             reward_timeout: seconds for one judgement.
             use_base_model: as of `sample`.
+
+        Raises:
+            ValueError: none or both of the judges, or one that cannot be called; a bound is crossed. Otherwise as `sample`.
         """
         if (reward is None) == (group_reward is None):
             raise ValueError("generate_and_score needs one judge; pass either reward or group_reward")
+        for name, judge in (("reward", reward), ("group_reward", group_reward)):
+            if judge is not None and not callable(judge):
+                raise ValueError(f"{name}={judge!r:.80} cannot be called; pass a function, such as one of a rollout that gives a number")
         if number("reward_timeout", reward_timeout) <= 0:
             raise ValueError(f"reward_timeout={reward_timeout} s leaves no time; it must be above 0")
         pairs = await self._sampled(inputs, sampling_params, Asked(adapter_name, use_base_model, num_samples))
@@ -250,13 +263,13 @@ class Sampler:
     async def _sampled(
         self, inputs: Input | Sequence[Input], given: SamplingParams | Mapping[str, Any] | None, asked: "Asked"
     ) -> list[tuple[Prompt, SampleResponse]]:
-        if whole("num_samples", asked.num_samples) < 1:
-            raise ValueError(f"num_samples={asked.num_samples} asks for nothing; it must be 1 or more")
+        if not 1 <= whole("num_samples", asked.num_samples) <= MOST_SAMPLES:
+            raise ValueError(f"num_samples={asked.num_samples} is out of bounds; it must be from 1 to {MOST_SAMPLES}: call again for more")
         self._here()
         adapter = self.engine.check_adapter(asked.adapter_name) if asked.adapter_name else None
         if asked.prompt_logprobs and not self.engine.capabilities.score:
             raise RequestRefusedError(f"{type(self.engine).__name__} cannot score prompts; leave prompt_logprobs, or use another engine")
-        params = given if isinstance(given, SamplingParams) else SamplingParams().overridden(given or {})
+        params = given if isinstance(given, SamplingParams) else SamplingParams().overridden({} if given is None else given)
         prompts = [self._prompt(place, one, params) for place, one in enumerate(as_list(inputs))]
         if asked.prompt_logprobs and any(prompt.images for prompt, _ in prompts):
             raise RequestRefusedError("engines score tokens alone, and inputs hold images; leave prompt_logprobs")
@@ -287,7 +300,8 @@ class Sampler:
         try:
             prompt = prompt_of(given, self.tokenizer, self._template)
             self.engine.check_media(prompt.images)
-            how = params.overridden(prompt.row.get("sampling") or {})
+            own = prompt.row.get("sampling")
+            how = params.overridden({} if own is None else own)
             return replace(prompt, ids=self.engine.check_request(prompt.ids, how)), how
         except (RequestRefusedError, ValueError) as error:
             raise (RequestRefusedError if type(error) is ValueError else type(error))(f"input {place}: {error}") from error

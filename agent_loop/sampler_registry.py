@@ -26,8 +26,8 @@ def register_sampler(name: str) -> Callable[[Factory], Factory]:
     Raises:
         ValueError: the name is empty or taken.
     """
-    if not name or name in _BUILT_IN or name in _registered:
-        raise ValueError(f"a sampler cannot be registered as {name!r}: names are not empty and not taken; taken are {_known()}")
+    if not isinstance(name, str) or not name or name in _BUILT_IN or name in _registered:
+        raise ValueError(f"a sampler cannot be registered as {name!r:.60}: names are texts, not empty and not taken; taken are {_known()}")
 
     def register(factory: Factory) -> Factory:
         _registered[name] = factory
@@ -55,6 +55,8 @@ def create_sampler(name: str, *args: Any, **options: Any) -> Sampler:
 
 
 def _factory(name: str) -> Callable[..., Any]:
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r:.60} is no name of a sampler; known are {_known()}")
     if factory := _registered.get(name) or _BUILT_IN.get(name):
         return factory
     offers = _offered(name)

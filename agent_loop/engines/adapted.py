@@ -20,7 +20,7 @@ from agent_loop.engines.base import (
     WeightTransfer,
 )
 from agent_loop.errors import RequestRefusedError
-from agent_loop.sampling import SamplingParams
+from agent_loop.sampling import SamplingParams, version_number
 
 
 class AdaptedEngine(Engine):
@@ -161,7 +161,7 @@ class AdaptedEngine(Engine):
             )
         if isinstance(source, WeightTransfer):
             raise RequestRefusedError("adapters do not come by a transfer of weights; give a folder")
-        await self._engine.add_adapter(self.adapter, source, version, keep=self._keep)
+        await self._engine.add_adapter(self.adapter, source, version_number(version), keep=self._keep)
 
     async def _load_weights(self, source: WeightSource, version: int) -> None:
         await self.update_weights(source, version)

@@ -138,7 +138,7 @@ class Adapters:
         Raises:
             RequestRefusedError: there is none.
         """
-        self.find(name)
+        self.find(str(name))  # all versions go: an `Adapter`, which is one of them, is no name
         for old in self._kept.pop(name):
             self._settle(old)
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent_loop.engines.adapters import Adapter, Adapters, InUse, check_keep
+from agent_loop.engines.checks import check_params, check_source, flat_ids
 from agent_loop.engines.values import check_logprobs
 from agent_loop.errors import AdapterError, EngineClosedError, EngineDeadError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams, version_number, whole
@@ -315,6 +316,9 @@ class Engine(ABC):
         """End the given requests, or all, early: each `generate` returns what it has, with "abort".
 
         Requests that are not in flight are ignored. New requests are welcome at once.
+
+        Raises:
+            ValueError: one text in place of a collection of them.
         """
 
     @abstractmethod
@@ -365,12 +369,14 @@ class Engine(ABC):
         and carry both versions. Caches made with the old weights are dropped for requests that start later.
 
         Raises:
-            ValueError: `version` is below the present one, or above what tokens can carry.
+            ValueError: `version` is below the present one, or above what tokens can carry; or `source` is none of these.
             WeightUpdateError: the weights could not be loaded, or adapters are there, which were made for the old ones; the old weights
                 and their version are still in force.
             EngineDeadError: the engine is gone.
         """
         version = version_number(version)
+        if not isinstance(source, WeightTransfer):
+            check_source(source)
         if version < self._version:
             raise ValueError(
                 f"version={version} is below the engine's {self._version}; versions only grow: "
@@ -424,7 +430,7 @@ class Engine(ABC):
             keep: how many versions of this name stay loaded, this one included: with a bound on staleness, that and one more.
 
         Raises:
-            ValueError: a bound is crossed.
+            ValueError: a bound is crossed, or `path` is none.
             AdapterError: it could not be loaded. It is not there, and what was there still is.
             RequestRefusedError: this engine has no adapters (see `capabilities`).
             EngineDeadError: the engine is gone.
@@ -432,6 +438,7 @@ class Engine(ABC):
         if not self.capabilities.adapters:
             raise RequestRefusedError(f"{type(self).__name__} has no adapters as it is; use an engine with capabilities.adapters")
         check_keep(keep)
+        check_source(path)
         # One at a time: a version is counted up from those that are there.
         async with self._adding:
             return await self._added(name, path, version, keep)
@@ -534,10 +541,8 @@ class Engine(ABC):
 
     def check_request(self, prompt_ids: Sequence[int] | NDArray[np.int32], params: SamplingParams) -> NDArray[np.int32]:
         """`prompt_ids` as int32, or `RequestRefusedError` naming the value, the bound and what to do."""
-        given = np.asarray(prompt_ids)
-        if given.size and given.dtype.kind not in "iu":
-            raise RequestRefusedError(f"prompt_ids={prompt_ids!r:.50} are no token ids; give whole numbers, from the model's tokenizer")
-        ids = given.astype(np.int64).reshape(-1)
+        check_params(params)
+        ids = flat_ids(prompt_ids)
         if ids.size == 0:
             raise RequestRefusedError("the prompt is empty; give at least one token")
         if outside := [int(token) for token in ids[(ids < 0) | (ids >= self.vocab_size)][:3]]:
@@ -553,6 +558,8 @@ class Engine(ABC):
 
     def check_media(self, media: Sequence[Any] | None) -> None:
         """Raise `RequestRefusedError` if there are images, and the engine takes none."""
+        if media is not None and (isinstance(media, str | bytes | Mapping) or not isinstance(media, Sequence)):
+            raise RequestRefusedError(f"media={media!r:.60} is no list of images; give one, in the order of the prompt, or None")
         if media and not self.capabilities.images:
             raise RequestRefusedError(
                 f"{len(media)} images, and this {type(self).__name__} takes none; leave them, or use an engine with capabilities.images"

@@ -30,6 +30,7 @@ from agent_loop.engines.base import (
     WeightSource,
     WeightTransfer,
 )
+from agent_loop.engines.checks import check_call, names_of
 from agent_loop.engines.simulated_batching import Batching
 from agent_loop.engines.simulated_clock import Alarm
 from agent_loop.engines.simulated_costs import CostModel, Statistics
@@ -38,7 +39,7 @@ from agent_loop.engines.simulated_request import InFlight
 from agent_loop.engines.simulated_table import TablePolicy, adapted_seed, weights_seed
 from agent_loop.engines.values import scores
 from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError
-from agent_loop.sampling import SamplingParams
+from agent_loop.sampling import SamplingParams, seed_number, whole
 
 Fail = Callable[[str, int], Exception | None]
 
@@ -86,8 +87,16 @@ class SimulatedEngine(Engine):
         super().__init__()
         if sum(given is not None for given in (script, lengths, policy)) > 1:
             raise ValueError("script, lengths and policy each say what is generated; give at most one")
-        if max_length < 2:
+        for name, function in (("script", script), ("fail", fail), ("lengths", None if isinstance(lengths, int) else lengths)):
+            if function is not None and not callable(function):
+                raise ValueError(f"{name}={function!r:.60} cannot be called; give a function")
+        if policy is not None and not hasattr(policy, "start"):
+            raise ValueError(f"policy={policy!r:.60} is no Policy; give one such as TablePolicy()")
+        if whole("vocab_size", vocab_size) < 1 or not 0 <= whole("eos_token_id", eos_token_id) < vocab_size:
+            raise ValueError(f"{eos_token_id=} is no token of {vocab_size=}; give a vocabulary of 1 or more, and an id in it")
+        if whole("max_length", max_length) < 2:
             raise ValueError(f"{max_length=} leaves no room for a prompt and a token; it must be 2 or more")
+        seed_number("seed", seed)
         self.costs = _costs(costs, slots, tokens_per_second)
         self.policy: Policy = policy or _policy(script, lengths, seed, vocab_size, eos_token_id)
         self._fail, self._attempts = fail, dict[str, int]()
@@ -183,6 +192,7 @@ class SimulatedEngine(Engine):
         """See `Engine`."""
         self._check_alive()
         self.check_media(media)
+        check_call(request_id, session_id, on_tokens)
         what = Request(self.check_request(prompt_ids, params), request_id, params.seed, session_id)
         if params.stop:
             raise RequestRefusedError(f"stop={params.stop} needs decoded text, and a simulated engine has none; use stop_token_ids")
@@ -303,8 +313,9 @@ class SimulatedEngine(Engine):
 
     async def interrupt(self, request_ids: Collection[str] | None = None) -> None:
         """See `Engine`."""
-        chosen = list(self._requests) if request_ids is None else [name for name in request_ids if name in self._requests]
-        self._end([self._requests[name] for name in dict.fromkeys(chosen)], "abort")
+        asked = names_of(request_ids)
+        chosen = list(self._requests) if asked is None else [name for name in asked if name in self._requests]
+        self._end([self._requests[name] for name in chosen], "abort")
 
     async def pause(self, mode: PauseMode = "abort") -> None:
         """See `Engine`. Returns with "wait" when those in flight, waiting ones included, have finished."""

@@ -29,9 +29,10 @@ from agent_loop.engines.base import (
     TopTokens,
     WeightSource,
 )
+from agent_loop.engines.checks import check_call, names_of
 from agent_loop.engines.values import scores
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError
-from agent_loop.sampling import SamplingParams
+from agent_loop.sampling import SamplingParams, seed_number, whole
 
 DTYPES = ("float32", "bfloat16", "float16")
 LEAST_CACHE = 8192
@@ -84,16 +85,24 @@ class TransformersEngine(Engine):
         super().__init__()
         if not isinstance(model, str | Path | PreTrainedModel):
             raise ValueError(f"model is a {type(model).__name__}; give a folder, a name on the Hugging Face hub, or a PreTrainedModel")
+        if model == "":
+            raise ValueError("model is empty; give a folder or a name on the Hugging Face hub")
+        if tokenizer is not None and not hasattr(tokenizer, "decode"):
+            raise ValueError(f"tokenizer={tokenizer!r:.60} has no decode; pass a tokenizer of transformers, or one like it")
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not one of {DTYPES}")
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device={device!r:.60} is none that torch knows; give one such as 'cpu' or 'cuda:0'") from error
         sizes = {"max_length": max_length, "max_requests": max_requests, "cache_tokens": cache_tokens, "max_batch_tokens": max_batch_tokens}
         for name, value in sizes.items():
-            if value is not None and value < 2:
+            if value is not None and whole(name, value) < 2:
                 raise ValueError(f"{name}={value} is out of bounds; it must be 2 or more")
         self._source, self._dtype, self._device = model, dtype, device
         self._tokenizer, self._max_length, self._cache_tokens = tokenizer, max_length, cache_tokens
         self._max_requests, self._max_batch_tokens = max_requests, max_batch_tokens
-        self._seeds = random.Random(seed)
+        self._seeds = random.Random(seed_number("seed", seed))
         self._backend: Backend | None = None
         self._opened = self._closed = False
         self._dead: EngineDeadError | None = None
@@ -226,6 +235,7 @@ class TransformersEngine(Engine):
         """
         self._live_backend()
         self.check_media(media)
+        check_call(request_id, session_id, on_tokens)
         ids = self.check_request(prompt_ids, params)
         with self.using_adapter(adapter) as used:
             flight = self._admit(ids.tolist(), params, request_id, None if used is None else used.adapter, on_tokens)
@@ -366,7 +376,8 @@ class TransformersEngine(Engine):
     async def interrupt(self, request_ids: Collection[str] | None = None) -> None:
         """End the given requests, or all, with the tokens they have."""
         self._open_backend()
-        for request_id in list(self._flights) if request_ids is None else set(request_ids):
+        asked = names_of(request_ids)
+        for request_id in list(self._flights) if asked is None else asked:
             if flight := self._flights.get(request_id):
                 self._finish(flight, "abort")
 

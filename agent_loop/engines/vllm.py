@@ -24,6 +24,7 @@ from agent_loop.engines.base import (
     WeightSource,
     piece_tokens,
 )
+from agent_loop.engines.checks import check_call, names_of
 from agent_loop.engines.values import scores
 from agent_loop.engines.vllm_adapter import (
     Start,
@@ -47,12 +48,13 @@ from agent_loop.engines.vllm_lora import Staged, stage
 from agent_loop.engines.vllm_media import with_images
 from agent_loop.engines.vllm_weights import WeightsOfVLLM
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError
-from agent_loop.sampling import SamplingParams
+from agent_loop.sampling import SamplingParams, seed_number, whole
 
 OWN_ARGS = {
     "logprobs_mode": "rollouts need the log-probabilities of the sampling distribution",
     "stream_interval": "it is always 1",
 }
+LARGEST_ENGINE_SEED = 2**32 - 1  # vLLM seeds numpy's generator with it
 EXTENSION = "agent_loop.engines.vllm_worker.WorkerExtension"
 
 
@@ -103,7 +105,7 @@ class VLLMEngine(WeightsOfVLLM):
             model: a folder in Hugging Face's format, or a name on its hub.
             dtype: of the weights in the engine, such as "bfloat16"; "auto" takes the checkpoint's.
             max_model_len: the most tokens of prompt and response together; None takes the model's.
-            seed: of requests that bring none.
+            seed: of requests that bring none, from 0 to 2**32 - 1.
             recompute: at a weight update, compute the attention cache of requests in flight anew.
             engine_args: go to vLLM's `AsyncEngineArgs` as they are. A `worker_extension_cls` of your own must be a subclass of
                 `agent_loop.engines.vllm_worker.WorkerExtension`.
@@ -112,14 +114,15 @@ class VLLMEngine(WeightsOfVLLM):
             ValueError: a bound is crossed, or an engine argument that this class sets itself.
         """
         super().__init__()
-        if not str(model):
-            raise ValueError("model is empty; give a folder or a name on the Hugging Face hub")
+        if not isinstance(model, str | Path) or model == "":
+            raise ValueError(f"model={model!r:.60} is none; give a folder or a name on the Hugging Face hub")
         if isinstance(model, Path) and not model.is_dir():
             raise ValueError(f"model={str(model)!r} is not a folder; give a folder that exists, or a hub name as a string")
-        if max_model_len is not None and max_model_len < 2:
+        if max_model_len is not None and whole("max_model_len", max_model_len) < 2:
             raise ValueError(f"max_model_len={max_model_len} has no room for a prompt and a response; give 2 or more")
         if own := OWN_ARGS.keys() & engine_args.keys():
             raise ValueError("; ".join(f"{name} cannot be set: {OWN_ARGS[name]}" for name in sorted(own)))
+        seed_number("seed", seed, LARGEST_ENGINE_SEED)
         self._args = {"use_tqdm_on_load": False, "disable_log_stats": True} | engine_args
         self._args |= {"model": str(model), "dtype": dtype, "max_model_len": max_model_len, "seed": seed}
         self._args |= {"logprobs_mode": "processed_logprobs", "worker_extension_cls": engine_args.get("worker_extension_cls", EXTENSION)}
@@ -279,6 +282,7 @@ class VLLMEngine(WeightsOfVLLM):
         """
         ids = self.check_request(prompt_ids, params)
         self.check_media(media)
+        check_call(request_id, session_id, on_tokens)
         if params.stop and self._alive().tokenizer is None:
             raise RequestRefusedError(f"stop={params.stop!r} needs a tokenizer, and the engine was started without; use stop_token_ids")
         if request_id in self._running or request_id in self._held:
@@ -349,7 +353,8 @@ class VLLMEngine(WeightsOfVLLM):
     async def interrupt(self, request_ids: Collection[str] | None = None) -> None:
         """End the given requests, or all, early; see `Engine.interrupt`."""
         llm = self._alive()
-        chosen = self._running | self._held.keys() if request_ids is None else set(request_ids)
+        asked = names_of(request_ids)
+        chosen = self._running | self._held.keys() if asked is None else set(asked)
         self._release(chosen & self._held.keys(), False)
         with self._translated():
             await llm.abort(list(chosen & self._running))
