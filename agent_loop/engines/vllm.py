@@ -114,8 +114,10 @@ class VLLMEngine(WeightsOfVLLM):
             ValueError: a bound is crossed, or an engine argument that this class sets itself.
         """
         super().__init__()
-        if not isinstance(model, str | Path) or model == "":
-            raise ValueError(f"model={model!r:.60} is none; give a folder or a name on the Hugging Face hub")
+        if not isinstance(model, str | Path):
+            raise ValueError(f"model={model!r:.60} is no text; give a folder or a name on the Hugging Face hub")
+        if not str(model):
+            raise ValueError("model is empty; give a folder or a name on the Hugging Face hub")
         if isinstance(model, Path) and not model.is_dir():
             raise ValueError(f"model={str(model)!r} is not a folder; give a folder that exists, or a hub name as a string")
         if max_model_len is not None and whole("max_model_len", max_model_len) < 2:

@@ -260,7 +260,7 @@ MADE: list[tuple[Callable[[], Any], str]] = [
     (lambda: TransformersEngine("name", max_requests="9"), "max_requests='9'"),  # type: ignore[arg-type]
     (lambda: TransformersEngine("name", cache_tokens=NAN), "cache_tokens=nan"),  # type: ignore[arg-type]
     (lambda: VLLMEngine(None), "model=None"),  # type: ignore[arg-type]
-    (lambda: VLLMEngine(""), "model=''"),
+    (lambda: VLLMEngine(""), "model is empty"),
     (lambda: VLLMEngine("name", seed=2**32), "seed=4294967296"),
     (lambda: VLLMEngine("name", max_model_len="9"), "max_model_len='9'"),  # type: ignore[arg-type]
     (lambda: Sampler(SimulatedEngine(), seed=2**63), "seed=9223372036854775808"),
