@@ -114,21 +114,40 @@ class ToolUseAgentLoop(SingleTurnAgentLoop):
         They are what the template writes after an answer of another conversation. Override it for a template that cannot do that.
 
         Raises:
-            RequestRefusedError: the template writes the messages before otherwise once others follow.
+            RequestRefusedError: the template writes an answer otherwise once results follow, or nothing for them.
         """
         assert self.engine is not None
         before = self._before = self._before or self._render(_DUMMY, add_generation_prompt=False)
         both = self._render([*_DUMMY, *messages], add_generation_prompt=True)
-        ends = [place for place, token in enumerate(before) if token in self.engine.eos_token_ids]
-        kept = ends[-1] + 1 if ends else len(before)
-        if both[:kept] != before[:kept] or len(both) == kept:
+        ended = self._answer_ends(before)
+        if ended:
+            # By counting: what stands before may differ, as where a template shows the thoughts of the last answer only.
+            ends = [place for place, token in enumerate(both) if token in self.engine.eos_token_ids][ended - 1 : ended]
+            kept = ends[0] + 1 if ends else 0
+            fits = kept > 1 and both[kept - 2 : kept] == self._ending(before)
+        else:
+            kept = len(before)
+            fits = both[:kept] == before
+        if not fits or len(both) == kept:
             raise RequestRefusedError(
-                "this chat template writes a conversation otherwise once results of tools follow, so that they cannot be appended to what "
+                "this chat template writes an answer otherwise once results of tools follow, so that they cannot be appended to what "
                 "was sampled; give the tokenizer another, or override encode_results"
             )
         # Where another token than the template's ended the turn, the template's own comes too.
-        unended = bool(ends) and int(state.response_ids[-1]) not in self.engine.eos_token_ids
+        unended = ended > 0 and int(state.response_ids[-1]) not in self.engine.eos_token_ids
         return both[kept - unended :]
+
+    def _answer_ends(self, ids: list[int]) -> int:
+        """Which EOS in `ids` ends the last answer, counted from 1; 0 where the template writes none there."""
+        assert self.engine is not None
+        ends = [place for place, token in enumerate(ids) if token in self.engine.eos_token_ids]
+        return len(ends) if ends and not self._decode(np.asarray(ids[ends[-1] + 1 :], np.int32), skip=False).strip() else 0
+
+    def _ending(self, ids: list[int]) -> list[int]:
+        """The last token of the last answer, and the EOS after it."""
+        assert self.engine is not None
+        end = max(place for place, token in enumerate(ids) if token in self.engine.eos_token_ids)
+        return ids[end - 1 : end + 1]
 
     def _encode(self, state: RolloutState) -> NDArray[np.int32]:
         messages = [{"role": "user", "content": state.prompt or ""}] if state.messages is None else state.messages

@@ -1,6 +1,6 @@
 """What `VLLMEngine` costs over bare `AsyncLLM` in the same process, and `TransformersEngine` beside both.
 
-    python -m benchmarks.bench_vllm [--model FOLDER] [--requests 256] [--tokens 64] [--rounds 5]
+    python -m benchmarks.bench_vllm [--model FOLDER] [--requests 256] [--tokens 64] [--rounds 5] [--demo]
 
 Each round runs all contenders in an order of its own, and ratios are taken round by round. Without a model a tiny one is made, for which
 the work outside of the model weighs most. The loop's own work is in CPU time of its thread: the clock tells little on a machine that
@@ -10,7 +10,9 @@ others use too. What the process holds when the engine is open is kept from the 
 import argparse
 import asyncio
 import gc
+import importlib
 import itertools
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -169,13 +171,38 @@ async def vllm(model: Path, requests: int, tokens: int, rounds: int) -> None:
             ],
         )
         async with TransformersEngine(model, max_length=512, max_requests=requests) as other:
-            beside = {"VLLMEngine": together(ours(engine), 16, params), "TransformersEngine": together(ours(other), 16, params)}
-            both = await in_rounds(beside, rounds)
+            await beside(engine, other, rounds, 16, params)
+
+
+async def demo(model: Path, rounds: int) -> None:
+    """The engines of `examples/train_arithmetic.py` beside each other, at its own requests and at fewer and longer ones."""
+    async with (
+        VLLMEngine(model, max_model_len=32, max_num_seqs=256, enforce_eager=True) as engine,
+        TransformersEngine(model, max_length=32) as other,
+    ):
+        gc.collect()
+        gc.freeze()
+        for requests, tokens in ((1024, 4), (256, 16), (16, 16)):
+            await beside(engine, other, rounds, requests, SamplingParams(max_tokens=tokens, ignore_eos=True))
+
+
+async def beside(engine: Engine, other: Engine, rounds: int, requests: int, params: SamplingParams) -> None:
+    """Both in turns, so that what else the machine does falls on both."""
+    both = await in_rounds(
+        {"VLLMEngine": together(ours(engine), requests, params), "TransformersEngine": together(ours(other), requests, params)}, rounds
+    )
     rates = {name: [r.rate for r in own] for name, own in both.items()}
     print_table(
-        ("16 coroutines", "tokens/s", "of vLLM"),
+        (f"{requests} coroutines, {params.max_tokens} tokens each", "tokens/s", "of vLLM"),
         [(name, spread(own, ",.0f"), spread(ratios(own, rates["VLLMEngine"]))) for name, own in rates.items()],
     )
+
+
+def demo_model(folder: Path) -> Path:
+    """The model that the example trains, as it is before training: its weights are of no matter to its speed."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    trainer = importlib.import_module("arithmetic_trainer")
+    return Path(trainer.Trainer(folder).save_weights())
 
 
 def main() -> None:
@@ -184,14 +211,17 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--demo", action="store_true", help="only both engines beside each other, with the demo's model")
     args = parser.parse_args()
     torch.set_num_threads(1)  # of this process: more fight over a model this small, and vLLM has its own
     with scratch() as folder:
         if args.model is None:
             from tests.tiny_model import make_tiny_model
 
-            args.model = make_tiny_model(folder)
-        asyncio.run(vllm(args.model, args.requests, args.tokens, args.rounds))
+            args.model = make_tiny_model(Path(folder) / "tiny")
+        if not args.demo:
+            asyncio.run(vllm(args.model, args.requests, args.tokens, args.rounds))
+        asyncio.run(demo(demo_model(Path(folder) / "demo"), args.rounds))
 
 
 if __name__ == "__main__":

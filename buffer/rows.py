@@ -39,7 +39,7 @@ def drawn_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     """`messages` and `media` as the row gives them, lists of their own; nothing of a row without a prompt (a group made by hand)."""
     try:
         fields = prompt_fields(row)
-    except ValueError:
+    except (ValueError, TypeError):
         return {}
     return {"messages": fields["messages"], "media": fields["media"]}
 

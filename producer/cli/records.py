@@ -8,6 +8,7 @@ from typing import Any
 
 from buffer import Account, AuditReport, ReplayBuffer, RolloutGroup, RolloutState, Transition
 from buffer.overview import ProducerOverview
+from buffer.rows import drawn_fields
 
 Record = dict[str, Any]
 
@@ -82,6 +83,8 @@ def group_in_full(group: RolloutGroup, history: Sequence[Transition]) -> Record:
     """Everything that is stored of a group."""
     first = group.rollouts[0]
     prompt = {name: getattr(first, name) for name in ("row", "prompt", "messages", "media", "sampling")}
+    # As it was drawn, without the turns that a loop added: those are the rollouts'.
+    prompt |= {name: value for name, value in drawn_fields(first.row).items() if value is not None}
     prompt["prompt_ids"] = None if first.prompt_ids is None else first.prompt_ids.tolist()
     return {**_head(group), **prompt, "rollouts": [_rollout(rollout) for rollout in group.rollouts], "history": history_of(history)}
 
@@ -98,7 +101,7 @@ def _head(group: RolloutGroup) -> Record:
 
 
 _PLAIN = ("rollout_id", "index", "status", "attempts", "interruptions", "error", "finish_reason", "score", "reward")
-_PLAIN_TOO = ("reward_parts", "metrics", "text")
+_PLAIN_TOO = ("reward_parts", "metrics", "text", "messages", "media")
 _ARRAYS = ("response_ids", "logprobs", "loss_mask", "versions", "timelines")
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from buffer import AuditReport, RolloutGroup, RolloutState, Status, Transition
+from buffer.rows import drawn_fields
 from producer.cli.records import Record, version_span
 from producer.cli.safe import clock, lines_of, one_line
 
@@ -119,7 +120,11 @@ def print_group(console: Console, group: RolloutGroup, history: Sequence[Transit
     _field(console, "drawn", clock(history[0].at) if history else None)
     _field(console, "history", _summary(history))
     _field(console, "sampling", first.sampling or None)
-    _field(console, "row", {key: value for key, value in first.row.items() if key not in ("prompt", "messages", "prompt_ids")} or None)
+    _field(
+        console,
+        "row",
+        {key: value for key, value in first.row.items() if key not in ("prompt", "messages", "prompt_ids", "media", "images")} or None,
+    )
     for name, text in _prompt(first):
         _field(console, name, None, text)
     for rollout in group.rollouts:
@@ -154,9 +159,12 @@ def _is_rewind(change: Transition) -> bool:
 def _prompt(rollout: RolloutState) -> Iterator[tuple[str, str]]:
     if rollout.prompt is not None:
         yield "prompt", rollout.prompt
-    for message in rollout.messages or []:
+    drawn = drawn_fields(rollout.row)
+    for message in drawn.get("messages") or rollout.messages or []:  # without the turns that its loop added, which its text holds
         content = message.get("content")
         yield f"prompt, {message.get('role')}", content if isinstance(content, str) else str(content)
+    if media := drawn.get("media") or rollout.media:
+        yield "images", "\n".join(f"{image!s:.100}" for image in media)
     if rollout.prompt is None and not rollout.messages and rollout.prompt_ids is not None:
         yield f"prompt, {rollout.prompt_ids.size} tokens", _ids(rollout.prompt_ids)
 

@@ -242,13 +242,38 @@ async def test_a_turn_that_a_stop_token_ended_gets_the_templates_own_end() -> No
     assert ids[0] == TOKENIZER.eos_token_id
 
 
-async def test_a_template_that_rewrites_what_came_before_and_stop_strings_are_refused() -> None:
+async def test_a_template_that_shows_thoughts_of_the_last_answer_only_is_taken() -> None:
     tokenizer = make_tiny_tokenizer()
-    tokenizer.chat_template = "{{ messages | length }} {% for message in messages %}{{ message['content'] }}<|eos|>{% endfor %}"
-    group = group_of()
+    thought = "{% if loop.last and message['role'] == 'assistant' %}<think>{{ '\\n\\n' }}</think>{{ '\\n\\n' }}{% endif %}"
+    tokenizer.chat_template = TEMPLATE.replace("{{ message['content'] }}", thought + "{{ message['content'] }}")
+    async with Talking(["<think>so</think>" + called(a=1), "one"]) as engine:
+        loop = ToolUseAgentLoop(engine, tokenizer, Calculator().tools(), sampling=SAMPLING)
+        (state,) = (await loop.generate_group(group_of())).rollouts
+    (turn,) = [turn for turn in state.turns if turn.role == "environment"]
+    assert TOKENIZER.decode(state.response_ids[turn.start : turn.end].tolist()) == f"\ntool: 1{EOS}\nassistant: "
+
+
+TEMPLATES = [
+    "{{ messages | length }} {% for message in messages %}{{ message['content'] }} {% endfor %}",
+    "{% for message in messages %}{% if loop.last %}{{ message['content'] }}<|eos|>{% endif %}{% endfor %}",
+    "{% for message in messages %}{% if message['role'] != 'tool' %}{{ message['content'] }}<|eos|>{% endif %}{% endfor %}",
+    "{% for message in messages %}{% if message['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}hello",
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+async def test_a_template_whose_tokens_cannot_be_appended_is_refused_when_a_tool_answered(template: str) -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = template
     async with Talking([called(a=1)]) as engine:
-        await ToolUseAgentLoop(engine, tokenizer, Calculator().tools(), sampling=SAMPLING).generate_group(group)
-        assert "override encode_results" in str(group.rollouts[0].error)
+        loop = ToolUseAgentLoop(engine, tokenizer, Calculator().tools(), sampling=SAMPLING)
+        (state,) = (await loop.generate_group(group_of())).rollouts
+    assert (state.status, state.attempts) == (Status.FAILED, 1)
+    assert any(reason in str(state.error) for reason in ("override encode_results", "the chat template failed: no tools"))
+
+
+async def test_stop_strings_are_refused() -> None:
+    async with Talking(["four"]) as engine:
         loop = ToolUseAgentLoop(engine, TOKENIZER, [], sampling=SAMPLING.replace(stop=("</tool_call>",)))
         (state,) = (await loop.generate_group(group_of())).rollouts
     assert (state.status, state.attempts, state.response_ids.size) == (Status.FAILED, 1, 0)

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from buffer import ReplayBuffer, Status
+from producer import ReplayPromptSampler
 from tests.cli.command import (
     HOSTILE_ID,
     HOSTILE_TASK,
@@ -63,6 +64,25 @@ async def test_show_has_everything_of_a_group(db: Path) -> None:
     page = shown("show", db, group.group_id)
     for part in (f"group {group.group_id} of task demo: consumed", "at step 2", "rollout 3", "score", "trainable"):
         assert part in page
+
+
+async def test_show_tells_the_prompt_and_its_images_apart_from_the_turns_that_a_loop_added(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "2+2?"}]}]
+    row = {"messages": chat, "images": ["data:image/png;base64," + "A" * 9000]}
+    async with ReplayBuffer.open(f"sqlite:///{tmp_path / 'run.db'}") as buffer:
+        group = await ReplayPromptSampler([row], buffer, group_size=2).sample("tools")
+        for state in group.rollouts:
+            state.append([1, 2], logprobs=[-0.1, -0.1])
+            state.messages = [*chat, {"role": "tool", "content": f"result {state.index}"}]
+            state.text, state.finish_reason, state.score, state.status = "four", "stop", 1.0, Status.COMPLETED
+        await buffer.put(group)
+    found = json.loads(shown("show", tmp_path / "run.db", group.group_id, "--json"))
+    assert (found["messages"], found["media"]) == (chat, row["images"])
+    assert [rollout["messages"][1:] for rollout in found["rollouts"]] == [[{"role": "tool", "content": f"result {n}"}] for n in (0, 1)]
+    page = shown("show", tmp_path / "run.db", group.group_id)
+    assert "data:image/png;base64,AAA" in page
+    assert "A" * 200 not in page
+    assert "result 0" not in page
 
 
 def ids_of(*filters: object) -> list[int]:
