@@ -1,6 +1,7 @@
 """`millrace simulate`: what another strategy would make of a run, on a clock that does not wait."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def _plot_path(given: Path | None, no_plot: bool) -> Path | None:
     if no_plot:
         return None
     try:
-        check_plotting()
+        check_plotting(given or _DEFAULT_PLOT)
     except ImportError as error:
         if given is not None:
             raise
@@ -106,10 +107,12 @@ def _plot_path(given: Path | None, no_plot: bool) -> Path | None:
 
 
 def _choices(strategy: str, given: Sequence[str], sweep: Sequence[str]) -> list[Choice]:
-    options = dict(parse_option(text) for text in given)
-    if several := [name for name, values in options.items() if len(values) > 1]:
+    options, sweeps = [parse_option(text) for text in given], [parse_option(text) for text in sweep]
+    if several := [name for name, values in options if len(values) > 1]:
         raise ValueError(f"--set {several[0]} has several values; use --sweep to try each")
-    return swept(strategy, {name: values[0] for name, values in options.items()}, dict(parse_option(text) for text in sweep))
+    if again := [name for name, times in Counter(name for name, _ in options + sweeps).items() if times > 1]:
+        raise ValueError(f"{again[0]} is given more than once; write --sweep {again[0]}=VALUE,VALUE to try several")
+    return swept(strategy, {name: values[0] for name, values in options}, dict(sweeps))
 
 
 def _scenario(
@@ -156,20 +159,25 @@ def _compared(scenario: Scenario, choices: Sequence[Choice], update_share: float
 def _show(rows: Sequence[Compared], path: Path | None, as_json: bool) -> None:
     from producer.cli.simulating_view import simulation_view
 
-    if path is not None:
-        from producer.simulate.plot import plot
-
-        try:
-            plot(rows, path)
-        except (ValueError, OSError) as error:
-            refuse(error)
     if as_json:
         print_json({"plot": None if path is None else str(path), "runs": [record_of(row) for row in rows]})
-        return
-    screen = console()
-    screen.print(simulation_view(rows))
+    else:
+        screen = console()
+        screen.print(simulation_view(rows))
     if path is not None:
-        screen.print(f"plot saved to {path}")
+        _save_plot(rows, path)
+        if not as_json:
+            screen.print(f"plot saved to {path}")
+
+
+def _save_plot(rows: Sequence[Compared], path: Path) -> None:
+    """After the table: it took long, and a full disk is no reason to throw it away."""
+    from producer.simulate.plot import plot
+
+    try:
+        plot(rows, path)
+    except (ValueError, OSError) as error:
+        refuse(error)
 
 
 def record_of(row: Compared) -> dict[str, Any]:

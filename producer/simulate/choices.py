@@ -21,8 +21,11 @@ ORDERS: Mapping[str, Callable[..., PromptOrder]] = {
     "longest": LongestPredictedFirst,
 }
 
-_UNFIT = {"buffer", "group_filter", "policy", "progress", "checkpoint_tokens", "checkpoint_seconds", "options", "self"}
-"""Objects that text cannot name; and checkpoints, of which a simulation has no use."""
+_NOT_SIMULATED: Mapping[str, Any] = {"progress": False, "checkpoint_tokens": None, "checkpoint_seconds": None, "watchdog": None}
+"""What a simulation has no use for: nothing is lost with its process, and nothing hangs in it."""
+
+_UNFIT = {"buffer", "group_filter", "redundant", "policy", "on_stall", "options", "self", *_NOT_SIMULATED}
+"""Those, and objects that text cannot name."""
 
 
 def options_of(strategy: str) -> list[str]:
@@ -80,7 +83,7 @@ class Choice:
     def strategy_of(self, buffer: ReplayBuffer) -> ProduceStrategy:
         """The strategy for a buffer; it checks its options."""
         options: dict[str, Any] = {name: value for name, value in self.options.items() if name not in ("order", "order_size")}
-        return STRATEGIES[self.strategy](buffer, **options, progress=False, checkpoint_tokens=None, checkpoint_seconds=None)
+        return STRATEGIES[self.strategy](buffer, **options, **_NOT_SIMULATED)
 
     def sampler_of(self, rows: list[dict[str, list[int]]], buffer: ReplayBuffer, group_size: int) -> PromptSampler:
         """Who draws the prompts, in the order that was chosen."""

@@ -6,12 +6,20 @@ from pathlib import Path
 from producer.simulate.sweep import Compared
 
 
-def check_plotting() -> None:
-    """Raise `ImportError`, with what to do, where matplotlib is missing."""
+def check_plotting(path: Path) -> None:
+    """Raise what saving a plot there would: `ImportError`, with what to do, where matplotlib is missing, `ValueError` for the path."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError("a plot needs matplotlib: pip install 'millrace[plot]', or ask for none with --no-plot") from error
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if path.suffix[1:].lower() not in (known := FigureCanvasBase.get_supported_filetypes()):
+        raise ValueError(f"plot={str(path)!r} names no format that is known; let its name end in one of {', '.join(sorted(known))}")
+    if path.is_dir():
+        raise ValueError(f"plot={str(path)!r} is a folder; give a file in it")
+    if not path.parent.is_dir():
+        raise ValueError(f"plot={str(path)!r} cannot be saved: {str(path.parent)!r} is no folder")
 
 
 def plot(rows: Sequence[Compared], path: Path, names: Sequence[str] | None = None) -> None:
@@ -24,9 +32,9 @@ def plot(rows: Sequence[Compared], path: Path, names: Sequence[str] | None = Non
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: the name's ending is no format.
+        ValueError: the name's ending is no format, or it lies in no folder.
     """
-    check_plotting()
+    check_plotting(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

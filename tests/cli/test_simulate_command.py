@@ -50,7 +50,10 @@ def test_every_combination_of_sweeps_is_tried(tmp_path: Path) -> None:
         (["--set", "staleness_threshold=-1"], "staleness_threshold=-1"),
         (["--from", "absent.db"], "there is no file"),
         (["--longest", "10"], "no less than the median"),
-        (["--plot", "plot.unknown"], "unknown"),
+        (["--plot", "plot.unknown"], "plot='plot.unknown' names no format"),
+        (["--plot", "absent/plot.png"], "'absent' is no folder"),
+        (["--sweep", "staleness_threshold=0", "--sweep", "staleness-threshold=1"], "staleness_threshold is given more than once"),
+        (["--set", "enable_partial_rollout=no"], "enable_partial_rollout='no' must be True or False"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(arguments: list[str], said: str, tmp_path: Path) -> None:
@@ -59,6 +62,22 @@ def test_what_cannot_be_is_said_in_one_line(arguments: list[str], said: str, tmp
     assert done.stderr.startswith("millrace: ")
     assert done.stderr.count("\n") == 1
     assert said in done.stderr
+    assert done.stdout == "", "refused before anything is simulated"
+
+
+def test_a_long_response_is_no_stall_and_the_table_is_there_where_the_plot_cannot_be_saved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("producer.simulate.plot.plot", full)
+    done = CliRunner().invoke(
+        app, [str(word) for word in QUICK[:-2]] + ["--prompts", "2", "--rate", "1", "--plot", str(tmp_path / "a.png")]
+    )
+    assert done.exit_code == 1
+    assert "faster" in done.stdout
+    assert (done.stderr.count("\n"), "No space left" in done.stderr) == (1, True)
 
 
 def test_without_matplotlib_there_is_a_table_and_a_plot_that_was_asked_for_is_refused_first(
