@@ -13,6 +13,7 @@ from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -31,6 +32,9 @@ from producer.experience.maker import make_experience
 Result = TypeVar("Result")
 Make = Callable[[Sequence[RolloutGroup]], Any]
 """From the groups of a batch to what is handed out."""
+
+_HANDED_OUT: WeakKeyDictionary[ReplayBuffer, dict[str, int]] = WeakKeyDictionary()
+"""By task, the step of the batch that was handed out last of a buffer, whichever dataset did it."""
 
 _NO_WORKERS = (
     "a BufferDataset works in the process that has the buffer open, and its batches are made ahead there: "
@@ -70,7 +74,7 @@ class BufferDataset(IterableDataset[Any]):  # type: ignore[misc]  # torch is not
 
     To go on after a crash, load the state that lies in the checkpoint before the first batch is asked for: it rewinds the run to that step.
     What was handed out after it, or only taken ahead, comes again, the same batches at the same steps; nothing comes twice otherwise.
-    Have one for each task: two of one task number their batches apart, and put groups of both under the same steps.
+    Have one for each task. What another one took of it, in this process or in another, is noticed at the next batch and refused.
     """
 
     def __init__(
@@ -172,18 +176,18 @@ class BufferDataset(IterableDataset[Any]):  # type: ignore[misc]  # torch is not
 
         Raises:
             StepError: a later step is committed.
-            ValueError: it is no state of this dataset.
+            ValueError: it is no state of this dataset, or lies beyond the run.
         """
         mapping("state", state, "step to a number, as state_dict gave it")
         if set(state) != {"step"}:
             raise ValueError(f"{dict(state)!r:.100} is not the state of a BufferDataset; it has a step")
         if state["step"] is None:  # of a dataset that had not begun
             return
-        step = whole("step", state["step"])
+        step = at_least("step", state["step"], 0)
         with self._using:
             self._call_off()
             self.report = self.run(self._resume(step))
-            self._step = step
+            self._hand_out(step)
 
     def commit(self, step: int, *, version: int | None = None) -> int:
         """The trainer's checkpoint of `step` is on disk: everything up to it is final. Gives the number of groups.
@@ -226,7 +230,7 @@ class BufferDataset(IterableDataset[Any]):  # type: ignore[misc]  # torch is not
         self._refuse_own_loop()
         with self._using:
             if self._step is None:
-                self._step = self.run(self._begin())
+                self._hand_out(self.run(self._begin()))
             self._ask(1)
             if not self._ahead:
                 raise StopIteration
@@ -237,9 +241,13 @@ class BufferDataset(IterableDataset[Any]):  # type: ignore[misc]  # torch is not
                 raise StopIteration
             self._ahead.popleft()
             del self._ready[made.step]
-            self._step, self.metrics = made.step, made.metrics
+            self._hand_out(made.step)
+            self.metrics = made.metrics
             self._ask(self._prefetch)
             return made.item
+
+    def _hand_out(self, step: int) -> None:
+        self._step = _HANDED_OUT.setdefault(self._buffer, {})[self._task_name] = step
 
     def _result(self, future: "Future[_Made | None]") -> _Made | None:
         try:
@@ -289,11 +297,22 @@ class BufferDataset(IterableDataset[Any]):  # type: ignore[misc]  # torch is not
         """The step behind which to begin, where no state was loaded."""
         before = await self._buffer.next_step(self._task_name) - 1
         await self._buffer.check_take(self._task_name, before + 1)
+        if (handed := _HANDED_OUT.get(self._buffer, {}).get(self._task_name, before)) < before:
+            raise ProducerError(
+                f"step {before} of task {self._task_name!r} was taken, and an earlier BufferDataset handed out step {handed} last: load "
+                "the state of the batch that was trained on last, load_state_dict({'step': ...}), and what comes after it is handed out"
+            )
         if self._maker is not None:
             await self._maker.resume(self._buffer, step=before)
         return before
 
     async def _resume(self, step: int) -> ResumeReport:
+        reached = max(await self._buffer.last_step(), await self._buffer.next_step(self._task_name) - 1)
+        if step > reached:
+            raise ValueError(
+                f"step={step} lies beyond this run, whose last step is {reached}: the state is of another run; load one of this run, or "
+                "{'step': 0} to begin"
+            )
         if self._producer is not None:
             await self._producer.close()
         report = await self._buffer.resume(step)
@@ -320,11 +339,30 @@ class BufferDataset(IterableDataset[Any]):  # type: ignore[misc]  # torch is not
                 self._taken = taken  # nothing was awaited since: a batch that is taken is made, however often it is called off
             if self._taken is None:
                 return None
+            await self._check_alone(self._taken)
             made = self._ready[step] = await self._made(self._taken)
             self._taken, self._broken = None, False
             return made
 
+    async def _check_free(self, step: int) -> None:
+        """Of two that take in turns, the one that comes too late hears of it before it takes."""
+        if await self._buffer.last_step(self._task_name) >= step:
+            raise self._not_alone(step)
+
+    async def _check_alone(self, taken: _Taken) -> None:
+        """Of two that took at the same moment, one hears of it at least."""
+        own = len(taken.groups)
+        if await self._buffer.query(task_name=self._task_name, status=Status.CONSUMED, step=taken.step, limit=1, offset=own):
+            raise self._not_alone(taken.step)
+
+    def _not_alone(self, step: int) -> ProducerError:
+        return ProducerError(
+            f"somebody else took groups of task {self._task_name!r} at step {step} or later: have one BufferDataset for each task, in one "
+            "process, and split its batches over the ranks; load the state of the last checkpoint, and nothing is lost"
+        )
+
     async def _take(self, step: int) -> _Taken | None:
+        await self._check_free(step)
         if self._producer is not None:
             batch = await self._producer.next_batch(self._batch_size, step=step)
             return _Taken(step, list(batch.groups), batch.metrics)

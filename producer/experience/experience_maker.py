@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from uuid import uuid4
 
 from agent_loop import AgentLoop, Sampler, SamplingParams
 from agent_loop.arguments import function, instance, mapping, text
 from agent_loop.rewards import GroupReward, Reward
 from agent_loop.sampling import whole
 from buffer import ReplayBuffer, RolloutGroup
+from producer.errors import ProducerError
 from producer.experience.advantages import AdvantageFn
 from producer.experience.arrays import Experience
 from producer.experience.attached import Attached
@@ -111,6 +113,8 @@ class ExperienceMaker:
         self._attach, self._token_budget, self._pad_id, self.name = attach, token_budget, pad_id, name
         self._source, self._judges = source, {"reward": reward, "group_reward": group_reward}
         self._first = self._state = MakerState(kl=adaptive_kl)
+        self._id = uuid4().hex
+        self._goes_on_from = self._id
 
     # From groups
 
@@ -236,8 +240,17 @@ class ExperienceMaker:
         """Keep the state (that of now, or `state`) with the run, as that after the batch of `step`; durable on return.
 
         Do it before the trainer's checkpoint of that step.
+
+        Raises:
+            ProducerError: another maker saved under this name, and this one did not go on from there; nothing is overwritten.
         """
-        await buffer.save_state(self.name, _as_dict(state or self._state), step=step)
+        found = await buffer.load_state(self.name, step=step)
+        if found is not None and found["maker"] not in (self._id, self._goes_on_from):
+            raise ProducerError(
+                f"the run has a state of another ExperienceMaker by the name {self.name!r}: give each its own name=, or, to go on from "
+                "that state, call resume(buffer, step=...) before the first batch"
+            )
+        await buffer.save_state(self.name, _as_dict(state or self._state) | {"maker": self._id}, step=step)
 
     async def resume(self, buffer: ReplayBuffer, *, step: int) -> None:
         """Go on from the state that the run had after the batch of `step`; from the beginning where it has none."""
@@ -245,6 +258,7 @@ class ExperienceMaker:
         if found is None:
             self._state = self._first
         else:
+            self._goes_on_from = found.pop("maker")
             self.load_state_dict(found)
 
 

@@ -12,6 +12,7 @@ from agent_loop.engines.simulated import SimulatedEngine
 from agent_loop.errors import EngineClosedError
 from agent_loop.sampler import Sampler
 from buffer import ReplayBuffer, RolloutGroup, RolloutState
+from producer.errors import ProducerError
 from producer.experience import KL, AdaptiveKL, AdvantageConfig, Attached, EngineScorer, ExperienceMaker, make_experience
 from tests.buffer.groups import put_all
 from tests.experience.test_maker import group, rollout
@@ -92,6 +93,28 @@ async def test_after_a_rewind_the_moments_are_those_of_its_step(tmp_path: Path) 
         assert again.state == states[2]
         await again.resume(buffer, step=0)
         assert again.state.batches == 0
+
+
+async def test_makers_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    from tests.buffer.groups import url
+
+    async with ReplayBuffer.open(url(tmp_path)) as buffer:
+        first, second, named = ExperienceMaker(NORMALISED), ExperienceMaker(NORMALISED), ExperienceMaker(NORMALISED, name="experience/code")
+        for maker, reward in ((first, 1), (second, 5), (named, 9)):
+            maker.make_experience(made_anew(a_batch(reward, groups=1), reward))
+        await first.save(buffer, step=1)
+        await named.save(buffer, step=1)
+        for step in (1, 2):  # also where it has none of its own yet: whoever resumes would go on from the other's
+            with pytest.raises(ProducerError, match="a state of another ExperienceMaker by the name 'experience': give each its own name="):
+                await second.save(buffer, step=step)
+        await first.save(buffer, step=1)  # the same again, as after a call that was broken off
+        await second.resume(buffer, step=1)
+        assert second.state == first.state
+        second.make_experience(a_batch(5, groups=1))
+        await second.save(buffer, step=2)
+        with pytest.raises(ProducerError, match="give each its own name="):
+            await first.save(buffer, step=3)
+        assert (await buffer.load_state("experience", step=9) or {})["batches"] == 2
 
 
 def made_anew(groups: list[RolloutGroup], first: int) -> list[RolloutGroup]:

@@ -252,6 +252,69 @@ async def test_a_loader_that_looks_ahead_commits_by_the_step_of_the_batch(buffer
     assert await in_a_thread(train) == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 6)]
 
 
+async def test_what_another_dataset_of_the_task_took_is_refused_before_anything_is_lost(buffer: ReplayBuffer) -> None:
+    first, second = dataset_of(buffer), dataset_of(buffer)
+
+    def in_turns() -> None:
+        assert next(iter(first)) == PAIRS[0]
+        assert next(iter(second)) == PAIRS[1]
+        with pytest.raises(ProducerError, match="somebody else took groups of task 'default' at step 2 or later"):
+            next(iter(first))
+        assert list(second) == PAIRS[2:]
+
+    await in_a_thread(in_turns)
+
+
+async def test_of_two_that_take_at_the_same_moment_one_hears_of_it(buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, waits, wait_for = dataset_of(buffer, wait=True), asyncio.Event(), buffer.wait_for
+
+    async def told(*arguments: Any) -> int:
+        waits.set()
+        return await wait_for(*arguments)
+
+    monkeypatch.setattr(buffer, "wait_for", told)
+    await in_a_thread(lambda: [next(iter(dataset)) for _ in PAIRS])
+
+    def hears_of_it() -> None:
+        for _ in range(2):  # again and again, until a state is loaded
+            with pytest.raises(ProducerError, match="somebody else took"):
+                next(iter(dataset))
+
+    async with asyncio.timeout(WAIT), asyncio.TaskGroup() as tasks:
+        tasks.create_task(asyncio.to_thread(hears_of_it))
+        await waits.wait()  # it found step 7 free
+        await put_all(buffer, groups(20))
+        await buffer.take("default", 1, step=7)
+        await put_all(buffer, groups(21, 22))
+    await in_a_thread(dataset.load_state_dict, {"step": 6})
+    assert [await in_a_thread(next, iter(dataset))] == [[20, 21]]
+
+
+async def test_a_new_dataset_does_not_pass_over_what_was_taken_ahead(buffer: ReplayBuffer) -> None:
+    third = threading.Event()
+
+    def make(taken: list[RolloutGroup]) -> list[int]:
+        if ids(taken) == PAIRS[2]:
+            third.set()
+        return ids(taken)
+
+    before, after = dataset_of(buffer, make=make, prefetch=2), dataset_of(buffer)
+    assert await in_a_thread(next, iter(before)) == PAIRS[0]
+    await in_a_thread(third.wait)
+    with pytest.raises(ProducerError, match="step 3 of task 'default' was taken, and an earlier BufferDataset handed out step 1 last"):
+        await in_a_thread(next, iter(after))
+    await in_a_thread(after.load_state_dict, before.state_dict())
+    assert await in_a_thread(list, after) == PAIRS[1:]
+
+
+async def test_a_state_beyond_the_run_is_refused(buffer: ReplayBuffer) -> None:
+    dataset = dataset_of(buffer)
+    assert await in_a_thread(next, iter(dataset)) == PAIRS[0]
+    with pytest.raises(ValueError, match="step=99 lies beyond this run, whose last step is 1: the state is of another run"):
+        await in_a_thread(dataset.load_state_dict, {"step": 99})
+    assert await in_a_thread(list, dataset) == PAIRS[1:]
+
+
 class Unwatched(torch.utils.data.IterableDataset):
     """A dataset that holds another, as libraries wrap them."""
 

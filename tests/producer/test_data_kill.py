@@ -106,4 +106,4 @@ async def test_killed_at_any_moment_every_batch_is_trained_once_and_at_its_step(
             assert maker.state.running is not None
             # As if nothing had ever been killed.
             assert maker.state.running.to_json() == handed[step]["moments"]
-        assert await buffer.load_state("experience", step=STEPS) == maker.state_dict()
+        assert (await buffer.load_state("experience", step=STEPS) or {}).items() >= maker.state_dict().items()
