@@ -75,6 +75,13 @@ async def hang(request: web.Request) -> web.StreamResponse:
     raise AssertionError
 
 
+async def break_off(request: web.Request) -> web.StreamResponse:
+    """A fault: the connection ends without a word."""
+    assert request.transport is not None
+    request.transport.abort()
+    return web.Response()
+
+
 class _Pieces:
     """An `on_tokens` that hands pieces of a size to a handler."""
 
