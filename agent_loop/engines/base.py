@@ -1,194 +1,56 @@
 """The engine's contract: prompt tokens in, sampled tokens with log-probabilities and versions out."""
 
 import asyncio
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Literal, Protocol, Self, get_args, runtime_checkable
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agent_loop.engines.adapters import Adapter, Adapters, InUse, check_keep
-from agent_loop.engines.checks import check_params, check_source, flat_ids
-from agent_loop.engines.values import check_logprobs
+from agent_loop.engines.checks import Checks, check_source
+from agent_loop.engines.values import (
+    ALL_TOKENS,
+    Capabilities,
+    Completion,
+    EngineLoad,
+    FinishReason,
+    OnTokens,
+    PauseMode,
+    TopLogprobs,
+    TopTokens,
+    WeightSource,
+    WeightTransfer,
+    piece_tokens,
+)
 from agent_loop.errors import AdapterError, EngineClosedError, EngineDeadError, RequestRefusedError, WeightUpdateError
-from agent_loop.sampling import SamplingParams, version_number, whole
+from agent_loop.sampling import SamplingParams, version_number
 
-FinishReason = Literal["stop", "length", "abort"]
-PauseMode = Literal["abort", "wait", "keep"]
-
-_FINISH_REASONS = get_args(FinishReason)
-
-WeightSource = str | Path | Mapping[str, Any] | Iterable[tuple[str, Any]]
-"""Where new weights come from: a folder in Hugging Face's format, or a state dict (mapping or (name, tensor) pairs)."""
-
-
-@runtime_checkable
-class WeightTransfer(Protocol):
-    """The trainer's end of a transfer that moves weights past this process, such as vLLM's `TrainerWeightTransferEngine`."""
-
-    def send_weights(self) -> None:
-        """Send all weights, and return when the engine has them; blocks, and is called in a thread."""
-
-
-_ONE_TOKEN = SamplingParams(max_tokens=1)
-
-OnTokens = Callable[["Completion"], None]
-"""Called with the tokens that are new since the last call, as a piece of a completion; on the event loop.
-
-One with an attribute `piece_tokens` may be shown so many tokens at once: an engine for which a piece costs much waits for them.
-"""
-
-
-def piece_tokens(on_tokens: OnTokens) -> int:
-    """How many tokens `on_tokens` may be shown at once; 1 where it does not say."""
-    return max(1, int(getattr(on_tokens, "piece_tokens", 1)))
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What one request gave: arrays of one length, a value a token.
-
-    Attributes:
-        token_ids: int32, the sampled tokens, the ending one included.
-        logprobs: float32, natural log of the probability with which each token was sampled.
-        versions: int32, `engine.version` when each token was sampled; under an adapter that of the adapter.
-        finish_reason: "stop" (EOS, a stop token or string), "length", or "abort" (interrupted: the tokens so far).
-        top: the likeliest tokens at each position, where `top_logprobs` asked for them; pieces have none.
-
-    `first`, of a piece, is how many tokens of the response come before it, for messages; it is not kept.
-
-    Raises:
-        ValueError: arrays of unlike lengths, or an unknown finish reason.
-        EngineError: a log-probability that is none (NaN, infinite, above 0), with the token's position in the response.
-    """
-
-    token_ids: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-    versions: NDArray[np.int32]
-    finish_reason: FinishReason
-    top: "TopLogprobs | None" = None
-    first: InitVar[int] = 0
-
-    def __post_init__(self, first: int) -> None:
-        sizes = (len(self.token_ids), len(self.logprobs), len(self.versions))
-        if not sizes[0] == sizes[1] == sizes[2]:
-            raise ValueError(f"token_ids, logprobs and versions have lengths {sizes}; they need one length")
-        if self.finish_reason not in _FINISH_REASONS:
-            raise ValueError(f"unknown finish reason {self.finish_reason!r}; known are {_FINISH_REASONS}")
-        check_logprobs(self.logprobs, "token", first=first, sampled=True)
-
-    @classmethod
-    def of(
-        cls, token_ids: Sequence[int], logprobs: Sequence[float], versions: int | Sequence[int], finish_reason: str, *, first: int = 0
-    ) -> "Completion":
-        """A completion from lists; one number as `versions` stands for all tokens."""
-        ids = np.asarray(token_ids, np.int32)
-        stamped = np.full(ids.shape, versions, np.int32) if np.ndim(versions) == 0 else np.asarray(versions, np.int32)
-        return cls(ids, np.asarray(logprobs, np.float32), stamped, finish_reason, first=first)  # type: ignore[arg-type]  # it is checked
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TopLogprobs:
-    """The likeliest tokens at each position of a response, under the distribution that was sampled from.
-
-    Attributes:
-        token_ids: (n, k) int32, the likeliest first.
-        logprobs: (n, k) float32, natural log; -inf of tokens that truncation or structure left no chance.
-
-    Raises:
-        EngineError: a log-probability that is none, with its position.
-    """
-
-    token_ids: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-
-    def __post_init__(self) -> None:
-        check_logprobs(self.logprobs, "a likely token at position")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
-    """How busy an engine is.
-
-    Attributes:
-        running: requests that it decodes now.
-        waiting: requests that it has and does not decode: they found no slot, or no room in its cache.
-        preemptions: requests whose cache it has given up so far, to be computed again; those that wait for that count as waiting.
-    """
-
-    running: int
-    waiting: int
-    preemptions: int = 0
-
-
-ALL_TOKENS = (1 << 31) - 1
-"""In what a class of engines offers: as many tokens as the vocabulary has."""
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What an engine can do beyond what every engine must.
-
-    Attributes:
-        score: it has `score`.
-        top_tokens: the most that `top_tokens` gives; 0: it has none.
-        adapters: it has `add_adapter`, and `generate`, `score` and `top_tokens` take an adapter; requests of several run at once.
-        top_logprobs: the most that `SamplingParams.top_logprobs` may ask for; 0: none.
-        structured_outputs: it takes `SamplingParams.structured_outputs`.
-        images: `generate` takes images as `media`.
-        sleep: it has `sleep` and `wake_up`.
-        transfer: `update_weights` takes a `WeightTransfer`.
-        load: it has `load`.
-    """
-
-    score: bool = False
-    top_tokens: int = 0
-    adapters: bool = False
-    top_logprobs: int = 0
-    structured_outputs: bool = False
-    images: bool = False
-    sleep: bool = False
-    transfer: bool = False
-    load: bool = False
-
+__all__ = [
+    "ALL_TOKENS",
+    "Capabilities",
+    "Completion",
+    "Engine",
+    "EngineLoad",
+    "FinishReason",
+    "OnTokens",
+    "PauseMode",
+    "TopLogprobs",
+    "TopTokens",
+    "WeightSource",
+    "WeightTransfer",
+    "piece_tokens",
+]
 
 _COUNTS = ("top_tokens", "top_logprobs")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TopTokens:
-    """The likeliest next tokens after some context.
-
-    Attributes:
-        token_ids: (n,) int32, the likeliest first, of equally likely ones the lowest id.
-        logprobs: (n,) float32, natural log, at temperature 1 and without truncation.
-        version: `engine.version` that gave them; under an adapter that of the adapter.
-
-    Raises:
-        EngineError: a log-probability that is none, with its place.
-    """
-
-    token_ids: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-    version: int
-
-    def __post_init__(self) -> None:
-        check_logprobs(self.logprobs, "likely token")
-
-    @classmethod
-    def of(cls, token_ids: Iterable[int], logprobs: Iterable[float], version: int) -> "TopTokens":
-        """From pairs in any order."""
-        pairs = sorted(zip(logprobs, token_ids, strict=True), key=lambda pair: (-pair[0], pair[1]))
-        return cls(np.array([token for _, token in pairs], np.int32), np.array([logprob for logprob, _ in pairs], np.float32), version)
-
-
-class Engine(ABC):
+class Engine(Checks):
     """An inference engine; an async context manager: `async with VLLMEngine(model) as engine`.
 
     Subclasses implement the abstract methods and pass `agent_loop.testing.EngineSuite`. All methods are
@@ -207,16 +69,6 @@ class Engine(ABC):
     def version(self) -> int:
         """How many weight updates the policy has had; stamped on every sampled token."""
         return self._version
-
-    @property
-    @abstractmethod
-    def max_length(self) -> int:
-        """The most tokens of prompt and response together."""
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Token ids lie in `range(vocab_size)`."""
 
     @property
     @abstractmethod
@@ -458,7 +310,7 @@ class Engine(ABC):
         """Load it, and return what requests need of it; on failure, and cancelled, raise and leave nothing behind."""
         raise NotImplementedError(f"{type(self).__name__} declares adapters and does not implement _load_adapter")
 
-    def _forget_adapter(self, adapter: Adapter, loaded: Any) -> None:  # noqa: B027  # most let it go by not holding it
+    def _forget_adapter(self, adapter: Adapter, loaded: Any) -> None:  # most let it go by not holding it
         """It was removed, or has become too old, and no request uses it any more; `loaded` is what `_load_adapter` returned."""
 
     async def remove_adapter(self, name: str) -> None:
@@ -525,52 +377,3 @@ class Engine(ABC):
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
-
-    def check_score(self, token_ids: Sequence[int] | NDArray[np.int32], start: int) -> NDArray[np.int32]:
-        """`token_ids` as int32 for `score`, or `RequestRefusedError`."""
-        ids = self.check_request(token_ids, _ONE_TOKEN)
-        if not 1 <= whole("start", start) < ids.size:
-            raise RequestRefusedError(f"{start=} leaves nothing to score of {ids.size} tokens; it must be from 1 to {ids.size - 1}")
-        return ids
-
-    def check_top_tokens(self, token_ids: Sequence[int] | NDArray[np.int32], count: int) -> NDArray[np.int32]:
-        """`token_ids` as int32 for `top_tokens`, or `RequestRefusedError`."""
-        if not 1 <= whole("count", count) <= self.capabilities.top_tokens:
-            raise RequestRefusedError(f"{count=} likely tokens; this engine gives from 1 to {self.capabilities.top_tokens}")
-        return self.check_request(token_ids, _ONE_TOKEN)
-
-    def check_request(self, prompt_ids: Sequence[int] | NDArray[np.int32], params: SamplingParams) -> NDArray[np.int32]:
-        """`prompt_ids` as int32, or `RequestRefusedError` naming the value, the bound and what to do."""
-        check_params(params)
-        ids = flat_ids(prompt_ids)
-        if ids.size == 0:
-            raise RequestRefusedError("the prompt is empty; give at least one token")
-        if outside := [int(token) for token in ids[(ids < 0) | (ids >= self.vocab_size)][:3]]:
-            raise RequestRefusedError(f"token ids {outside} lie outside the vocabulary of {self.vocab_size}; was another tokenizer used?")
-        if ids.size + params.max_tokens > self.max_length:
-            raise RequestRefusedError(
-                f"a prompt of {ids.size} tokens and max_tokens={params.max_tokens} exceed the model's length of "
-                f"{self.max_length}; shorten the prompt or lower max_tokens"
-            )
-        if params.top_logprobs or params.structured_outputs is not None:
-            self._check_extras(params)
-        return ids.astype(np.int32)
-
-    def check_media(self, media: Sequence[Any] | None) -> None:
-        """Raise `RequestRefusedError` if there are images, and the engine takes none."""
-        if media is not None and (isinstance(media, str | bytes | Mapping) or not isinstance(media, Sequence)):
-            raise RequestRefusedError(f"media={media!r:.60} is no list of images; give one, in the order of the prompt, or None")
-        if media and not self.capabilities.images:
-            raise RequestRefusedError(
-                f"{len(media)} images, and this {type(self).__name__} takes none; leave them, or use an engine with capabilities.images"
-            )
-
-    def _check_extras(self, params: SamplingParams) -> None:
-        able, name = self.capabilities, type(self).__name__
-        if params.structured_outputs is not None and not able.structured_outputs:
-            raise RequestRefusedError(f"{name} has no structured_outputs; leave them, or use an engine with that capability")
-        if params.top_logprobs > able.top_logprobs:
-            raise RequestRefusedError(
-                f"top_logprobs={params.top_logprobs} is more than the {able.top_logprobs} that {name} tells; ask for fewer, or use an "
-                "engine with capabilities.top_logprobs"
-            )

@@ -1,14 +1,16 @@
 """What engines are asked, held against what can be asked at all: slips are told at once, with the value and what to give instead."""
 
-from collections.abc import Collection, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_loop.engines.values import Capabilities
 from agent_loop.errors import RequestRefusedError
-from agent_loop.sampling import SamplingParams
+from agent_loop.sampling import SamplingParams, whole
 
 
 def flat_ids(given: Any) -> NDArray[Any]:
@@ -59,3 +61,74 @@ def check_source(source: object) -> None:
             f"{source!r:.60} holds no weights; give a folder in Hugging Face's format, a state dict, (name, tensor) pairs, or a transfer "
             "where the engine takes one"
         )
+
+
+_ONE_TOKEN = SamplingParams(max_tokens=1)
+
+
+class Checks(ABC):
+    """What `Engine` holds requests against: its own bounds."""
+
+    @property
+    @abstractmethod
+    def max_length(self) -> int:
+        """The most tokens of prompt and response together."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Token ids lie in `range(vocab_size)`."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What this engine can do beyond what every engine must."""
+
+    def check_score(self, token_ids: Sequence[int] | NDArray[np.int32], start: int) -> NDArray[np.int32]:
+        """`token_ids` as int32 for `score`, or `RequestRefusedError`."""
+        ids = self.check_request(token_ids, _ONE_TOKEN)
+        if not 1 <= whole("start", start) < ids.size:
+            raise RequestRefusedError(f"{start=} leaves nothing to score of {ids.size} tokens; it must be from 1 to {ids.size - 1}")
+        return ids
+
+    def check_top_tokens(self, token_ids: Sequence[int] | NDArray[np.int32], count: int) -> NDArray[np.int32]:
+        """`token_ids` as int32 for `top_tokens`, or `RequestRefusedError`."""
+        if not 1 <= whole("count", count) <= self.capabilities.top_tokens:
+            raise RequestRefusedError(f"{count=} likely tokens; this engine gives from 1 to {self.capabilities.top_tokens}")
+        return self.check_request(token_ids, _ONE_TOKEN)
+
+    def check_request(self, prompt_ids: Sequence[int] | NDArray[np.int32], params: SamplingParams) -> NDArray[np.int32]:
+        """`prompt_ids` as int32, or `RequestRefusedError` naming the value, the bound and what to do."""
+        check_params(params)
+        ids = flat_ids(prompt_ids)
+        if ids.size == 0:
+            raise RequestRefusedError("the prompt is empty; give at least one token")
+        if outside := [int(token) for token in ids[(ids < 0) | (ids >= self.vocab_size)][:3]]:
+            raise RequestRefusedError(f"token ids {outside} lie outside the vocabulary of {self.vocab_size}; was another tokenizer used?")
+        if ids.size + params.max_tokens > self.max_length:
+            raise RequestRefusedError(
+                f"a prompt of {ids.size} tokens and max_tokens={params.max_tokens} exceed the model's length of "
+                f"{self.max_length}; shorten the prompt or lower max_tokens"
+            )
+        if params.top_logprobs or params.structured_outputs is not None:
+            self._check_extras(params)
+        return ids.astype(np.int32)
+
+    def check_media(self, media: Sequence[Any] | None) -> None:
+        """Raise `RequestRefusedError` if there are images, and the engine takes none."""
+        if media is not None and (isinstance(media, str | bytes | Mapping) or not isinstance(media, Sequence)):
+            raise RequestRefusedError(f"media={media!r:.60} is no list of images; give one, in the order of the prompt, or None")
+        if media and not self.capabilities.images:
+            raise RequestRefusedError(
+                f"{len(media)} images, and this {type(self).__name__} takes none; leave them, or use an engine with capabilities.images"
+            )
+
+    def _check_extras(self, params: SamplingParams) -> None:
+        able, name = self.capabilities, type(self).__name__
+        if params.structured_outputs is not None and not able.structured_outputs:
+            raise RequestRefusedError(f"{name} has no structured_outputs; leave them, or use an engine with that capability")
+        if params.top_logprobs > able.top_logprobs:
+            raise RequestRefusedError(
+                f"top_logprobs={params.top_logprobs} is more than the {able.top_logprobs} that {name} tells; ask for fewer, or use an "
+                "engine with capabilities.top_logprobs"
+            )
