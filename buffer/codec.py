@@ -7,6 +7,7 @@ wherever there is time.
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from buffer.amounts import NOTHING as NO_AMOUNT
@@ -14,7 +15,7 @@ from buffer.amounts import Amount
 from buffer.errors import CorruptPayloadError
 from buffer.numbers import plain_number
 from buffer.payload import NOTHING, Response, Runs, Span, pack, unpack
-from buffer.rollout import Position, RolloutGroup, RolloutState, Turn
+from buffer.rollout import Position, RolloutGroup, RolloutState, Turn, is_whole
 from buffer.rows import drawn_fields
 from buffer.staleness import FIRST_TIMELINE, NO_VERSION, Timeline
 from buffer.status import Status, group_status, member_status
@@ -22,6 +23,7 @@ from buffer.status import Status, group_status, member_status
 _REMEDY = "the database was damaged or edited: restore it from a copy, or delete this group's row"
 _STATUSES = {status.value: status for status in Status}
 _PROMPT_FIELDS = ("row", "prompt", "messages", "media", "sampling")
+_prompt_of = attrgetter(*_PROMPT_FIELDS)
 
 
 class GroupSnapshot(NamedTuple):
@@ -37,6 +39,11 @@ class GroupSnapshot(NamedTuple):
     def status(self) -> Status:
         """Derived from the members; see `buffer.status.group_status`."""
         return group_status([rollout.status for rollout in self.rollouts])
+
+    @property
+    def lost_any(self) -> bool:
+        """Whether a member was reset or met an error; of most groups none was, and the three below are nothing."""
+        return any(rollout.dropped is not NO_AMOUNT or rollout.error is not None for rollout in self.rollouts)
 
     @property
     def dropped(self) -> Amount:
@@ -136,8 +143,9 @@ def _now(snapshot: GroupSnapshot) -> Timeline:
 
 def _amounts_of(rollouts: Sequence[RolloutState]) -> dict[str, int]:
     """How much was sampled of a group."""
-    total = Amount.total(rollout.amount for rollout in rollouts)
-    return {"tokens": total.tokens, "finished": total.finished, "finished_tokens": total.finished_tokens}
+    whole = [rollout.response_ids.size for rollout in rollouts if is_whole(rollout)]
+    tokens = sum([rollout.response_ids.size for rollout in rollouts])
+    return {"tokens": tokens, "finished": len(whole), "finished_tokens": sum(whole)}
 
 
 def _versions_of(spans: Sequence[Span]) -> dict[str, int | None]:
@@ -199,11 +207,11 @@ def _extras_to_json(snapshot: GroupSnapshot, rollouts: Sequence[RolloutState], l
     """The lengths and what else is stored of each member, as JSON; adds the latter to `lengths`."""
     drawn = _Drawn()
     for own, rollout in zip(lengths, rollouts, strict=True):
-        _add_extra(own, rollout, drawn)
+        _add_extra(own, rollout, drawn.of(rollout.row))
     return to_json(lengths, f"messages or metrics of group {snapshot.group_id}")
 
 
-def _add_extra(extra: dict[str, Any], rollout: RolloutState, drawn: "_Drawn") -> None:
+def _add_extra(extra: dict[str, Any], rollout: RolloutState, was: Mapping[str, Any]) -> None:
     """What is stored of a member as JSON, empty things left out."""
     if rollout.turns:
         extra["turns"] = rollout.turns
@@ -212,11 +220,9 @@ def _add_extra(extra: dict[str, Any], rollout: RolloutState, drawn: "_Drawn") ->
     if rollout.metrics:
         extra["metrics"] = rollout.metrics
     # The conversation and media where they are not the row's: a loop has added turns, or the group was made by hand.
-    was = drawn.of(rollout.row)
-    if not _same(rollout.messages, was.get("messages")):
-        extra["messages"] = rollout.messages
-    if not _same(rollout.media, was.get("media")):
-        extra["media"] = rollout.media
+    for name, own in (("messages", rollout.messages), ("media", rollout.media)):
+        if own is not (drawn := was.get(name)) and not _same(own, drawn):
+            extra[name] = own
 
 
 class _Drawn:
@@ -234,9 +240,10 @@ class _Drawn:
 
 def encode_prompt(rollouts: Sequence[RolloutState]) -> str:
     """The prompts of the members as JSON: one object where all share it, as after a draw, else one a member."""
-    prompts = [{name: value for name in _PROMPT_FIELDS if (value := getattr(rollout, name))} for rollout in rollouts]
-    shared = all(_same(own, prompts[0]) for own in prompts[1:])
-    return to_json(prompts[:1] if shared else prompts, f"row of group {rollouts[0].group_id}")
+    drawn = [_prompt_of(rollout) for rollout in rollouts]
+    shared = all(_same(own, drawn[0]) for own in drawn)
+    prompts = [{name: value for name, value in zip(_PROMPT_FIELDS, own, strict=True) if value} for own in (drawn[:1] if shared else drawn)]
+    return to_json(prompts, f"row of group {rollouts[0].group_id}")
 
 
 def _same(own: Any, other: Any) -> bool:

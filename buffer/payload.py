@@ -10,7 +10,6 @@ Files of schema 1 hold the first four member by member, and their text in the ex
 import struct
 import sys
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from buffer.errors import CorruptPayloadError
+from buffer.repeated import repeated, repeats
 from buffer.rollout import TOKEN_ARRAYS, RolloutState
 from buffer.staleness import Timeline
 
@@ -93,6 +93,8 @@ class Runs(NamedTuple):
     @classmethod
     def of(cls, responses: Sequence[Response]) -> "Runs":
         """Those of the responses, in order."""
+        if (version := _only_version(responses)) is not None:
+            return cls._of_one([response.versions.size for response in responses], version)
         versions = np.concatenate([response.versions for response in responses])
         timelines = np.concatenate([response.timelines for response in responses])
         mask = np.concatenate([response.loss_mask for response in responses])
@@ -142,6 +144,18 @@ class Runs(NamedTuple):
         return struct.pack(f"<{len(numbers)}i", *numbers)
 
 
+def _only_version(responses: Sequence[Response]) -> int | None:
+    """The version of all tokens where all are trainable and of timeline 0, and no array needs to be looked through to see it."""
+    sampled = [response for response in responses if response.versions.size]
+    if not sampled:
+        return None
+    version: int = sampled[0].versions.item(0)
+    for response in sampled:
+        if not (repeats(response.versions, version) and repeats(response.timelines, 0) and repeats(response.loss_mask, 1)):
+            return None
+    return version
+
+
 def _span(runs: Sequence[tuple[int, int, bool]]) -> Span | None:
     if len(runs) == 1:
         ((version, effective, trainable),) = runs
@@ -175,11 +189,10 @@ def pack(responses: Sequence[Response], runs: Runs, what: str) -> tuple[list[dic
         if rewound and (timelines := runs.of_timelines(member)):
             own["timelines"] = timelines
         lengths.append(own)
-    ids = [_contiguous(response.response_ids) for response in responses]
-    logprobs = [_contiguous(response.logprobs) for response in responses]
-    masks = [_contiguous(response.loss_mask) for response in responses]
+    ids, logprobs = [response.response_ids for response in responses], [response.logprobs for response in responses]
+    masks = [response.loss_mask for response in responses]
     pairs = runs.as_bytes()
-    arrays = b"".join([*prompts, *ids, *logprobs, pairs, *masks, *texts])
+    arrays = _joined([*prompts, *ids, *logprobs, pairs, *masks, *texts])
     at, n = sum(map(len, prompts)), sum(own["n"] for own in lengths)
     bad = "a version is negative" if min(runs.versions, default=0) < 0 or min(runs.timelines, default=0) < 0 else None
     if bad or (bad := _why_bad(*(np.frombuffer(arrays, *part) for part in _parts(at, n, len(pairs))))):
@@ -192,9 +205,11 @@ def _parts(at: int, n: int, pairs: int) -> list[tuple[type[np.generic], int, int
     return [(np.int32, n, at), (np.float32, n, at + 4 * n), (np.uint8, n, at + 8 * n + pairs)]
 
 
-def _contiguous(array: NDArray[Any]) -> Any:
-    """What `join` takes without a copy in between."""
-    return array if array.flags.c_contiguous else array.tobytes()
+def _joined(parts: Sequence[Any]) -> bytes:
+    try:
+        return b"".join(parts)
+    except TypeError:  # an array with gaps, such as a part of another
+        return b"".join([part.tobytes() if isinstance(part, np.ndarray) else part for part in parts])
 
 
 def _add_prompt(ids: bytes, prompts: list[bytes]) -> int:
@@ -244,7 +259,7 @@ def unpack(extras: Sequence[Mapping[str, Any]], arrays: bytes) -> list[Response]
         if (text_n := extra.get("text_n")) is not None:
             text, text_at = texts[text_at : text_at + text_n].decode("utf-8", "surrogatepass"), text_at + text_n
         versions = _expanded(runs[run_at:run_end], end - at)
-        timelines = _expanded(extra["timelines"], end - at) if "timelines" in extra else _constant(0, end - at)
+        timelines = _expanded(extra["timelines"], end - at) if "timelines" in extra else repeated(0, end - at)
         responses.append(Response(ids[at:end], logprobs[at:end], mask[at:end], versions, timelines, prompt_ids, text))
         at, run_at = end, run_end
     return responses
@@ -309,32 +324,13 @@ def _expanded(runs: Sequence[Sequence[int]], n: int) -> NDArray[np.int32]:
     if len(runs) == 1:
         value, length = runs[0]
         if length == n and type(value) is type(length) is int and value >= 0 and n:
-            return _constant(value, n)
+            return repeated(value, n)
     elif not runs and not n:
-        return _constant(0, 0)
+        return repeated(0, 0)
     # Before np.repeat: a forged length must not become an allocation.
     if sum(length for _, length in runs) != n or not all(_is_length(value) and _is_length(length - 1) for value, length in runs):
         raise CorruptPayloadError(f"runs {runs[:4]} do not cover {n} tokens")
     values: NDArray[np.int32] = np.repeat(np.array([value for value, _ in runs], np.int32), [length for _, length in runs])
-    values.flags.writeable = False
-    return values
-
-
-_MANY = 2**15
-
-
-def _constant(value: int, n: int) -> NDArray[np.int32]:
-    """`value` n times, read-only; one array in common where n is not large, as most responses are of one version."""
-    if n <= _MANY:
-        return _constants(value)[:n]
-    values = np.full(n, value, np.int32)
-    values.flags.writeable = False
-    return values
-
-
-@lru_cache(maxsize=16)
-def _constants(value: int) -> NDArray[np.int32]:
-    values = np.full(_MANY, value, np.int32)
     values.flags.writeable = False
     return values
 

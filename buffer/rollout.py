@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from buffer.amounts import NOTHING, Amount
 from buffer.numbers import plain_number, refuse_text
+from buffer.repeated import repeated, repeats
 from buffer.rows import drawn_fields, prompt_fields
 from buffer.staleness import FIRST_TIMELINE, Level, Timeline, fresh_mask, oldest_version, staleness, too_stale
 from buffer.status import GROUP_WIDE, Status, group_status, parse_status
@@ -148,7 +149,7 @@ class RolloutState:
     @property
     def amount(self) -> Amount:
         """What was sampled of it: its tokens, and whether they are a whole response, of a member that is not left out."""
-        n, whole = self.response_ids.size, (self.finished or self.status in _WHOLE) and not self.left_out
+        n, whole = self.response_ids.size, is_whole(self)
         return Amount(n, int(whole), n if whole else 0)
 
     @property
@@ -225,9 +226,8 @@ class RolloutState:
             raise ValueError(f"rollout {self.rollout_id}: trainable tokens need logprobs; pass them, or trainable=False")
         new_logprobs = np.zeros(ids.size, np.float32) if logprobs is None else np.asarray(logprobs, dtype=np.float32).reshape(-1)
         new_versions = _array(version, np.int32)
-        if np.ndim(version) == 0:
-            new_versions = np.broadcast_to(new_versions, ids.shape)
-        new_mask = np.full(ids.size, 1 if trainable else 0, np.uint8)
+        if np.ndim(version) == 0 or (new_versions.shape == ids.shape and bool((new_versions == new_versions[0]).all())):
+            new_versions = repeated(int(new_versions[0]), ids.size)
         for name, values in (("logprobs", new_logprobs), ("version", new_versions)):
             if values.shape != ids.shape:
                 raise ValueError(
@@ -239,7 +239,7 @@ class RolloutState:
         start = self.response_ids.size
         self.response_ids = _joined(self.response_ids, ids)
         self.logprobs = _joined(self.logprobs, new_logprobs)
-        self.loss_mask = _joined(self.loss_mask, new_mask)
+        self.loss_mask = _joined(self.loss_mask, repeated(1 if trainable else 0, ids.size, self.loss_mask.dtype))
         self.versions = _joined(self.versions, new_versions)
         self.timelines = _joined(self.timelines, self._of_now(ids.size))
         self._extend_turns("assistant" if trainable else "environment", start)
@@ -258,9 +258,7 @@ class RolloutState:
         self.turns, self.reward_parts, self.metrics = [], {}, {}
 
     def _of_now(self, n: int) -> NDArray[np.int32]:
-        numbers = np.full(n, self.timeline.number, np.int32)
-        numbers.flags.writeable = False
-        return numbers
+        return repeated(self.timeline.number, n)
 
     def _extend_turns(self, role: str, start: int) -> None:
         end = int(self.response_ids.size)
@@ -276,7 +274,15 @@ class RolloutState:
             raise ValueError(f"rollout {self.rollout_id}: lengths differ ({lengths}); ids, logprobs, mask and versions need one length")
 
 
+def is_whole(rollout: RolloutState) -> bool:
+    """Whether its response counts as whole: finished, or complete without a finish reason, and not left out."""
+    return (rollout.finish_reason in FINISHED or rollout.status in _WHOLE) and not rollout.left_out
+
+
 def _joined(old: NDArray[Any], new: NDArray[Any]) -> NDArray[Any]:
+    value = new.item(0)
+    if isinstance(value, int) and repeats(new, value) and (not old.size or repeats(old, value)):
+        return repeated(value, old.size + new.size, new.dtype)
     joined: NDArray[Any] = np.concatenate((old, new)) if old.size else new.copy()
     joined.setflags(write=False)
     return joined

@@ -25,7 +25,7 @@ from buffer.transactor import Transactor, pauses
 _GROUP_COMMIT = 64
 """Most requests in one transaction: bounds how long the first of them waits."""
 
-_MUCH = 2**21
+_MUCH = 2**20
 """Bytes after which a transaction takes no more requests: those that follow are prepared while it is committed."""
 
 T = TypeVar("T")

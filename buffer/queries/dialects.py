@@ -2,9 +2,11 @@
 that never repeat."""
 
 import json
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -24,6 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import Sequence as DatabaseSequence
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import NullType
@@ -71,7 +74,13 @@ class Many(_Compiled):
         """Execute it with rows that all have the keys of the first; gives how many rows of the database that changed."""
         sql, names, constants = self._for(conn, tuple(rows[0]))
         given = [{**constants, **row} for row in rows] if constants else rows
-        return conn.exec_driver_sql(sql, [tuple([row[name] for name in names]) for row in given] if names else list(given)).rowcount
+        changed: int = _executed(conn, sql, _tuples(given, names) if names else list(given)).rowcount
+        return changed
+
+
+def _tuples(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[tuple[Any, ...]]:
+    values = itemgetter(*names)
+    return [values(row) for row in rows] if len(names) > 1 else [(values(row),) for row in rows]
 
 
 class Prepared(_Compiled):
@@ -79,14 +88,12 @@ class Prepared(_Compiled):
 
     def rows(self, conn: Connection, parameters: Mapping[str, Any] = _NONE) -> Iterator[tuple[Any, ...]]:
         """One row after the other, as the database gives them."""
-        cursor: Any = self._executed(conn, parameters).cursor
-        with closing(cursor):
+        with closing(self._cursor(conn, parameters)) as cursor:
             yield from cursor
 
     def all(self, conn: Connection, parameters: Mapping[str, Any] = _NONE) -> list[tuple[Any, ...]]:
         """All rows."""
-        cursor: Any = self._executed(conn, parameters).cursor
-        with closing(cursor):
+        with closing(self._cursor(conn, parameters)) as cursor:
             rows: list[tuple[Any, ...]] = cursor.fetchall()
         return rows
 
@@ -97,12 +104,31 @@ class Prepared(_Compiled):
 
     def execute(self, conn: Connection, parameters: Mapping[str, Any]) -> int:
         """Change rows; gives how many."""
-        return self._executed(conn, parameters).rowcount
+        changed: int = self._result(conn, parameters).rowcount
+        return changed
 
-    def _executed(self, conn: Connection, parameters: Mapping[str, Any]) -> CursorResult[Any]:
+    def _cursor(self, conn: Connection, parameters: Mapping[str, Any]) -> Any:
+        result = self._result(conn, parameters)
+        return result.cursor if isinstance(result, CursorResult) else result
+
+    def _result(self, conn: Connection, parameters: Mapping[str, Any]) -> Any:
         sql, names, constants = self._for(conn, tuple(parameters))
         given = {**constants, **parameters}
-        return conn.exec_driver_sql(sql, given if names is None else tuple([given[name] for name in names]))
+        return _executed(conn, sql, given if names is None else tuple([given[name] for name in names]))
+
+
+def _executed(conn: Connection, sql: str, given: Any) -> Any:
+    """The result, or on SQLite the driver's cursor: what SQLAlchemy does around a statement takes longer there than the statement.
+
+    A list of parameters is of as many rows.
+    """
+    if conn.dialect.name != "sqlite":
+        return conn.exec_driver_sql(sql, given)
+    cursor = conn.connection.cursor()
+    try:
+        return cursor.executemany(sql, given) if isinstance(given, list) else cursor.execute(sql, given)
+    except sqlite3.Error as error:
+        raise DBAPIError.instance(sql, None, error, sqlite3.Error, dialect=conn.dialect) from error
 
 
 class Insert:

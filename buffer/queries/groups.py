@@ -68,6 +68,8 @@ def amount_of(e: EncodedGroup) -> Amount:
 
 def _note_lost(tx: Transaction, e: EncodedGroup) -> None:
     """Note what its producer dropped of a group: without partial rollouts what is interrupted, else what a loop began anew."""
+    if not e.snapshot.lost_any:
+        return
     tx.gave_up(e.task_name, INTERRUPTED if e.status is Status.INTERRUPTED else RESTARTED, e.snapshot.dropped)
     tx.gave_up(e.task_name, LEFT_OUT, e.snapshot.left_out)
     if e.status in _WHOLE:  # an interrupted group comes again, with the same responses

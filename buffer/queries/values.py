@@ -68,13 +68,14 @@ def move_cursor(conn: Connection, task_name: str, moves: int, new_cursor: str, d
         )
 
 
-_ADD_DRAWN = update(t.tasks).where(t.tasks.c.task_name == bindparam("task")).values(drawn=t.tasks.c.drawn + bindparam("n"))
+_ADD_DRAWN = Prepared(update(t.tasks).where(t.tasks.c.task_name == bindparam("task")).values(drawn=t.tasks.c.drawn + bindparam("n")))
 
 
 def add_drawn(conn: Connection, task_name: str, drawn: int) -> None:
     """Account for groups that came in without a draw of ours."""
-    _ensure_task(conn, task_name)
-    conn.execute(_ADD_DRAWN, {"task": task_name, "n": drawn})
+    if not _ADD_DRAWN.execute(conn, {"task": task_name, "n": drawn}):
+        _ensure_task(conn, task_name)
+        _ADD_DRAWN.execute(conn, {"task": task_name, "n": drawn})
 
 
 _ENSURE_TASK = Upsert(t.tasks, ["task_name"])

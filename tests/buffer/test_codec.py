@@ -543,3 +543,40 @@ def test_what_no_column_holds_is_refused(field: str, value: object, message: str
     setattr(rollout, field, value)
     with pytest.raises(ValueError, match=message):
         encode_group(RolloutGroup(1, [rollout]))
+
+
+PIECES = st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=3), st.booleans()), max_size=4)
+"""Of a response: the versions of each one's tokens, and whether they are trainable."""
+
+
+@UNHURRIED
+@given(st.lists(PIECES, min_size=1, max_size=3), st.integers(0, 1))
+def test_what_was_appended_is_stored_as_what_was_given_whole(members: list[list[tuple[list[int], bool]]], rewinds: int) -> None:
+    """`append` shares arrays of one value, which are not looked through; what is stored is the same."""
+    appended, whole, timeline = [], [], Timeline((1,) * rewinds)
+    for index, pieces in enumerate(members):
+        rollout = RolloutState(1, index, "math", Status.COMPLETED, timeline=timeline)
+        for versions, trainable in pieces:
+            version = versions[0] if len(set(versions)) == 1 else versions
+            rollout.append([7] * len(versions), logprobs=[-0.5] * len(versions), version=version, trainable=trainable)
+        n = sum(len(versions) for versions, _ in pieces)
+        arrays: dict[str, Any] = {
+            "response_ids": [7] * n,
+            "logprobs": [-0.5] * n,
+            "loss_mask": [int(trainable) for versions, trainable in pieces for _ in versions],
+            "versions": [version for versions, _ in pieces for version in versions],
+        }
+        assert {name: getattr(rollout, name).tolist() for name in TOKEN_ARRAYS} == {**arrays, "timelines": [rewinds] * n}
+        appended.append(rollout)
+        whole.append(RolloutState(1, index, "math", Status.COMPLETED, timeline=timeline, turns=rollout.turns, **arrays))
+    mine, theirs = (encode_group(RolloutGroup(1, rollouts, "math")) for rollouts in (appended, whole))
+    assert mine._replace(snapshot=theirs.snapshot) == theirs
+
+
+def test_parts_of_arrays_are_stored() -> None:
+    group = a_group(1, tokens=6)
+    for rollout in group.rollouts:
+        for name in TOKEN_ARRAYS:
+            setattr(rollout, name, getattr(rollout, name)[::2])
+    again = decode_group(**stored(encode_group(group)))
+    assert [rollout.response_ids.tolist() for rollout in again.rollouts] == [[0, 2, 4]] * 2

@@ -3,11 +3,13 @@
 import asyncio
 import sqlite3
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection
 
 from buffer import Fifo, FreshestFirst, Position, ReplayBuffer, StalestFirst, Status, queries
 from buffer.accounts import account
@@ -101,18 +103,36 @@ def test_hot_statements_read_through_an_index(path: Path, name: str) -> None:
         assert not any("TEMP B-TREE" in line for line in plan), plan
 
 
+class Explained(sqlite3.Cursor):
+    """Notes what SQLite says of every statement before it is executed."""
+
+    def execute(self, sql: str, parameters: Any = (), /) -> "Explained":
+        if sql.startswith(("SELECT", "UPDATE")):
+            plan = self.connection.cursor(sqlite3.Cursor).execute(f"EXPLAIN QUERY PLAN {sql}", parameters)
+            self.connection.plans.extend(row[3] for row in plan)
+        return super().execute(sql, parameters)
+
+
+class Explaining(sqlite3.Connection):
+    """A connection that does, whoever executes the statement."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.plans: list[str] = []
+
+    def cursor(self, factory: type[sqlite3.Cursor] = Explained) -> Any:
+        return super().cursor(factory)
+
+
 def _plan(path: Path, statement: Callable[[Connection], Any]) -> list[str]:
     """What SQLite says of every statement that the function executes."""
     engine = backend_of(f"sqlite:///{path}").connect(read_only=False)
-    lines: list[str] = []
-
-    @event.listens_for(engine, "before_cursor_execute")
-    def explain(conn: Connection, cursor: sqlite3.Cursor, sql: str, parameters: Any, *_: Any) -> None:
-        if sql.startswith(("SELECT", "UPDATE")):
-            lines.extend(row[3] for row in cursor.execute(f"EXPLAIN QUERY PLAN {sql}", parameters))
-
-    with engine.connect() as conn, conn.begin() as transaction:
-        statement(conn)
-        transaction.rollback()
+    with patch.object(sqlite3, "connect", partial(sqlite3.connect, factory=Explaining)), engine.connect() as conn:
+        driver: Any = conn.connection.driver_connection
+        with conn.begin() as transaction:
+            statement(conn)
+            transaction.rollback()
+        lines: list[str] = driver.plans
     engine.dispose()
+    assert lines
     return lines
