@@ -236,6 +236,15 @@ class EngineSuite(AdapterSuite, CapabilitySuite):
         for prompt, params, value in cases:
             with pytest.raises(RequestRefusedError, match=value):
                 await engine.generate(prompt, params, request_id="bad")
+        for slip in (
+            engine.generate([[1, 1]], SamplingParams(max_tokens=1), request_id="bad"),  # type: ignore[list-item]
+            engine.generate([1, 1], {"max_tokens": 1}, request_id="bad"),  # type: ignore[arg-type]
+            engine.generate([1, 1], SamplingParams(max_tokens=1), request_id=""),
+            engine.interrupt("bad"),  # whose letters are no requests
+            engine.update_weights(5, engine.version + 1),  # type: ignore[arg-type]
+        ):
+            with pytest.raises(ValueError):
+                await slip
         good = await engine.generate([1, 1], SamplingParams(max_tokens=2, ignore_eos=True), request_id="bad")
         assert len(good.token_ids) == 2
 

@@ -21,6 +21,7 @@ from agent_loop.engines.base import (
     TopTokens,
     WeightSource,
 )
+from agent_loop.engines.checks import check_call, names_of
 from agent_loop.engines.server.adapters import Lora, Loras
 from agent_loop.engines.server.answers import read_likely, read_scores
 from agent_loop.engines.server.breaker import Breaker
@@ -320,6 +321,7 @@ class VLLMServerEngine(Engine):
         """
         ids = self.check_request(prompt_ids, params)
         self.check_media(media)
+        check_call(request_id, session_id, on_tokens)
         check_structure(params.structured_outputs)
         if request_id in self._requests.flights:
             raise RequestRefusedError(f"request id {request_id!r} is in flight already; give every request its own")
@@ -334,9 +336,9 @@ class VLLMServerEngine(Engine):
         Of one that no token came of yet, what the server may have sampled meanwhile is left there.
         """
         self._alive()
-        flights = self._requests.flights
-        chosen = list(flights) if request_ids is None else [name for name in request_ids if name in flights]
-        await self._requests.interrupt([flights[name] for name in dict.fromkeys(chosen)])
+        flights, asked = self._requests.flights, names_of(request_ids)
+        chosen = list(flights) if asked is None else [name for name in asked if name in flights]
+        await self._requests.interrupt([flights[name] for name in chosen])
 
     # Scores
 
