@@ -68,6 +68,8 @@ class ToolUseAgentLoop(SingleTurnAgentLoop):
         if tokenizer is None:
             raise TypeError("tool calls are read in text; pass a tokenizer with a chat template")
         self._tools = tools_by_name(tools)
+        if not callable(parse):
+            raise TypeError(f"parse={parse!r:.60} is no function of a text; give one, or leave it out")
         for name, bound in (("max_turns", max_turns), ("max_calls", max_calls), ("max_output", max_output)):
             if whole(name, bound) < 1:
                 raise ValueError(f"{name}={bound} must be 1 or more")
@@ -171,6 +173,8 @@ class ToolUseAgentLoop(SingleTurnAgentLoop):
 
     def _calls(self, answer: str) -> list[ToolCall | BadCall]:
         calls = list(self._parse(answer))
+        if strange := [call for call in calls if not isinstance(call, ToolCall | BadCall)]:
+            raise TypeError(f"parse gave {strange[0]!r:.80}; it must give ToolCall(name, arguments) or BadCall(reason) for each call")
         if len(calls) > self._max_calls:
             return [BadCall(f"{len(calls)} tool calls at once, of which none was run; make at most {self._max_calls}")]
         return calls

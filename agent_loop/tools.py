@@ -88,8 +88,11 @@ def tools_by_name(tools: Iterable[Tool | Callable[..., Any]]) -> dict[str, Tool]
     """Tools by the names by which models call them.
 
     Raises:
+        TypeError: they are no list of functions and `Tool`s.
         ValueError: two have one name, or one cannot be a tool.
     """
+    if isinstance(tools, str | Mapping) or not isinstance(tools, Iterable):
+        raise TypeError(f"tools={tools!r:.60} are no list of tools; give one, such as [add]")
     made = [tool if isinstance(tool, Tool) else Tool(tool) for tool in tools]
     names = [tool.name for tool in made]
     if twice := [name for name in names if names.count(name) > 1]:

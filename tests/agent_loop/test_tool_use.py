@@ -296,6 +296,9 @@ def takes_any_number(*numbers: int) -> None: ...
         ([ascii, Tool(ascii, parameters={"type": "object"})], {}, "tool ascii"),
         ([Tool(len, name="a", parameters={"type": "object"})] * 2, {}, "two tools have the name 'a'"),
         ([], {"max_turns": 0}, "max_turns=0 must be 1 or more"),
+        ([], {"parse": "hermes"}, "parse='hermes' is no function"),
+        (len, {}, "are no list of tools"),
+        ("add", {}, "tools='add' are no list of tools"),
     ],
 )
 def test_what_is_no_tool_is_refused_at_once(tools: Any, options: Any, match: str) -> None:
@@ -369,6 +372,8 @@ async def test_a_parser_of_ones_own_is_asked_and_its_failure_fails_the_attempt()
     calculator, parse = Calculator(), lambda text: [ToolCall("add", {"a": int(text)})] if text.isdigit() else []
     state = await run(["5", "five"], calculator.tools(), parse=parse)
     assert (calculator.asked, state.status) == ([{"a": 5, "b": 0}], Status.COMPLETED)
+    state = await run(["5"], parse=lambda text: [{"name": "add"}], max_attempts=1)
+    assert str(state.error).startswith("TypeError: parse gave {'name': 'add'}; it must give ToolCall")
     state = await run(["{"], parse=json.loads)
     assert (state.status, state.attempts) == (Status.FAILED, 3)
     assert str(state.error).startswith("JSONDecodeError")
