@@ -9,10 +9,10 @@ from typing import Self, get_args
 from agent_loop import AgentLoop
 from agent_loop.engines.base import Engine, PauseMode, WeightSource
 from agent_loop.sampling import whole
-from buffer import ReplayBuffer
+from buffer import ReplayBuffer, Status
 from producer.checks import check_parts
 from producer.errors import ProducerError
-from producer.gate import Gate, paused
+from producer.gate import Gate, Updater, paused
 from producer.plan import ProducedBatch
 from producer.production import Production
 from producer.prompts import PromptSampler
@@ -51,7 +51,7 @@ class Producer:
         self._strategy, self._agent_loop, self._sampler, self._task_name = strategy, agent_loop, sampler, task_name
         self._tasks: asyncio.TaskGroup | None = None
         self._production: Production | None = None
-        self._gate, self._updating = Gate(), asyncio.Lock()
+        self._gate, self._updating, self._updater = Gate(), asyncio.Lock(), Updater()
         self._waited_for = False
 
     @property
@@ -136,6 +136,8 @@ class Producer:
             whole("batch_size", batch_size)
             step = await self.buffer.next_step(self._task_name) if step is None else step
             await self.buffer.check_take(self._task_name, step)
+            if self._updater.is_here and await self.buffer.count(self._task_name, Status.COMPLETED) < batch_size:
+                self._updater.check_elsewhere("a batch that is not whole")
             await self.start(batch_size)
             return await self._running().next_batch(step, began, no_bar=self._strategy.no_bar)
         finally:
@@ -166,8 +168,9 @@ class Producer:
             raise ValueError(f"mode={mode!r:.40} is unknown; choose among {get_args(PauseMode)}")
         if (engine := self._engine) is None:
             raise ProducerError("this agent loop has no engine whose weights could be updated")
+        self._updater.check_elsewhere("another update")
         async with self._updating, self._held(mode), paused(engine, mode):
-            with self._gate.frozen():
+            with self._gate.frozen(), self._updater.here():
                 if source is not None:
                     await engine.update_weights(source, engine.version + 1 if version is None else version)
                 yield
@@ -190,5 +193,6 @@ class Producer:
 
     async def drain(self) -> None:
         """Let the groups in flight end, and stop: nothing runs after it. The next batch that is asked for begins anew."""
+        self._updater.check_elsewhere("draining")
         async with self._held("wait"):
             await self.close()

@@ -3,8 +3,10 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
 
 from agent_loop.engines.base import Engine, PauseMode
+from producer.errors import ProducerError
 
 
 class Gate:
@@ -60,6 +62,32 @@ class Gate:
             self._freezes -= 1
             self.thawed_at = asyncio.get_running_loop().time()
             self.on_change()
+
+
+class Updater:
+    """Which task updates the weights now: in its block it would wait for ever for what waits for the end of the block."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[Any] | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is the task that asks."""
+        return self._task is not None and self._task is asyncio.current_task()
+
+    @contextmanager
+    def here(self) -> Generator[None]:
+        """The weights are updated in this block."""
+        self._task = asyncio.current_task()
+        try:
+            yield
+        finally:
+            self._task = None
+
+    def check_elsewhere(self, what: str) -> None:
+        """`ProducerError` in such a block."""
+        if self.is_here:
+            raise ProducerError(f"{what} waits for the end of `update_weights`, and is awaited in its block; await it after the block")
 
 
 @asynccontextmanager

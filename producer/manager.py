@@ -18,7 +18,7 @@ from buffer.errors import ResumeRequiredError, StepError
 from producer.checks import check_loop, check_parts
 from producer.errors import ProducerError
 from producer.evaluation import Evaluation, EvaluationResult
-from producer.gate import paused
+from producer.gate import Updater, paused
 from producer.kept_weights import KeptWeights
 from producer.merging import merged_metrics
 from producer.metrics import Metrics
@@ -81,7 +81,7 @@ class TaskManager:
         self._parts = {task.name: Part(buffer, task, self._permits) for task in tasks}
         self._group: asyncio.TaskGroup | None = None
         self._horizon = min(_MOST_AHEAD, max(task.strategy.max_staleness or 0 for task in tasks))
-        self._pins, self._evaluating = Pins(), set[str]()
+        self._pins, self._updater, self._evaluating = Pins(), Updater(), set[str]()
         self._busy = False
         self._metrics: Metrics = {}
         self._told_of_removed = False
@@ -187,6 +187,7 @@ class TaskManager:
             ProducerError: every prompt failed, or the weights were updated all the time.
             EngineDeadError, ResumeRequiredError: see `ProduceStrategy.produce_batch`.
         """
+        self._updater.check_elsewhere("an evaluation")
         rows = list(rows)
         self._check_evaluation(task_name, rows, group_size)
         check_loop(agent_loop)
@@ -232,7 +233,9 @@ class TaskManager:
         engines = list(dict.fromkeys(task.agent_loop.engine for task in self._tasks.values() if task.agent_loop.engine is not None))
         if not engines:
             raise ProducerError("no task has an engine whose weights could be updated")
+        self._updater.check_elsewhere("another update")
         async with self._pins.updating(), AsyncExitStack() as stack:
+            stack.enter_context(self._updater.here())
             await self._hold(stack, mode)
             for engine in engines:
                 await stack.enter_async_context(paused(engine, mode))
@@ -283,6 +286,7 @@ class TaskManager:
         """
         if whole("batch_size", batch_size) < 1:
             raise ValueError(f"batch_size={batch_size} is no batch; it must be 1 or more")
+        self._updater.check_elsewhere("a batch")
         with self._one_at_a_time():
             began = _now()
             step = await self._next_step() if step is None else step

@@ -14,7 +14,8 @@ from agent_loop.engines.simulated_policy import lognormal_lengths
 from agent_loop.errors import EngineError
 from buffer import ReplayBuffer, RolloutState, Status
 from buffer.inline import InlineReplayBuffer
-from producer import AsyncProduceStrategy, Producer, SyncProduceStrategy, Watchdog
+from producer import AsyncProduceStrategy, Producer, ReplayPromptSampler, SyncProduceStrategy, TaskManager, TrainingTask, Watchdog
+from producer.errors import ProducerError
 from producer.simulate import virtual_time
 from tests.producer.test_background import TASK, loop_of, offsets, producer_of, sampler_of
 from tests.producer.test_strategies import run_and_cancel
@@ -194,6 +195,25 @@ async def test_pauses_and_updates_may_be_nested(buffer: ReplayBuffer) -> None:
             assert sum((await buffer.counts(TASK)).values()) == started
         assert engine.version == 1
         assert len((await producer.next_batch(2)).groups) == 2
+
+
+async def test_what_would_wait_for_the_end_of_an_update_in_its_own_block_is_refused(buffer: ReplayBuffer) -> None:
+    async def once_more(owner: Producer | TaskManager) -> None:
+        async with owner.update_weights():
+            raise AssertionError("unreachable")
+
+    async with SimulatedEngine(lengths=4) as engine, producer_of(buffer, engine) as producer, asyncio.timeout(30):
+        loop, rows = loop_of(engine), [{"prompt_ids": [1]}]
+        manager = TaskManager(buffer, [TrainingTask("other", loop, ReplayPromptSampler(rows, buffer, 2), SyncProduceStrategy(buffer))])
+        async with producer.update_weights():
+            for call in (once_more(producer), producer.next_batch(2), producer.drain()):
+                with pytest.raises(ProducerError, match="after the block"):
+                    await call
+        async with manager.update_weights():
+            for call in (once_more(manager), manager.produce_batch(2), manager.evaluate("eval", rows, loop)):
+                with pytest.raises(ProducerError, match="after the block"):
+                    await call
+        assert len((await producer.next_batch(2)).groups) == len((await manager.produce_batch(2)).groups) == 2
 
 
 async def test_a_batch_that_becomes_whole_during_a_pause_wakes_whoever_waits(buffer: ReplayBuffer) -> None:
