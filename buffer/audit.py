@@ -49,16 +49,16 @@ def audit(conn: Connection) -> AuditReport:
 
 def _problems(conn: Connection, drawn: Mapping[str, Any]) -> Iterator[str]:
     rows, stored = queries.counted_rows(conn), queries.stored_counts(conn)
-    for task, status in sorted(set(rows) | set(stored)):
+    for task, status in sorted({*rows, *stored}, key=str):
         counted, there = stored.get((task, status), 0), rows.get((task, status), 0)
         if counted != there:
             yield f"task {task!r}: {counted} counted as {status}, {there} rows are"
     sums, kept = queries.counted_amounts(conn), queries.stored_amounts(conn)
-    for task, status in sorted(set(sums) | set(kept)):
+    for task, status in sorted({*sums, *kept}, key=str):
         kept_of, in_rows = (found.get((task, status), NOTHING) for found in (kept, sums))
         if kept_of != in_rows:
             yield f"task {task!r}: of {status} groups {kept_of} are counted, {in_rows} are in rows"
-    for task in sorted(set(drawn) | {task for task, _ in rows}):
+    for task in sorted({*drawn, *(task for task, _ in rows)}, key=str):
         present = sum(n for (name, _), n in rows.items() if name == task)
         n_drawn, n_pruned = drawn.get(task, (0, 0))
         if present + n_pruned != n_drawn:

@@ -108,6 +108,9 @@ def _row_of(rollout: RolloutState, shared: Row) -> Row:
             row[name] = to_json(value, f"{name} of rollout {rollout.rollout_id}")
         elif kind is Kind.NUMBER:
             row[name] = finite(value, name, rollout)
+        elif kind is Kind.TEXT and not isinstance(value, str):
+            # SQLite lets whoever edits a file put anything into a column.
+            raise ValueError(f"rollout {rollout.rollout_id}: {name} is {value!r:.100}; it must be text")
         elif kind is Kind.TEXT and not is_utf8(value):
             row[name] = json.dumps(value)
             escaped.append(name)

@@ -136,7 +136,7 @@ class _Ended:
 
 def _began(conn: Connection, now: Overview) -> dict[str, float]:
     """When each task began; where rows were given up nobody knows."""
-    return {name: real(at) for name, at in queries.first_drawn(conn).items() if not now.tasks[name].pruned}
+    return {name: real(at) for name, at in queries.first_drawn(conn).items() if name in now.tasks and not now.tasks[name].pruned}
 
 
 def _steps(conn: Connection, bins: Bins, ended: _Ended, began: Mapping[str, float]) -> list[StepReport]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from buffer import queries as q
 from buffer.processes import is_dead
 from buffer.queries import ClaimOrder, Transaction
-from buffer.status import Status
+from buffer.status import Status, parse_status
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def release_dead(tx: Transaction, max_crashes: int | None) -> int:
 
 def counted(tx: Transaction, requests: Sequence[None]) -> list[dict[tuple[str, Status], int]]:
     """The stored counts by task and status."""
-    return [q.stored_counts(tx.conn)] * len(requests)
+    return [{(task, parse_status(status)): n for (task, status), n in q.stored_counts(tx.conn).items()}] * len(requests)
 
 
 @dataclass(frozen=True, slots=True)

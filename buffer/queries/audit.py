@@ -23,35 +23,35 @@ def drawn_by_task(conn: Connection) -> dict[str, Task]:
     return {row.task_name: Task(row.drawn, row.pruned) for row in rows}
 
 
-def counted_rows(conn: Connection) -> dict[tuple[str, Status], int]:
-    """Rows by task and status, counted one by one: what `counts` must say."""
+def counted_rows(conn: Connection) -> dict[tuple[str, str], int]:
+    """Rows by task and status (any text, of a database that was edited), counted one by one: what `counts` must say."""
     rows = conn.execute(select(t.groups.c.task_name, t.groups.c.status, func.count()).group_by(t.groups.c.task_name, t.groups.c.status))
-    return {(task, Status(status)): n for task, status, n in rows}
+    return {(task, status): n for task, status, n in rows}
 
 
-def stored_counts(conn: Connection) -> dict[tuple[str, Status], int]:
+def stored_counts(conn: Connection) -> dict[tuple[str, str], int]:
     """The counter table, zeros left out."""
     rows = conn.execute(select(t.counts.c.task_name, t.counts.c.status, t.counts.c.n).where(t.counts.c.n != 0))
-    return {(task, Status(status)): n for task, status, n in rows}
+    return {(task, status): n for task, status, n in rows}
 
 
 _SUMS = ("tokens", "finished", "finished_tokens")
 
 
-def counted_amounts(conn: Connection) -> dict[tuple[str, Status], Amount]:
+def counted_amounts(conn: Connection) -> dict[tuple[str, str], Amount]:
     """What was sampled by task and status, summed up one by one: what `counts` must say of all but running groups."""
     sums = [func.sum(t.groups.c[name]) for name in _SUMS]
     kept = select(t.groups.c.task_name, t.groups.c.status, *sums).where(t.groups.c.status != Status.RUNNING.value)
     return _amounts(conn, kept.group_by(t.groups.c.task_name, t.groups.c.status))
 
 
-def stored_amounts(conn: Connection) -> dict[tuple[str, Status], Amount]:
+def stored_amounts(conn: Connection) -> dict[tuple[str, str], Amount]:
     """The sums of the counter table, zeros left out."""
     return _amounts(conn, select(t.counts.c.task_name, t.counts.c.status, *(t.counts.c[name] for name in _SUMS)))
 
 
-def _amounts(conn: Connection, statement: Select[Any]) -> dict[tuple[str, Status], Amount]:
-    found = {(task, Status(status)): Amount(*map(int, amount)) for task, status, *amount in conn.execute(statement)}
+def _amounts(conn: Connection, statement: Select[Any]) -> dict[tuple[str, str], Amount]:
+    found = {(task, status): Amount(*map(int, amount)) for task, status, *amount in conn.execute(statement)}
     return {key: amount for key, amount in found.items() if amount}
 
 
@@ -100,6 +100,7 @@ def _contradictions() -> dict[str, ColumnElement[bool]]:
     n_tokens = select(func.sum(t.rollouts.c.tokens)).where(t.rollouts.c.group_id == _g.group_id).scalar_subquery()
     has_prefix = _rows_of(t.prefixes).exists()
     return {
+        "groups of an unknown status": _g.status.not_in([status.value for status in Status]),
         "groups whose status and step of consumption disagree": consumed != _g.consumed_step.is_not(None),
         "groups with another number of rollouts than they say": n_members != _g.members,
         # A running group's tokens are counted when it is stored; until then its prefixes have more.

@@ -9,9 +9,10 @@ from buffer.status import Status
 
 
 def counts(conn: Connection, task_name: str) -> dict[Status, int]:
-    """Groups of the task by status, every status present."""
+    """Groups of the task by status, every status present. What an edited database has beside them is told by an audit."""
     rows = conn.execute(select(t.counts.c.status, t.counts.c.n).where(t.counts.c.task_name == task_name))
-    return dict.fromkeys(Status, 0) | {Status(status): n for status, n in rows}
+    found: dict[str, int] = {row.status: row.n for row in rows}
+    return {status: found.get(status.value, 0) for status in Status}
 
 
 def count(conn: Connection, task_name: str, status: Status) -> int:

@@ -1,5 +1,6 @@
 """Shows that an audit finds what is wrong in a damaged database, and says with which groups."""
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,6 +14,10 @@ pytestmark = pytest.mark.usefixtures("backend")
 DAMAGE = {
     "UPDATE counts SET n = n + 1 WHERE status = 'completed'": [
         "task 'math': 4 counted as completed, 3 rows are",
+    ],
+    "UPDATE counts SET status = 'bogus' WHERE status = 'pending'": [
+        "task 'math': 1 counted as bogus, 0 rows are",
+        "task 'math': 0 counted as pending, 1 rows are",
     ],
     "UPDATE tasks SET drawn = 9": [
         "task 'math': 9 prompts drawn, 6 groups present, 0 given up",
@@ -35,6 +40,11 @@ DAMAGE = {
     ],
     "UPDATE groups SET consumed_step = NULL WHERE status = 'consumed'": [
         "1 groups whose status and step of consumption disagree (groups 1)",
+    ],
+    "UPDATE groups SET status = 'bogus' WHERE group_id = 3": [
+        "1 groups of an unknown status (groups 3)",
+        "task 'math': 0 counted as bogus, 1 rows are",
+        "task 'math': 3 counted as completed, 2 rows are",
     ],
     "UPDATE groups SET owner = NULL WHERE status = 'running'": [
         "1 groups that run and belong to nobody (groups 6)",
@@ -71,6 +81,18 @@ async def test_it_finds_what_is_wrong_and_where(tmp_path: Path, damage: str, pro
         report = await buffer.audit()
     assert not report.ok
     assert set(problems) <= set(report.problems), report.problems
+
+
+@pytest.mark.sqlite
+@pytest.mark.usefixtures("run")
+async def test_bytes_where_a_name_belongs_are_found_too(tmp_path: Path) -> None:
+    assert edit(tmp_path, "UPDATE groups SET task_name = x'80' WHERE group_id = 3") == 1
+    async with ReplayBuffer.open(url(tmp_path), read_only=True) as buffer:
+        assert "task b'\\x80': 0 prompts drawn, 1 groups present, 0 given up" in (await buffer.audit()).problems
+        assert (await buffer.report()).steps
+        with pytest.raises(ValueError, match=r"task_name is b'\\x80'; it must be text"):
+            await buffer.export(tmp_path / "run.jsonl")
+    assert not [name for name in os.listdir(tmp_path) if "jsonl" in name]
 
 
 @pytest.mark.usefixtures("run")
