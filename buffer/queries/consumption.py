@@ -165,10 +165,13 @@ def timeline(conn: Connection) -> Timeline:
     return Timeline(tuple([fork for (fork,) in _FORKS.all(conn)]))
 
 
+_SAMPLED = select(_g.group_id).where(_g.max_version.is_not(None)).order_by(_g.group_id.desc()).limit(1)
+
+
 def anything_sampled(conn: Connection) -> bool:
     """Whether any group has a token, or any step a version."""
-    sampled = select(_g.group_id).where(_g.max_version.is_not(None)).limit(1)
-    return conn.scalar(sampled) is not None or conn.scalar(select(t.steps.c.step).limit(1)) is not None
+    # Steps first, then the newest groups: what was drawn and never sampled may be nearly all there is.
+    return conn.scalar(select(t.steps.c.step).limit(1)) is not None or conn.scalar(_SAMPLED) is not None
 
 
 def begin_timeline(tx: Transaction, ended: int, fork: int, step: int) -> None:
