@@ -11,6 +11,8 @@ from producer.cli.report_svg import short
 from producer.cli.safe import clock, escaped
 
 _COLUMNS, _DPI = 2, 110
+_LETTERS = 110
+"""Of the names that stand beside each other below a chart."""
 _FEW = 30
 """Points of a line that are marked."""
 
@@ -37,7 +39,8 @@ def draw(name: str, report: RunReport, file: BinaryIO) -> None:
 
     found = panels(report)
     rows = max(1, -(-len(found) // _COLUMNS))
-    figure = Figure(figsize=(11, 2.6 * rows + 0.6), layout="constrained")
+    lines = max((-(-len(panel.series) // _across(panel)) for panel in found if panel.series), default=1)
+    figure = Figure(figsize=(11, (2.45 + 0.15 * lines) * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     steps = nothing(report) if report.first is None else f"steps {report.first:,} to {report.last:,}"
     title = figure.suptitle(f"{escaped(name)}: {steps}, as of {clock(report.overview.at)}", fontsize=12, x=0.01, ha="left")
@@ -67,7 +70,7 @@ def _draw(axes: Any, panel: Panel) -> None:
     if not axes.has_data():
         axes.text(0.5, 0.5, "nothing to show", ha="center", va="center", transform=axes.transAxes, color="#888")
     if panel.stacked or len(panel.series) > 1:
-        _legend(axes)
+        _legend(axes, panel)
 
 
 def _lines(axes: Any, panel: Panel) -> None:
@@ -96,9 +99,17 @@ def _label(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def _legend(axes: Any) -> None:
+def _across(panel: Panel) -> int:
+    """How many names stand beside each other below a chart."""
+    return max(1, _LETTERS // (max(len(series.name) for series in panel.series) + 8))
+
+
+def _legend(axes: Any, panel: Panel) -> None:
     if not axes.get_legend_handles_labels()[1]:
         return
-    legend = axes.legend(fontsize=7, framealpha=0.8, edgecolor="none", ncols=3, loc="best")
+    # Below, as on the page: within the axes it would lie over some line.
+    legend = axes.legend(
+        fontsize=7, frameon=False, ncols=_across(panel), loc="upper left", bbox_to_anchor=(0, -0.1), borderaxespad=0, handlelength=1.5
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
