@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self, get_args
 
 from agent_loop import AgentLoop
-from agent_loop.arguments import function
+from agent_loop.arguments import function, mapping
 from agent_loop.engines.base import PauseMode, WeightSource
 from agent_loop.errors import first_error
 from agent_loop.sampling import number, whole
@@ -243,6 +243,8 @@ class TaskManager:
                 if part.live is not None:
                     stack.enter_context(part.live.gate.frozen())
             if source is not None:
+                if isinstance(source, Iterator) and len(engines) > 1:  # or the first would leave nothing of it for the others
+                    source = list(source)
                 for engine in engines:
                     await engine.update_weights(source, engine.version + 1 if version is None else version)
             yield
@@ -314,7 +316,8 @@ class TaskManager:
         carried = {share.task_name: share.carried for share in await self._buffer.shares(before=step)}
         await self._weights.as_after(step - 1)
         if self._reweigh is not None:
-            self._weights.change(self._reweigh(step, dict(self._metrics)))
+            changed = mapping("weights(step, metrics)", self._reweigh(step, dict(self._metrics)), "tasks to weights")
+            self._weights.change(changed)
         self._weigh()
         weights = self._weights.now
         await self._weights.keep(step)

@@ -207,6 +207,22 @@ async def test_nor_does_it_for_one_strategy_alone(tmp_path: Path, in_flight: Any
         assert not sum((await buffer.account("a")).wasted.values())
 
 
+class Told(SimulatedEngine):
+    """Keeps the named weights that it was given."""
+
+    async def update_weights(self, source: Any, version: int) -> None:
+        self.given = list(source)
+        await super().update_weights({"seed": 1}, version)
+
+
+async def test_weights_that_come_one_by_one_reach_the_engines_of_all_tasks(buffer: ReplayBuffer) -> None:
+    async with Told(lengths=4) as one, Told(lengths=4) as other:
+        manager = TaskManager(buffer, [a_task(buffer, one, "a"), a_task(buffer, other, "b")])
+        async with manager.update_weights((name, 0.5) for name in ("embedding", "head")):
+            assert one.given == other.given == [("embedding", 0.5), ("head", 0.5)]
+            assert (one.version, other.version) == (1, 1)
+
+
 # -- weights ---------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +238,8 @@ async def test_weights_change_from_batch_to_batch(buffer: ReplayBuffer) -> None:
         manager = TaskManager(buffer, tasks, weights=weights)
         assert [sizes(await manager.produce_batch(12)) for _ in range(3)] == [{"a": 6, "b": 6}, {"a": 4, "b": 8}, {"a": 3, "b": 9}]
         assert told == [(1, -1), (2, 6), (3, 4)]
+        with pytest.raises(ValueError, match="=None must map tasks to weights"):
+            await TaskManager(buffer, tasks, weights=lambda *_: None).produce_batch(12)  # type: ignore[arg-type, return-value]
         manager = TaskManager(buffer, tasks)
         await manager.set_weight("a", 0)
         assert sizes(await manager.produce_batch(3)) == {"b": 3}
