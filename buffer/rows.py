@@ -44,6 +44,11 @@ def drawn_fields(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"messages": fields["messages"], "media": fields["media"]}
 
 
+def drawn_messages(row: Mapping[str, Any], messages: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    """Of `messages`, those of the prompt: as the row gives them, without the turns that a loop added; all, where the row gives none."""
+    return drawn_fields(row).get("messages") or messages
+
+
 def images_of(messages: Iterable[Any] | None, row: Mapping[str, Any]) -> list[Any] | None:
     """The images that a prompt speaks of, in its order; None where it has none and its row says nothing of any.
 

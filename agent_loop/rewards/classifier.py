@@ -13,7 +13,7 @@ from agent_loop.errors import RewardError
 from agent_loop.rewards.batching import MicroBatcher
 from agent_loop.rewards.wire import Render
 from buffer.rollout import RolloutState
-from buffer.rows import drawn_fields
+from buffer.rows import drawn_messages
 
 try:
     import torch
@@ -162,7 +162,7 @@ class ClassifierReward:
             raise RewardError("the rollout has no text; give the agent loop a tokenizer")
         if rollout.messages is None:
             return (rollout.prompt or "") + rollout.text
-        drawn = drawn_fields(rollout.row).get("messages") or rollout.messages
+        drawn = drawn_messages(rollout.row, rollout.messages) or []
         answered = len(rollout.messages) > len(drawn)  # the loop has added the response itself
         messages = rollout.messages if answered else [*rollout.messages, {"role": "assistant", "content": rollout.text}]
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False))

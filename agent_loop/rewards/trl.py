@@ -10,7 +10,7 @@ from agent_loop.deadline import is_async
 from agent_loop.rewards.judgement import Judgement, answers_of
 from agent_loop.rewards.judging import name_of
 from buffer.rollout import RolloutGroup, RolloutState
-from buffer.rows import drawn_fields
+from buffer.rows import drawn_messages
 
 _OWN_COLUMNS = ("prompt", "completion", "completion_ids")
 """Columns that TRL does not hand on."""
@@ -93,14 +93,14 @@ def _arguments(function: Callable[..., Any], states: Sequence[RolloutState]) -> 
 
 
 def _prompt(state: RolloutState) -> Any:
-    return state.prompt if state.messages is None else drawn_fields(state.row).get("messages", state.messages)
+    return state.prompt if state.messages is None else drawn_messages(state.row, state.messages)
 
 
 def _completion(state: RolloutState) -> Any:
     """The text, or in a chat the messages that were added to the prompt's: by the loop, or the response as the assistant's."""
     if state.messages is None:
         return state.text
-    added = state.messages[len(drawn_fields(state.row).get("messages") or state.messages) :]
+    added = state.messages[len(drawn_messages(state.row, state.messages) or []) :]
     return [dict(message) for message in added] or [{"role": "assistant", "content": state.text}]
 
 

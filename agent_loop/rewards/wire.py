@@ -6,6 +6,7 @@ from typing import Any
 
 from agent_loop.arguments import at_least, function, mapping, text
 from buffer.rollout import RolloutState
+from buffer.rows import drawn_messages
 
 Render = Callable[[RolloutState], str]
 """A rollout as the one text that a model judges."""
@@ -67,7 +68,7 @@ def openrlhf_wire(*, label: str = "label", render: Render = plain_text) -> Wire:
     function("render", render, "one that makes a text of a rollout")
 
     def encode(rollouts: Sequence[RolloutState]) -> Any:
-        prompts = [one.messages if one.prompt is None else one.prompt for one in rollouts]
+        prompts = [drawn_messages(one.row, one.messages) if one.prompt is None else one.prompt for one in rollouts]
         return {"query": [render(one) for one in rollouts], "prompts": prompts, "labels": [one.row.get(label) for one in rollouts]}
 
     return Wire(encode, lambda answer, n: _field(answer, "rewards"))

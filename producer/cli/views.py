@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from buffer import AuditReport, RolloutGroup, RolloutState, Status, Transition
-from buffer.rows import drawn_fields
+from buffer.rows import drawn_fields, drawn_messages
 from producer.cli.records import Record, version_span
 from producer.cli.safe import clock, lines_of, one_line
 
@@ -159,11 +159,10 @@ def _is_rewind(change: Transition) -> bool:
 def _prompt(rollout: RolloutState) -> Iterator[tuple[str, str]]:
     if rollout.prompt is not None:
         yield "prompt", rollout.prompt
-    drawn = drawn_fields(rollout.row)
-    for message in drawn.get("messages") or rollout.messages or []:  # without the turns that its loop added, which its text holds
+    for message in drawn_messages(rollout.row, rollout.messages) or []:  # its text holds the turns that its loop added
         content = message.get("content")
         yield f"prompt, {message.get('role')}", content if isinstance(content, str) else str(content)
-    if media := drawn.get("media") or rollout.media:
+    if media := drawn_fields(rollout.row).get("media") or rollout.media:
         yield "images", "\n".join(f"{image!s:.100}" for image in media)
     if rollout.prompt is None and not rollout.messages and rollout.prompt_ids is not None:
         yield f"prompt, {rollout.prompt_ids.size} tokens", _ids(rollout.prompt_ids)

@@ -199,6 +199,14 @@ async def test_neither_redirects_nor_packed_answers_are_followed() -> None:
                 await reward(rollout())
 
 
+def test_turns_that_a_loop_added_are_no_part_of_the_prompt() -> None:
+    turns = rollout(prompt=CHAT)
+    assert turns.messages is not None
+    turns.messages += [{"role": "assistant", "content": "calc"}, {"role": "tool", "content": "4"}]
+    sent = openrlhf_wire(render=lambda one: str(one.text)).encode([rollout(prompt=CHAT), turns])
+    assert sent["prompts"] == [CHAT, CHAT]
+
+
 async def test_the_wires_speak_as_openrlhf_and_vllm_do() -> None:
     seen: list[Any] = []
 

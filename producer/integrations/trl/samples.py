@@ -7,6 +7,7 @@ import numpy as np
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
 from buffer import RolloutGroup, RolloutState
+from buffer.rows import drawn_messages
 from producer.errors import ProducerError
 from producer.experience import AdvantageConfig, Experience, make_experience
 
@@ -58,7 +59,7 @@ def _sample(group: RolloutGroup, rollout: RolloutState, advantage: float | None,
         raise ProducerError(f"rollout {rollout.rollout_id} has no prompt_ids; the agent loop must set them")
     mask = rollout.loss_mask if advantage is not None else np.zeros_like(rollout.loss_mask)
     return RolloutSample(
-        prompt=rollout.messages or [{"role": "user", "content": rollout.prompt or ""}],
+        prompt=drawn_messages(rollout.row, rollout.messages) or [{"role": "user", "content": rollout.prompt or ""}],
         completion=[{"role": "assistant", "content": rollout.text or ""}],
         input_ids=np.concatenate([prompt, rollout.response_ids]).astype(np.int64),
         completion_mask=np.concatenate([np.zeros(prompt.size, np.int64), mask]),
