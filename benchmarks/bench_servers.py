@@ -21,10 +21,14 @@ from pathlib import Path
 
 import aiohttp
 import httpx
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from agent_loop.engines.base import Engine
+from agent_loop.engines.server.answers import Events, read_piece
 from agent_loop.engines.server.client import GENERATE, generate_body
+from agent_loop.engines.server.replica import Flight
 from agent_loop.engines.simulated import SimulatedEngine
 from agent_loop.engines.vllm_server import VLLMServerEngine
 from agent_loop.sampling import SamplingParams
@@ -96,6 +100,20 @@ def bare_httpx(client: httpx.AsyncClient, url: str, params: SamplingParams) -> A
     return ask
 
 
+def read_only(session: aiohttp.ClientSession, url: str, params: SamplingParams) -> Ask:
+    """The bytes of the same stream, read and thrown away: what the HTTP library takes."""
+
+    async def ask(number: int) -> int:
+        body = generate_body("simulated", PROMPT, params, (), name=f"read-{number}", salt="default", piece=PIECE)
+        size = 0
+        async with session.post(url + GENERATE, json=body) as response:
+            while data := await response.content.readany():
+                size += len(data)
+        return size
+
+    return ask
+
+
 async def rate(ask: Ask, requests: int) -> float:
     """Tokens a second of `requests` coroutines at once."""
     start = time.perf_counter()
@@ -123,13 +141,12 @@ async def scaling(repeats: int) -> None:
 async def client_time(repeats: int) -> None:
     """CPU time of the client, and latency of a request alone: ours beside the bare one."""
     params = SamplingParams(max_tokens=64 * PIECE, ignore_eos=True)
-    pieces: dict[str, list[float]] = {"ours": [], "bare": [], "bare, with httpx": []}
+    pieces: dict[str, list[float]] = {"ours": [], "only read": [], "bare": [], "bare, with httpx": []}
     alone: dict[str, list[float]] = {"ours": [], "bare": []}
     with simulated(lambda: SimulatedEngine(slots=64), 1) as (url,):
         async with VLLMServerEngine(url) as engine, aiohttp.ClientSession() as session, httpx.AsyncClient(timeout=None) as client:
-            asks = dict(
-                zip(pieces, (ours(engine, params), bare(session, url, "simulated", params), bare_httpx(client, url, params)), strict=True)
-            )
+            hand = (bare(session, url, "simulated", params), bare_httpx(client, url, params))
+            asks = dict(zip(pieces, (ours(engine, params), read_only(session, url, params), *hand), strict=True))
             for repeat in range(repeats + 1):
                 for name, ask in list(asks.items())[:: 1 if repeat % 2 else -1]:
                     begun = time.thread_time()
@@ -146,6 +163,68 @@ async def client_time(repeats: int) -> None:
         print(f"| event loop's time a piece of {PIECE} tokens, us: {name} | {spread(pieces[name][1:], 0)} |")
     middle = {name: statistics.median(times[50:]) for name, times in alone.items()}
     print(f"| latency of a request for one token, p50, ms: ours and bare | {middle['ours']:.2f} and {middle['bare']:.2f} |")
+
+
+def one_piece(rounds: int) -> None:
+    """What is ours of a piece, without the HTTP library: cutting events out of bytes, reading and checking one, and adding its tokens."""
+    entries = [{"token_id": token, "logprob": -1.2345678, "rank": 3} for token in range(PIECE)]
+    content = [entry | {"top_logprobs": [entry]} for entry in entries]
+    choice = {"index": 0, "token_ids": list(range(PIECE)), "logprobs": {"content": content}, "finish_reason": None}
+    event = b"data: " + json.dumps({"request_id": "generate-tokens-0", "choices": [choice]}).encode() + b"\n\n"
+    events, flight, times = Events(), Flight(np.array(PROMPT), SamplingParams(max_tokens=1 << 30), None, None), list[float]()
+    for _ in range(rounds):
+        begun = time.thread_time()
+        for _ in range(1000):
+            for data in events.feed(event):
+                flight.take(read_piece(data, 64), 0, 0.0)
+        times.append((time.thread_time() - begun) * 1e3)
+    print(f"| of which ours alone, without the HTTP library, us | {spread(times, 0)} |")
+
+
+class Begun:
+    """An `on_tokens` that is shown as many tokens at once as checkpoints are, and tells when the first came."""
+
+    piece_tokens = PIECE
+
+    def __init__(self) -> None:
+        self.came = asyncio.Event()
+
+    def __call__(self, piece: object) -> None:
+        self.came.set()
+
+
+async def interrupted(engine: Engine, params: SamplingParams) -> tuple[float, float]:
+    """Milliseconds from `interrupt` to the last of 256 partial results, and those of them that this thread computed."""
+    begun = [Begun() for _ in range(256)]
+    async with asyncio.TaskGroup() as tasks:
+        calls = [
+            tasks.create_task(engine.generate(PROMPT, params, request_id=str(number), on_tokens=one)) for number, one in enumerate(begun)
+        ]
+        for one in begun:
+            await one.came.wait()
+        start, computed = time.perf_counter(), time.thread_time()
+        await engine.interrupt()
+        await asyncio.wait(calls)
+        taken = (time.perf_counter() - start) * 1e3, (time.thread_time() - computed) * 1e3
+    assert all(call.result().finish_reason == "abort" for call in calls)
+    return taken
+
+
+async def interrupts(repeats: int) -> None:
+    """Over a server, and of the same engine in this process, which is the engine's own share."""
+    params, times = SamplingParams(max_tokens=2000, ignore_eos=True), dict[str, list[tuple[float, float]]]()
+
+    def make() -> SimulatedEngine:
+        return SimulatedEngine(slots=256, tokens_per_second=20.0)
+
+    with simulated(make, 1) as (url,):
+        async with VLLMServerEngine(url) as engine, make() as alone:
+            for _ in range(repeats):
+                for name, one in (("over a server", engine), ("of the engine itself", alone)):
+                    times.setdefault(name, []).append(await interrupted(one, params))
+    for name, taken in times.items():
+        whole, computed = (spread([one[which] for one in taken], 0) for which in (0, 1))
+        print(f"| interrupt, 256 in flight, to the last result, ms: {name} | {whole}, of which this thread computed {computed} |")
 
 
 async def real(repeats: int, requests: int, tokens: int) -> None:
@@ -176,6 +255,8 @@ def main() -> None:
     print("| | median (least to most) |\n| --- | --- |")
     asyncio.run(scaling(arguments.repeats))
     asyncio.run(client_time(arguments.repeats))
+    one_piece(arguments.repeats)
+    asyncio.run(interrupts(arguments.repeats))
     if arguments.real:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         asyncio.run(real(arguments.repeats, 128, 64))

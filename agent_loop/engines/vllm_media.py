@@ -18,7 +18,7 @@ async def with_images(llm: Any, ids: list[int], images: Sequence[Any], max_token
     """
     from vllm.inputs import TokensPrompt
 
-    opened = await asyncio.to_thread(_all_opened, images)
+    opened = await asyncio.to_thread(all_opened, images)
     prompt = TokensPrompt(prompt_token_ids=ids, multi_modal_data={"image": opened})
     try:
         (given,) = await llm.renderer.render_cmpl_async([prompt])
@@ -36,7 +36,8 @@ async def with_images(llm: Any, ids: list[int], images: Sequence[Any], max_token
     return given
 
 
-def _all_opened(images: Sequence[Any]) -> list[Any]:
+def all_opened(images: Sequence[Any]) -> list[Any]:
+    """Pillow's own of each, or `RequestRefusedError`; reads files."""
     return [_opened(place, image) for place, image in enumerate(images)]
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
@@ -35,7 +36,7 @@ from agent_loop.engines.server.replica import Flight, Replica, ReplicaStatus
 from agent_loop.engines.server.requests import Manner, Requests
 from agent_loop.engines.server.weights import AT_START, Weights, version_of
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError, first_error
-from agent_loop.sampling import SamplingParams
+from agent_loop.sampling import SamplingParams, whole
 
 Result = TypeVar("Result")
 
@@ -52,11 +53,22 @@ class VLLMServerEngine(Engine):
     endpoints of that mode governs the server: bind it to loopback or a private interface.
     """
 
-    offers = Capabilities(score=True, top_tokens=ALL_TOKENS, adapters=True, top_logprobs=ALL_TOKENS, structured_outputs=True, load=True)
+    offers = Capabilities(
+        score=True,
+        top_tokens=ALL_TOKENS,
+        adapters=True,
+        top_logprobs=ALL_TOKENS,
+        structured_outputs=True,
+        images=True,
+        sleep=True,
+        load=True,
+    )
     only_with: ClassVar[Mapping[str, str]] = {
         "top_tokens": "up to `max_logprobs`, 20 by default",
         "top_logprobs": "one fewer than `max_logprobs`, 20 by default",
         "structured_outputs": "from servers with a tokenizer",
+        "sleep": "from servers with `--enable-sleep-mode`, on GPUs, and our worker extension",
+        "images": "with a model that sees, from servers with our worker extension",
         "adapters": "from servers with `--enable-lora` and `VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`",
     }
 
@@ -162,6 +174,8 @@ class VLLMServerEngine(Engine):
             top_tokens=most,
             top_logprobs=max(0, most - 1),
             structured_outputs=facts.tokenizer,
+            images=facts.images,
+            sleep=facts.sleep,
             adapters=facts.adapters,
         )
 
@@ -230,7 +244,7 @@ class VLLMServerEngine(Engine):
             return
         await self._requests.end_all()
         async with self._control.lock:  # an update under way comes to its end: half of one would spoil the servers
-            await self._control.thaw()
+            await self._wakened()
             for task in self._tasks:
                 task.cancel()
             for lora in self._adapters.clear():
@@ -240,6 +254,12 @@ class VLLMServerEngine(Engine):
         self._desk.close()
         self._weights.drop()
         await self._session.close()
+
+    async def _wakened(self) -> None:
+        """Let servers that sleep or stand still go on; those whose weights are nowhere sleep on."""
+        with suppress(EngineDeadError):
+            await self._control.slumber.wake_up(weights_only=False)
+            await self._control.thaw()
 
     async def health(self) -> None:
         """Return if a replica answers."""
@@ -326,7 +346,7 @@ class VLLMServerEngine(Engine):
         if request_id in self._requests.flights:
             raise RequestRefusedError(f"request id {request_id!r} is in flight already; give every request its own")
         with self.using_adapter(adapter) as used:
-            flight = Flight(ids, params, session_id, on_tokens, used)
+            flight = Flight(ids, params, session_id, on_tokens, used, media)
             await self._requests.finish(request_id, flight)
             return flight.completion()
 
@@ -376,6 +396,24 @@ class VLLMServerEngine(Engine):
         async with self._control.lock:
             self._alive()
             await self._control.resume()
+
+    async def sleep(self, level: int = 1) -> None:
+        """See `Engine`; level 2 only without adapters. A replica that does not answer stays out until the others wake up."""
+        if whole("level", level) not in (1, 2):
+            raise RequestRefusedError(f"level={level} is not known; 1 keeps the weights in main memory, 2 drops them")
+        self._check_sleep()
+        await self._to_its_end(lambda: self._control.slumber.sleep(level))
+
+    async def wake_up(self, *, weights_only: bool = False) -> None:
+        """See `Engine`."""
+        self._check_sleep()
+        await self._to_its_end(lambda: self._control.slumber.wake_up(weights_only=weights_only))
+
+    def _check_sleep(self) -> None:
+        if not self.capabilities.sleep:
+            raise RequestRefusedError(
+                "these servers do not sleep: that needs --enable-sleep-mode, which vLLM takes on GPUs only, and the worker extension"
+            )
 
     # Weights
 

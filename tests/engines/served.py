@@ -31,11 +31,11 @@ def slow() -> SimulatedEngine:
 
 @asynccontextmanager
 async def served(
-    count: int = 2, make: Any = fast, *, tokenizer: bool = False, **options: Any
+    count: int = 2, make: Any = fast, *, tokenizer: bool = False, sleeps: bool = False, **options: Any
 ) -> AsyncIterator[tuple[VLLMServerEngine, list[SimulatedServer]]]:
     """An engine over so many servers."""
     async with AsyncExitStack() as stack:
-        servers = [await stack.enter_async_context(SimulatedServer(make, tokenizer=tokenizer)) for _ in range(count)]
+        servers = [await stack.enter_async_context(SimulatedServer(make, tokenizer=tokenizer, sleeps=sleeps)) for _ in range(count)]
         engine = await stack.enter_async_context(VLLMServerEngine([server.url for server in servers], **QUICK | options))
         for server in servers:
             server.calls.clear()  # those of the opening

@@ -101,6 +101,7 @@ class SimulatedServer:
         extended: its workers have our extension.
         adapters: it was started with what adapters need.
         strict: it refuses requests for models that it does not have.
+        sleeps: it can sleep; at level 2 its weights become others.
         tokenizer: it has one, and takes structures, which it does not heed.
         told: changes what it says of its model: "id", "root", "max_model_len", "version", "vocab_size".
     """
@@ -112,10 +113,12 @@ class SimulatedServer:
         extended: bool = True,
         adapters: bool = True,
         strict: bool = True,
+        sleeps: bool = False,
         tokenizer: bool = False,
         **told: Any,
     ) -> None:
         self._make, self._extended, self._adapters, self._strict, self._tokenizer = make, extended, adapters, strict, tokenizer
+        self._sleeps = sleeps
         self.told = {"id": "simulated", "root": "simulated", "version": "0.32.0"} | told
         self.faults: dict[str, deque[Handler]] = defaultdict(deque)
         self.calls: list[str] = []
@@ -126,6 +129,11 @@ class SimulatedServer:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it stands still, in a sleep or without."""
+        return self._paused
 
     async def __aenter__(self) -> "SimulatedServer":
         await self.start()
@@ -139,7 +147,7 @@ class SimulatedServer:
         self.engine = self._make()
         await self.engine.open()
         self.label, self._labels = "default", {0: "default"}
-        self._paused, self._seed, self._names = False, 0, itertools.count()
+        self._paused, self._asleep, self._seed, self._names = False, set[str](), 0, itertools.count()
         self._running: dict[str, str] = {}
         app = web.Application(client_max_size=1 << 26)
         app.router.add_route("*", "/{path:.*}", self._handle)
@@ -232,6 +240,21 @@ class SimulatedServer:
         await self.engine.resume()
         return web.json_response({"status": "resumed"})
 
+    async def _post_sleep(self, request: web.Request) -> web.Response:
+        self._paused, self._asleep = True, {"weights", "kv_cache"}
+        await self.engine.interrupt()
+        await self.engine.pause("keep")
+        if request.query["level"] == "2":
+            self._seed = 666
+            await self._stamp()
+        return web.json_response({"status": "sleeping"})
+
+    async def _post_wake_up(self, request: web.Request) -> web.Response:
+        self._asleep -= set(request.query.getall("tags", list(self._asleep)))
+        if not self._asleep:
+            await self._post_resume(request)
+        return web.json_response({"status": "awake"})
+
     async def _get_weight_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.label})
 
@@ -250,12 +273,18 @@ class SimulatedServer:
     async def _post_collective_rpc(self, request: web.Request) -> web.Response:
         body = await request.json()
         match body["method"]:
+            case "reload_weights" if "weights" in self._asleep:
+                return web.json_response({"error": {"message": "no memory"}}, status=500)
             case "reload_weights":
                 self._seed = int(Path(body["kwargs"]["weights_path"]).name.rpartition("-")[2])
                 await self._stamp()
                 return web.json_response({"results": [None]})
             case "sees_folder" if self._extended:
                 return web.json_response({"results": [str(await asyncio.to_thread(os.path.isdir, body["args"][0]))]})
+            case "sees_images" if self._extended:
+                return web.json_response({"results": ["False"]})
+            case "can_sleep" if self._extended:
+                return web.json_response({"results": [str(self._sleeps)]})
             case "refresh_output_matrix" | "mend_rows_without_adapter" if self._extended:
                 return web.json_response({"results": [None]})
         return web.json_response({"error": {"message": "NotImplementedError"}}, status=500)

@@ -26,6 +26,7 @@ from tests.tiny_model import make_tiny_model, make_tiny_tokenizer
 
 pytestmark = pytest.mark.timeout(600)  # two servers start at once, which takes minutes where much else runs
 SMALL = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager")
+SLEEP = ("--worker-extension-cls", "tests.engines.sleeping_worker.SleepingExtension")  # instead of our own: the last one counts
 LORA = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8")
 LONG = SamplingParams(max_tokens=200, ignore_eos=True, seed=1)
 
@@ -54,7 +55,7 @@ def servers(models: tuple[Path, Path], logs: Path) -> Iterator[list[Replica]]:
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-        yield [stack.enter_context(Replica(models[0], *SMALL, *LORA, log=logs / f"{number}.log")) for number in range(2)]
+        yield [stack.enter_context(Replica(models[0], *SMALL, *LORA, *SLEEP, log=logs / f"{number}.log")) for number in range(2)]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

@@ -40,6 +40,11 @@ class Loras:
         self._prefix = f"millrace:{uuid.uuid4().hex[:12]}:"
         self._held: dict[str, Lora] = {}
 
+    @property
+    def there(self) -> bool:
+        """Whether there is one."""
+        return bool(self._held)
+
     async def stage(self, adapter: Adapter, path: Any, model: Mapping[str, tuple[int, ...]]) -> Lora:
         """A copy where servers can load it, or `ValueError` where the folder holds no adapter that fits; not to be cancelled."""
         return Lora(f"{self._prefix}{adapter}", await asyncio.to_thread(copied_lora, path, model, self._folder))

@@ -75,6 +75,7 @@ class Answer(msgspec.Struct, gc=False):
     choices: list[Choice]
     request_id: str = ""
     prompt_logprobs: list[dict[str, Any] | None] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class Piece(msgspec.Struct, gc=False):
@@ -84,6 +85,7 @@ class Piece(msgspec.Struct, gc=False):
         server_id: the server's own name of the request, by which it is aborted.
         finish: None while the response goes on.
         labels: which weights sampled each token of the whole response; with `finish` only.
+        prompt_size: tokens of the prompt with its images; 0 where it was not asked for, or was told before.
         top: the likeliest tokens at the place of each token and their log-probabilities, where they were asked for.
     """
 
@@ -93,6 +95,7 @@ class Piece(msgspec.Struct, gc=False):
     finish: str | None
     labels: list[str] | None
     top: list[tuple[list[int], list[float]]] = []
+    prompt_size: int = 0
 
 
 _decode = msgspec.json.Decoder(Answer).decode
@@ -158,7 +161,7 @@ def read_piece(data: bytes, vocab_size: int, top: int = 0) -> Piece:
     logprobs = read_logprobs(tokens, content, vocab_size)
     labels = None if choice.weight_versions is None else read_spans(choice.weight_versions)
     likely = [read_top(entry, top, vocab_size) for entry in content] if top else []
-    return Piece(answer.request_id, tokens, logprobs, choice.finish_reason, labels, likely)
+    return Piece(answer.request_id, tokens, logprobs, choice.finish_reason, labels, likely, len(answer.prompt_token_ids or ()))
 
 
 def _content(choice: Choice) -> list[Entry]:

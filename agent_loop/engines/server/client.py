@@ -1,9 +1,9 @@
 """One vLLM server over HTTP: its endpoints as coroutines, and its errors as ours. The only module that knows the HTTP library.
 
 Of vLLM's endpoints it uses `/health`, `/version`, `/v1/models`, `/inference/v1/generate` (`--enable-scale-out`), and of its development
-mode (`VLLM_SERVER_DEV_MODE=1`) `/pause`, `/resume`, `/is_paused`, `/abort_requests`, `/collective_rpc`, `/weight_info`,
-`/update_weight_version`, `/reset_prefix_cache` and `/server_info`; for adapters `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`
-(`VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`).
+mode (`VLLM_SERVER_DEV_MODE=1`) `/pause`, `/resume`, `/is_paused`, `/sleep`, `/wake_up`, `/abort_requests`, `/collective_rpc`,
+`/weight_info`, `/update_weight_version`, `/reset_prefix_cache` and `/server_info`; for adapters `/v1/load_lora_adapter` and
+`/v1/unload_lora_adapter` (`VLLM_ALLOW_RUNTIME_LORA_UPDATING=1`).
 """
 
 import asyncio
@@ -128,6 +128,14 @@ class Server:
     async def resume(self) -> None:
         """Go on."""
         await self._call("POST", "/resume")
+
+    async def sleep(self, level: int) -> None:
+        """Give the accelerator's memory up; requests that are there are aborted."""
+        await self._call("POST", f"/sleep?level={level}&mode=abort", seconds=self.load_seconds)
+
+    async def wake_up(self, part: str | None = None) -> None:
+        """Take a part of the memory back, "weights" or "kv_cache"; None: all of it. When it has all, it goes on, also after a pause."""
+        await self._call("POST", "/wake_up" if part is None else f"/wake_up?tags={part}", seconds=self.load_seconds)
 
     async def is_paused(self) -> bool:
         """Whether it is."""

@@ -13,6 +13,7 @@ from agent_loop.engines.server.faults import ReplicaError
 from agent_loop.engines.server.fleet import Fleet
 from agent_loop.engines.server.replica import Replica
 from agent_loop.engines.server.requests import Requests
+from agent_loop.engines.server.slumber import PARTS, Slumber
 from agent_loop.engines.server.weights import Staged, Weights, check_seen, load
 from agent_loop.errors import EngineError, WeightUpdateError
 
@@ -22,16 +23,19 @@ class Control:
 
     Attributes:
         lock: held by one such change.
+        slumber: sends them all to sleep.
     """
 
     def __init__(self, fleet: Fleet, desk: Desk, weights: Weights, requests: Requests) -> None:
         self._fleet, self._desk, self._weights, self._requests = fleet, desk, weights, requests
         self.lock = asyncio.Lock()
+        self.slumber = Slumber(fleet, desk, weights, requests)
 
     # Pauses; `lock` is held
 
     async def pause(self, mode: PauseMode) -> None:
         """Stop sampling; requests that arrive wait here."""
+        self.slumber.check_awake(*PARTS)
         try:
             if mode == "wait":
                 await self._drain()
@@ -45,6 +49,9 @@ class Control:
 
     async def resume(self) -> None:
         """Go on."""
+        if self.slumber.asleep:
+            self.slumber.paused = False
+            return
         await self.thaw()
         self._desk.set_gate("open")
 
@@ -80,6 +87,7 @@ class Control:
             EngineError: a replica refused it, or none serves.
         """
         self._requests.check_weights()
+        self.slumber.check_awake(*PARTS)
         loras, errors = self._fleet.loras, dict[Replica, Exception]()
         lora = await loras.stage(adapter, source, self._weights.shapes)
 
@@ -124,6 +132,7 @@ class Control:
             ValueError: they do not fit the model; no server was touched.
             WeightUpdateError: no replica took them.
         """
+        self.slumber.check_awake("weights")
         staged = await self._weights.stage(source)
         try:
             async with AsyncExitStack() as held:
@@ -153,6 +162,7 @@ class Control:
             raise self._none_took(version, [*errors, *more, *most])
         # From here on they count: no token of theirs was sampled yet.
         self._weights.put_in_force(staged, label, version)
+        self.slumber.hollow = False
         for replica in labelled:
             replica.label = label
         for replica in self._fleet.serving():

@@ -52,6 +52,7 @@ class Desk:
     def leave(self, ticket: Ticket, replica: Replica) -> None:
         """Give the place back."""
         replica.tickets.discard(ticket)
+        ticket.left.set()
         self.dispatch()
 
     def call_back(self, tickets: Iterable[Ticket]) -> None:
@@ -83,6 +84,7 @@ class Desk:
                 return
             self._queue.popleft()
             replica.tickets.add(ticket)
+            ticket.left.clear()
             future.set_result(replica)
 
     def close(self) -> None:

@@ -33,6 +33,8 @@ class Facts:
         extended: whether its workers have our extension.
         adapters: whether it takes adapters while it runs.
         tokenizer: whether it has one, which structured outputs need.
+        images: whether its model sees, as our extension says.
+        sleep: whether it can sleep, as our extension says.
     """
 
     model: str
@@ -44,6 +46,8 @@ class Facts:
     extended: bool = False
     adapters: bool = False
     tokenizer: bool = False
+    images: bool = False
+    sleep: bool = False
 
     def check_same(self, other: "Facts", url: str, other_url: str) -> None:
         """Raise `EngineError` if two replicas do not serve the same."""
@@ -84,6 +88,9 @@ async def facts_of(server: Server, *, vocab_size: int | None, eos_token_ids: Col
     facts = Facts(name, root, max_length, vocab, frozenset(ends), tied)
     await check_endpoints(server, facts)
     facts = replace(facts, extended=await _extended(server, tied))
+    if facts.extended:
+        sees, sleeps = set(await server.rpc("sees_images")), set(await server.rpc("can_sleep"))
+        facts = replace(facts, images=sees == {"True"}, sleep=sleeps == {"True"})
     facts = replace(facts, tokenizer=await _has_tokenizer(server, facts))
     return replace(facts, adapters=await _takes_adapters(server, facts))
 

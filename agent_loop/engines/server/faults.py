@@ -13,6 +13,10 @@ class ReplicaError(Exception):
         self.lost = lost
 
 
+class OtherWeights(ReplicaError):
+    """A replica holds other weights than those in force: what it sampled is theirs, as it says itself at the end of each response."""
+
+
 class ReplicaBusy(ReplicaError):
     """A replica has no room now (429, 503).
 

@@ -2,14 +2,15 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from agent_loop.engines.server.adapters import Loras
 from agent_loop.engines.server.breaker import Breaker
 from agent_loop.engines.server.desk import Desk
 from agent_loop.engines.server.facts import DEV_MODE, Facts, facts_of
-from agent_loop.engines.server.faults import NoSuchEndpoint, ReplicaError
-from agent_loop.engines.server.replica import Flight, Replica
+from agent_loop.engines.server.faults import NoSuchEndpoint, OtherWeights, ReplicaError
+from agent_loop.engines.server.replica import ABORT_SECONDS, Flight, Replica
 from agent_loop.engines.server.weights import AT_START, LOADING, Weights, check_seen, load
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError
 
@@ -38,14 +39,15 @@ class Fleet:
         replicas: by address.
         facts: what all of them serve; None before the first one was connected.
         loras: the adapters that all in rotation hold.
-        frozen: the engine is paused.
+        frozen: the engine is paused, or sleeps.
+        asleep: it sleeps; nobody comes into rotation.
         hopeless: no replica served for longer than `Care.patience`; why.
     """
 
     def __init__(self, weights: Weights, loras: Loras, care: Care, vocab_size: int | None, eos_token_ids: Collection[int] | None) -> None:
         self.replicas: dict[str, Replica] = {}
         self.facts: Facts | None = None
-        self.frozen = False
+        self.frozen = self.asleep = False
         self.hopeless: EngineDeadError | None = None
         self.desk: Desk
         self._weights, self.loras, self._care = weights, loras, care
@@ -124,7 +126,7 @@ class Fleet:
         if paused and adopt:
             raise EngineError(f"{server.url} is paused, and another engine may want it so; resume it, or open without adopt")
         if paused:
-            await server.resume()
+            await server.wake_up()  # it may sleep, too
         replica.facts = await facts_of(server, vocab_size=self._vocab_size, eos_token_ids=self._eos_token_ids)
         if self.facts is not None:
             replica.facts.check_same(self.facts, server.url, next(iter(self.replicas), "the others"))
@@ -200,6 +202,13 @@ class Fleet:
         replica.serving, replica.well, replica.cause = False, False, cause
         self._change()
 
+    def distrust(self, replica: Replica, error: OtherWeights) -> None:
+        """Send it no more requests; those that it has are ended when it is recovered."""
+        replica.serving, replica.cause = False, str(error)
+        replica.breaker.trip(asyncio.get_running_loop().time())
+        self._change()
+        replica.kick.set()
+
     def take_out(self, replica: Replica, error: Exception) -> None:
         """It does not serve until it was probed; its requests go on elsewhere."""
         replica.serving, replica.cause = False, str(error)
@@ -241,6 +250,9 @@ class Fleet:
             try:
                 async with replica.control:
                     await (self._probe(replica) if replica.serving else self.recover(replica))
+            except OtherWeights as error:
+                if not replica.leaving:
+                    self.distrust(replica, error)
             except (ReplicaError, EngineError) as error:
                 if not replica.leaving:
                     replica.well = False
@@ -259,8 +271,10 @@ class Fleet:
 
     async def _probe(self, replica: Replica) -> None:
         await replica.server.health()
+        if self.asleep:
+            return
         if await replica.server.label() != self._weights.label:
-            raise ReplicaError(f"{replica.url} holds other weights than those in force: it was restarted, or another engine has it too")
+            raise OtherWeights(f"{replica.url} holds other weights than those in force: it was restarted, or another engine has it too")
         await self.loras.check(replica)
         now = asyncio.get_running_loop().time()
         for ticket in list(replica.tickets):
@@ -273,7 +287,12 @@ class Fleet:
         Where those cannot be loaded it is well, and left for the next update.
         """
         server = replica.server
+        if self.asleep:
+            raise ReplicaError(f"{server.url} waits until the engine, which sleeps, wakes up")
         await server.health()
+        if replica.asleep:
+            await server.wake_up()
+            replica.asleep = False
         label = await server.label()
         if label.startswith(LOADING):
             raise ReplicaError(_mixture(server.url))
@@ -282,14 +301,25 @@ class Fleet:
         if label != replica.label or not replica.well:
             await self._meet(replica, adopt=False)
         if label != self._weights.label:
-            replica.cut(ReplicaError(f"{server.url} holds other weights than those in force"))
+            await self._end_there(replica)
             replica.breaker.close()
             await self._bring(replica)
         if await server.is_paused():
             await server.resume()
         await self.loras.bring(replica)
-        if replica.label == self._weights.label and not replica.leaving:  # nothing was awaited since
+        if replica.label == self._weights.label and not replica.leaving and not self.asleep:  # nothing was awaited since
             self.admit(replica)
+
+    async def _end_there(self, replica: Replica) -> None:
+        """Have its requests go on elsewhere, those that it began with its own word on the weights that sampled them."""
+        begun = [ticket for ticket in replica.tickets if isinstance(ticket, Flight)]
+        await replica.server.abort([flight.server_id for flight in begun if flight.server_id is not None])
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ABORT_SECONDS):
+                for flight in begun:
+                    while flight in replica.tickets and flight.server_id is not None:
+                        await flight.left.wait()
+        replica.cut(ReplicaError(f"{replica.url} holds other weights than those in force"))
 
     async def _bring(self, replica: Replica) -> None:
         label, extended = self._weights.label, replica.extended

@@ -1,9 +1,10 @@
 """One replica as the engine sees it, and the requests that it holds."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from agent_loop.engines.server.facts import Facts
 from agent_loop.engines.server.faults import ReplicaError
 from agent_loop.errors import EngineError
 from agent_loop.sampling import SamplingParams
+
+ABORT_SECONDS = 5.0
+"""For which the last tokens of a request that was ended early are waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class Ticket:
         faults: how often a replica failed it.
         avoid: the replica that failed it last.
         over: set when it has ended.
+        left: set when it has left its last replica.
         error: why it was cut off.
         was_cut: its talk with its last replica was ended by `cut`.
     """
@@ -54,7 +59,7 @@ class Ticket:
         self.session_id = session_id
         self.begun = self.called_back = self.was_cut = False
         self.faults, self.avoid = 0, ""
-        self.over = asyncio.Event()
+        self.over, self.left = asyncio.Event(), asyncio.Event()
         self.error: ReplicaError | None = None
         self._scope: asyncio.Timeout | None = None
 
@@ -80,6 +85,7 @@ class Flight(Ticket):
 
     Attributes:
         finish: why it is over; None while it goes on.
+        media: its images, and what the request tells of them once they were read.
         under: its adapter; None is the model itself.
         structured: its tokens must follow a structure, which begins at the first token of a request: it cannot go on, but begins anew.
         place: the replica that it was given last.
@@ -94,8 +100,10 @@ class Flight(Ticket):
         session_id: str | None,
         on_tokens: OnTokens | None,
         under: InUse | None = None,
+        media: Sequence[Any] | None = None,
     ) -> None:
         super().__init__(session_id)
+        self.media, self.parts = media, list[dict[str, str]]()
         self.under = under
         self.ids, self.params, self.on_tokens = ids.tolist(), params, on_tokens
         self.finish: str | None = None
@@ -191,6 +199,7 @@ class Replica:
         serving: it is in rotation: it is well, and holds the weights in force.
         leaving: it is in rotation no more, for good.
         cause: why it is not serving.
+        asleep: it was sent to sleep, and was not woken up yet.
         label: of the weights that it holds, as last heard.
         tickets: requests that it holds.
         kick: wakes the task that looks after it.
@@ -203,6 +212,7 @@ class Replica:
     serving: bool = False
     well: bool = False
     leaving: bool = False
+    asleep: bool = False
     cause: str = "it was not reached yet"
     label: str = ""
     busy: Backoff = field(default_factory=Backoff)

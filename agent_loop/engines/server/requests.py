@@ -14,17 +14,15 @@ from agent_loop.engines.server.answers import Answer, Entry, Piece, read_whole
 from agent_loop.engines.server.client import generate_body, look_body
 from agent_loop.engines.server.desk import Desk
 from agent_loop.engines.server.facts import Facts
-from agent_loop.engines.server.faults import ReplicaBusy, ReplicaError
+from agent_loop.engines.server.faults import OtherWeights, ReplicaBusy, ReplicaError
 from agent_loop.engines.server.fleet import Fleet
-from agent_loop.engines.server.replica import Flight, Replica, Ticket
+from agent_loop.engines.server.media import check_room, check_taken, content_parts
+from agent_loop.engines.server.replica import ABORT_SECONDS, Flight, Replica, Ticket
 from agent_loop.engines.server.weights import AT_START, Weights
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError
 from agent_loop.sampling import SamplingParams
 
 Result = TypeVar("Result")
-
-ABORT_SECONDS = 5.0
-"""For which the last tokens of an interrupted request are waited for."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,8 @@ class Requests:
         """Let a request go on until it is over."""
         self.flights[request_id] = flight
         try:
+            if flight.media:
+                flight.parts = await asyncio.to_thread(content_parts, flight.media)
             while not flight.finish:
                 await self._fly(flight)
             flight.show_held()
@@ -103,11 +103,18 @@ class Requests:
         pieces = self._manner.stream_tokens if flight.on_tokens is None else piece_tokens(flight.on_tokens)
         name, salt = f"millrace-{id(self):x}-{next(self._names)}", self._weights.label or AT_START
         body = generate_body(self._model_of(flight.under), ids, params, self._stop_ids(params), name=name, salt=salt, piece=pieces)
+        if flight.parts:
+            body |= {"content_parts": flight.parts, "return_token_ids": True}
         piece = None
         try:
             async with flight.talking(), aclosing(self._stream(replica, flight, body)) as stream:
                 async for piece in stream:
+                    check_room(piece, params.max_tokens, self._facts.max_length)
                     flight.take(piece, self._weights.version, loop.time())
+        except ReplicaError as error:
+            if flight.parts and piece is None:
+                await check_taken(replica.server, len(flight.parts), error)
+            raise
         except TimeoutError:
             if not flight.was_cut:
                 raise  # of `on_tokens`
@@ -118,7 +125,7 @@ class Requests:
         assert piece is not None, "a stream ends after a piece with a finish reason, or raises"
         oldest = flight.stamp(piece.labels, self._weights.versions)
         if oldest is not None and oldest < self._weights.versions[salt]:
-            self._fleet.take_out(replica, ReplicaError(f"{replica.url} holds older weights than those in force; was it restarted?"))
+            self._fleet.distrust(replica, OtherWeights(f"{replica.url} holds older weights than those in force; was it restarted?"))
         if piece.finish == "abort" and not flight.called_back:
             raise ReplicaError(f"{replica.url} ended a request that nobody interrupted; is it shutting down?", lost=True)
         flight.finish = piece.finish
