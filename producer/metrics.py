@@ -1,12 +1,12 @@
 """What is reported of a batch: one flat dict of numbers, ready for any logger."""
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from buffer import Account, RolloutGroup, Status
+from buffer import Account, RolloutGroup, RolloutState, Status
 from buffer.accounts import WINDOW, length_bias
 from buffer.amounts import Amount
 from producer.ledger import BatchRecord, Ledger
@@ -17,6 +17,7 @@ STALENESS_SHOWN = 8
 """Groups staler than one less than this are counted together."""
 
 _QUANTILES = (50, 95, 99)
+_MARKS = frozenset({"reward_no_say", "reward_skipped", "reward_filled"})
 _ENDED = (Status.COMPLETED, Status.INTERRUPTED, Status.FILTERED, Status.FAILED)
 
 
@@ -84,11 +85,31 @@ def batch_statistics(groups: Sequence[RolloutGroup], version: int | None) -> Met
         **_spread("batch/response_tokens", [state.response_ids.size for state in rollouts]),
         **_spread("batch/staleness", stale),
         **_histogram("batch/staleness", stale, shown=version is not None),
+        **_judged(rollouts),
         "batch/groups": len(groups),
         "batch/rollouts": len(members),
         "batch/left_out": len(members) - len(rollouts),
         "batch/truncated": reasons["length"] / max(1, len(rollouts)),
     }
+
+
+def _judged(rollouts: Sequence[RolloutState]) -> Metrics:
+    """What the functions of a `RewardSet` gave these rollouts, how long it took, and of how many they gave nothing."""
+    parts, seconds, marks = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list), Counter[str]()
+    for state in rollouts:
+        for function, part in state.reward_parts.items():
+            parts[function].append(part)
+        for name, value in state.metrics.items():
+            kind, _, function = name.partition("/")
+            if kind == "reward_seconds":
+                seconds[function].append(value)
+            elif kind in _MARKS:
+                marks[f"batch/{name}"] += 1
+    found: Metrics = dict(marks)
+    for what, by_function in (("part", parts), ("reward_seconds", seconds)):
+        for function, values in by_function.items():
+            found |= _spread(f"batch/{what}/{function}", values)
+    return found
 
 
 def _spread(name: str, values: Sequence[float]) -> Metrics:

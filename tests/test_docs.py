@@ -42,7 +42,7 @@ import buffer.errors
 import producer
 import producer.errors
 import producer.experience
-from agent_loop import Capabilities, Engine, SamplingParams, SingleTurnAgentLoop
+from agent_loop import Capabilities, Engine, RewardFunction, RewardSet, SamplingParams, SingleTurnAgentLoop
 from agent_loop.engines import offers
 from agent_loop.engines.simulated import SimulatedEngine
 from agent_loop.sampling import STRUCTURES
@@ -367,8 +367,9 @@ def test_statuses_and_transitions_are_those_of_the_code() -> None:
 
 async def test_metrics_of_a_batch_are_those_it_has(tmp_path: Path) -> None:
     documented = {name for row in table("reference/metrics.md", "Of a batch") for name in code(row[0])}
-    found = {re.sub(r"^(filtered|failed)/.*", r"\1/<reason>", name) for name in await metrics_of_ten_steps(tmp_path / "run.db")}
-    assert documented == found
+    given = await metrics_of_ten_steps(tmp_path / "run.db")
+    found = {re.sub(r"^(filtered|failed)/.*", r"\1/<reason>", name) for name in given}
+    assert documented == {re.sub(r"^(batch/\w+)/(first|second|third)", r"\1/<function>", name) for name in found}
 
 
 async def metrics_of_ten_steps(path: Path) -> set[str]:
@@ -377,9 +378,18 @@ async def metrics_of_ten_steps(path: Path) -> set[str]:
     def some_fail(state: RolloutState) -> float:
         return 1 / (state.row["number"] % 5)
 
+    def seldom(state: RolloutState) -> float | None:
+        return 1 / state.index if state.row["number"] % 2 else None
+
+    functions = {
+        "first": RewardFunction(some_fail),
+        "second": RewardFunction(seldom, on_error="skip"),
+        "third": RewardFunction(seldom, on_error=0.0),
+    }
+
     rows = [{"prompt_ids": [1 + number, 5], "number": number} for number in range(40)]
     async with ReplayBuffer.open(f"sqlite:///{path}") as store, SimulatedEngine(seed=1) as engine:
-        loop = SingleTurnAgentLoop(engine, reward=some_fail, sampling=SamplingParams(max_tokens=4), max_attempts=1)
+        loop = SingleTurnAgentLoop(engine, reward=RewardSet(functions), sampling=SamplingParams(max_tokens=4), max_attempts=1)
         sampler = ReplayPromptSampler(rows, store, group_size=2, shuffle=False)
         strategy = SyncProduceStrategy(store, group_filter=only_long, max_failed=9, progress=False)
         batches = [await strategy.produce_batch(loop, sampler, 1, "demo") for _ in range(10)]

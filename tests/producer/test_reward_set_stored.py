@@ -111,10 +111,37 @@ async def _holds_scores(address: str) -> None:
 
 
 @pytest.mark.sqlite
-async def test_parts_are_found_by_sql(tmp_path: Path) -> None:
-    rewards = RewardSet({"one": lambda state: 1.0, "place": lambda state: state.index})
+def not_of_the_second(state: RolloutState) -> float | None:
+    return 1 / (state.index - 1) if state.index else None
+
+
+async def test_parts_are_found_by_sql_and_are_metrics_of_their_batch(tmp_path: Path) -> None:
+    failing = {"skipped": RewardFunction(not_of_the_second, on_error="skip"), "filled": RewardFunction(not_of_the_second, on_error=-4.0)}
+    rewards = RewardSet({"one": lambda state: 1.0, "place": lambda state: state.index} | failing)
     async with ReplayBuffer.open(f"sqlite:///{tmp_path}/run.db") as buffer, SimulatedEngine(lengths=5) as engine:
-        await SyncProduceStrategy(buffer).produce_batch(SingleTurnAgentLoop(engine, reward=rewards), sampler_of(buffer), GROUPS, TASK)
+        agent_loop = SingleTurnAgentLoop(engine, reward=rewards)
+        batch = await SyncProduceStrategy(buffer).produce_batch(agent_loop, sampler_of(buffer), GROUPS, TASK)
+    told = {name.removeprefix("batch/"): value for name, value in batch.metrics.items() if "part/" in name or "/reward_" in name}
+    seconds = {name: told.pop(name) for name in list(told) if name.startswith("reward_seconds/")}
+    for name in ("reward_mean", "reward_std", "reward_max"):
+        told.pop(name)
+    assert told == {
+        "part/one_mean": 1.0,
+        "part/one_std": 0.0,
+        "part/one_max": 1.0,
+        "part/place_mean": 1.0,
+        "part/place_std": pytest.approx((2 / 3) ** 0.5),
+        "part/place_max": 2.0,
+        "part/skipped_mean": 1.0,
+        "part/skipped_std": 0.0,
+        "part/skipped_max": 1.0,
+        "part/filled_mean": -1.5,
+        "part/filled_std": 2.5,
+        "part/filled_max": 1.0,
+        **{f"reward_{mark}": GROUPS for mark in ("no_say/skipped", "no_say/filled", "skipped/skipped", "filled/filled")},
+    }
+    assert len(seconds) == 3 * 4
+    assert min(seconds.values()) >= 0
     query = "SELECT avg(json_extract(member.value, '$.reward_parts.place')) FROM payloads, json_each(payloads.extras) AS member"
     with sqlite3.connect(tmp_path / "run.db") as connection:
         assert connection.execute(query).fetchone() == (1.0,)
