@@ -10,7 +10,6 @@ coroutine runs.
 import asyncio
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, get_args
 
 import numpy as np
@@ -21,30 +20,29 @@ from agent_loop.engines.base import (
     ALL_TOKENS,
     Capabilities,
     Completion,
-    Engine,
     EngineLoad,
     FinishReason,
     OnTokens,
     PauseMode,
-    TopTokens,
     WeightSource,
     WeightTransfer,
 )
 from agent_loop.engines.checks import check_call, names_of
+from agent_loop.engines.simulated_arguments import costs_of, policy_of
 from agent_loop.engines.simulated_batching import Batching
 from agent_loop.engines.simulated_clock import Alarm
 from agent_loop.engines.simulated_costs import CostModel, Statistics
-from agent_loop.engines.simulated_policy import FillerPolicy, Lengths, Policy, Request, Script, ScriptedPolicy
+from agent_loop.engines.simulated_policy import Lengths, Policy, Request, Script
 from agent_loop.engines.simulated_request import InFlight
-from agent_loop.engines.simulated_table import TablePolicy, adapted_seed, weights_seed
-from agent_loop.engines.values import scores
+from agent_loop.engines.simulated_scores import ScoresOfTable
+from agent_loop.engines.simulated_table import weights_seed
 from agent_loop.errors import EngineClosedError, EngineDeadError, RequestRefusedError
-from agent_loop.sampling import SamplingParams, seed_number, whole
+from agent_loop.sampling import SamplingParams, whole
 
 Fail = Callable[[str, int], Exception | None]
 
 
-class SimulatedEngine(Engine):
+class SimulatedEngine(ScoresOfTable):
     """Continuous batching without a model.
 
     Args:
@@ -85,25 +83,15 @@ class SimulatedEngine(Engine):
         pieces: bool = True,
     ) -> None:
         super().__init__()
-        if sum(given is not None for given in (script, lengths, policy)) > 1:
-            raise ValueError("script, lengths and policy each say what is generated; give at most one")
-        for name, function in (("script", script), ("fail", fail), ("lengths", None if isinstance(lengths, int) else lengths)):
-            if function is not None and not callable(function):
-                raise ValueError(f"{name}={function!r:.60} cannot be called; give a function")
-        if policy is not None and not hasattr(policy, "start"):
-            raise ValueError(f"policy={policy!r:.60} is no Policy; give one such as TablePolicy()")
-        if whole("vocab_size", vocab_size) < 1 or not 0 <= whole("eos_token_id", eos_token_id) < vocab_size:
-            raise ValueError(f"{eos_token_id=} is no token of {vocab_size=}; give a vocabulary of 1 or more, and an id in it")
         if whole("max_length", max_length) < 2:
             raise ValueError(f"{max_length=} leaves no room for a prompt and a token; it must be 2 or more")
-        seed_number("seed", seed)
-        self.costs = _costs(costs, slots, tokens_per_second)
-        self.policy: Policy = policy or _policy(script, lengths, seed, vocab_size, eos_token_id)
+        if fail is not None and not callable(fail):
+            raise ValueError(f"fail={fail!r:.60} cannot be called; give a function of a request's id and its attempt")
+        self.costs = costs_of(costs, slots, tokens_per_second)
+        self.policy = policy_of(script, lengths, policy, seed=seed, vocab_size=vocab_size, eos_token_id=eos_token_id)
         self._fail, self._attempts = fail, dict[str, int]()
         self._max_length, self._pieces = max_length, pieces
         self._weights = 0
-        self._weights_of = {0: 0}
-        self._adapter_seeds = dict[Adapter, int]()
         self._requests: dict[str, InFlight] = {}  # by id, those that have not ended
         self._calls: dict[int, InFlight] = {}  # by number, those whose `generate` has not returned
         self._held: dict[int, InFlight] = {}  # by number, those that came during a pause
@@ -388,85 +376,3 @@ class SimulatedEngine(Engine):
         finally:
             self._updates -= 1
             self._go_unless_held_up()
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """Adapters; and scores, where the policy is a `TablePolicy`: no other has a distribution."""
-        able = super().capabilities
-        return able if isinstance(self.policy, TablePolicy) else replace(able, score=False, top_tokens=0)
-
-    async def _load_adapter(self, adapter: Adapter, path: WeightSource) -> int:
-        """A simulated adapter is what simulated weights are: a mapping with an integer "seed", or any path."""
-        self._check_alive()
-        self._adapter_seeds[adapter] = seed = weights_seed(path)
-        return seed
-
-    async def score(
-        self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1, adapter: str | Adapter | None = None
-    ) -> NDArray[np.float32]:
-        """See `Engine`. It takes no time and no slot."""
-        self._check_alive()
-        if not isinstance(self.policy, TablePolicy):
-            return await super().score(token_ids, start=start, adapter=adapter)
-        ids, which = self.check_score(token_ids, start), None if adapter is None else self.check_adapter(adapter)
-        return scores(self.reference_logprobs(ids[:start].tolist(), ids[start:].tolist(), self._version, adapter=which), start)
-
-    async def top_tokens(
-        self, token_ids: Sequence[int] | NDArray[np.int32], count: int, *, adapter: str | Adapter | None = None
-    ) -> TopTokens:
-        """See `Engine`. It takes no time and no slot."""
-        self._check_alive()
-        if not isinstance(self.policy, TablePolicy):
-            return await super().top_tokens(token_ids, count, adapter=adapter)
-        ids, which = self.check_top_tokens(token_ids, count), None if adapter is None else self.check_adapter(adapter)
-        logprobs = self.policy.log_probs(ids.tolist(), self._seed_under(self._version, which), SamplingParams())
-        likeliest = np.argsort(-logprobs, kind="stable")[:count]
-        return TopTokens.of(likeliest.tolist(), logprobs[likeliest].tolist(), self._version if which is None else which.version)
-
-    def reference_logprobs(
-        self,
-        prompt_ids: Sequence[int],
-        response_ids: Sequence[int],
-        version: int,
-        params: SamplingParams | None = None,
-        adapter: Adapter | None = None,
-    ) -> NDArray[np.float64]:
-        """(len(response_ids),) float64: log-probability of each response token; needs a `TablePolicy`.
-
-        Args:
-            prompt_ids: what comes before the response.
-            response_ids: what is scored.
-            version: of the model's weights.
-            params: of the distribution; None is temperature 1 without truncation.
-            adapter: on top of the weights, one that is there or was.
-        """
-        if not isinstance(self.policy, TablePolicy):
-            raise TypeError(f"{type(self.policy).__name__} has no distribution to take log-probabilities from")
-        if version not in self._weights_of:
-            raise ValueError(f"version={version} was never in force; known are {sorted(self._weights_of)}")
-        weights = self._seed_under(version, adapter)
-        context, logprobs = [int(token) for token in prompt_ids], []
-        for token in map(int, response_ids):
-            logprobs.append(self.policy.log_probs(context, weights, params or SamplingParams())[token])
-            context.append(token)
-        return np.array(logprobs, np.float64)
-
-    def _seed_under(self, version: int, adapter: Adapter | None) -> int:
-        weights = self._weights_of[version]
-        return weights if adapter is None else adapted_seed(weights, self._adapter_seeds[adapter])
-
-
-def _costs(costs: CostModel | None, slots: int | None, tokens_per_second: float | None) -> CostModel:
-    if costs is None:
-        return CostModel(64 if slots is None else slots, tokens_per_second)
-    if slots is not None or tokens_per_second is not None:
-        raise ValueError(f"{slots=} and {tokens_per_second=} belong into costs, where that is given")
-    return costs
-
-
-def _policy(script: Script | None, lengths: Lengths | None, seed: int, vocab_size: int, eos: int) -> Policy:
-    if script is not None:
-        return ScriptedPolicy(lambda request: script(request.prompt_ids), vocab_size, frozenset({eos}))
-    if lengths is not None:
-        return FillerPolicy(lengths, vocab_size, eos)
-    return TablePolicy(vocab_size, frozenset({eos}), seed)
