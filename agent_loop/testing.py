@@ -24,11 +24,12 @@ import numpy as np
 import pytest
 
 from agent_loop.engines.base import Completion, Engine, PauseMode
-from agent_loop.errors import EngineClosedError, RequestRefusedError, WeightUpdateError
+from agent_loop.errors import EngineClosedError, RequestRefusedError
 from agent_loop.sampling import SamplingParams
 from agent_loop.testing_adapters import AdapterSuite
 from agent_loop.testing_base import InFlight
 from agent_loop.testing_capabilities import CapabilitySuite
+from agent_loop.testing_weights import WeightSuite
 
 __all__ = ["EngineSuite", "InFlight"]
 
@@ -45,7 +46,7 @@ class _InLargePieces:
         self.pieces.append(piece)
 
 
-class EngineSuite(AdapterSuite, CapabilitySuite):
+class EngineSuite(AdapterSuite, CapabilitySuite, WeightSuite):
     """Subclass it, name the class `Test...`, give a fixture `engine` that yields an open engine, and the methods of `Suite`."""
 
     # --- sampling
@@ -362,48 +363,6 @@ class EngineSuite(AdapterSuite, CapabilitySuite):
         await engine.resume()
         response = await engine.generate(self.prompts(engine, 1)[0], SamplingParams(max_tokens=3, ignore_eos=True), request_id="resumed")
         assert response.finish_reason == "length"
-
-    # --- weights
-
-    async def test_new_weights_change_the_output_and_the_stamp(self, engine: Engine) -> None:
-        old = await self.greedy(engine)
-        async with self.weights_restored(engine) as version:
-            await engine.update_weights(self.new_weights(engine), version + 3)
-            assert engine.version == version + 3
-            assert await self.greedy(engine) != old
-            response = await engine.generate([1, 1], SamplingParams(max_tokens=3, ignore_eos=True), request_id="stamped")
-            assert response.versions.tolist() == [version + 3] * 3
-        assert await self.greedy(engine) == old
-
-    async def test_an_update_in_flight_leaves_both_versions_in_order(self, engine: Engine) -> None:
-        async with self.weights_restored(engine) as version:
-            for later in range(version + 1, version + 1 + self.attempts):
-                async with asyncio.TaskGroup() as tasks:
-                    call = await InFlight(tasks, engine, self.prompts(engine, 1)[0], self.long(), "in-flight").seen(2)
-                    await engine.update_weights(self.new_weights(engine), later)
-                versions = call.task.result().versions
-                assert set(versions.tolist()) <= {later - 1, later}
-                assert (np.diff(versions) >= 0).all()
-                assert call.task.result().finish_reason == "length"
-                if len(set(versions.tolist())) == 2:
-                    return
-        raise AssertionError("no request was in flight at an update")
-
-    async def test_a_lower_version_is_refused(self, engine: Engine) -> None:
-        async with self.weights_restored(engine) as version:
-            await engine.update_weights(self.original_weights(engine), version + 1)
-            with pytest.raises(ValueError, match=str(version)):
-                await engine.update_weights(self.new_weights(engine), version)
-            with pytest.raises(ValueError, match="largest"):  # tokens could not carry it, and it could not be taken back
-                await engine.update_weights(self.new_weights(engine), 2**31)
-            assert engine.version == version + 1
-
-    async def test_a_failed_update_leaves_the_old_weights_and_version(self, engine: Engine) -> None:
-        old, version = await self.greedy(engine), engine.version
-        with pytest.raises(WeightUpdateError):
-            await engine.update_weights(self.broken_weights(engine), version + 1)
-        assert engine.version == version
-        assert await self.greedy(engine) == old
 
     # --- the engine's own life
 

@@ -9,12 +9,12 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as library_logging
+from transformers import PreTrainedModel
 
 from agent_loop.engines._transformers_adapters import load_layers
 from agent_loop.engines._transformers_backend import Backend, CacheSize, Sampled, death
 from agent_loop.engines._transformers_flight import Flight, StopStrings
+from agent_loop.engines._transformers_model import chosen, eos_of, length_of, likeliest, load_model
 from agent_loop.engines._transformers_weights import plan_copies
 from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import (
@@ -120,7 +120,7 @@ class TransformersEngine(Engine):
     @property
     def max_length(self) -> int:
         """The most tokens of prompt and response together; the engine must be open."""
-        return self._max_length or _length_of(self._open_backend().model)
+        return self._max_length or length_of(self._open_backend().model)
 
     @property
     def vocab_size(self) -> int:
@@ -130,12 +130,7 @@ class TransformersEngine(Engine):
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """Of the model's generation config, or else its config, and of the tokenizer; the engine must be open."""
-        model = self._open_backend().model
-        named = model.generation_config.eos_token_id
-        named = model.config.get_text_config().eos_token_id if named is None else named
-        own = getattr(self._tokenizer, "eos_token_id", None)
-        listed = [] if named is None else [named] if isinstance(named, int) else list(named)
-        return frozenset(listed) | (frozenset() if own is None else {own})
+        return eos_of(self._open_backend().model, self._tokenizer)
 
     # Starting and stopping
 
@@ -164,22 +159,13 @@ class TransformersEngine(Engine):
     def _load(self) -> Any:
         if isinstance(self._source, PreTrainedModel):
             return self._source
-        bars = library_logging.is_progress_bar_enabled()
-        library_logging.disable_progress_bar()
-        try:
-            model = AutoModelForCausalLM.from_pretrained(self._source, dtype=getattr(torch, self._dtype))
-            folder = Path(self._source)
-            if self._tokenizer is None and (not folder.is_dir() or any(folder.glob("tokenizer*"))):
-                self._tokenizer = AutoTokenizer.from_pretrained(self._source)
-        finally:
-            if bars:
-                library_logging.enable_progress_bar()
+        model, self._tokenizer = load_model(self._source, self._dtype, self._tokenizer)
         return model.to(self._device)
 
     def _cache_size(self, model: Any) -> CacheSize:
-        length = self._max_length or _length_of(model)
-        if length > _length_of(model):
-            raise ValueError(f"max_length={length} is beyond the model's {_length_of(model)}; lower it")
+        length = self._max_length or length_of(model)
+        if length > length_of(model):
+            raise ValueError(f"max_length={length} is beyond the model's {length_of(model)}; lower it")
         tokens = self._cache_tokens or max(length, LEAST_CACHE)
         if tokens < length:
             raise ValueError(f"cache_tokens={tokens} cannot hold one request of max_length={length}; raise it, or lower max_length")
@@ -307,7 +293,7 @@ class TransformersEngine(Engine):
         ids = self.check_score(token_ids, start).tolist()
         with self.using_adapter(adapter) as used:
             under = None if used is None else used.adapter
-            logprobs, _ = await backend.look(ids, lambda logits: _chosen(logits[start - 1 : -1], ids[start:]), under)
+            logprobs, _ = await backend.look(ids, lambda logits: chosen(logits[start - 1 : -1], ids[start:]), under)
         return scores(logprobs, start)
 
     async def top_tokens(
@@ -318,7 +304,7 @@ class TransformersEngine(Engine):
         ids = self.check_top_tokens(token_ids, count).tolist()
         with self.using_adapter(adapter) as used:
             under = None if used is None else used.adapter
-            (tokens, logprobs), version = await backend.look(ids, lambda logits: _likeliest(logits[-1], count), under)
+            (tokens, logprobs), version = await backend.look(ids, lambda logits: likeliest(logits[-1], count), under)
         return TopTokens.of(tokens, logprobs, version if under is None else under.version)
 
     # Adapters
@@ -417,19 +403,3 @@ class TransformersEngine(Engine):
             copies = await asyncio.to_thread(plan_copies, backend.model, source)
             # The weights and their version change together, between two steps: a token's stamp is exact.
             await backend.put_weights(copies, lambda: setattr(self, "_version", version))
-
-
-def _chosen(logits: torch.Tensor, tokens: Sequence[int]) -> list[float]:
-    """Log-probabilities of `tokens` under `logits` [tokens, vocabulary]."""
-    logprobs: list[float] = logits.float().log_softmax(-1).gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    return logprobs
-
-
-def _likeliest(logits: torch.Tensor, count: int) -> tuple[list[int], list[float]]:
-    """The likeliest tokens under `logits` [vocabulary]; of equally likely ones the lowest ids."""
-    logprobs, tokens = logits.float().log_softmax(-1).sort(descending=True, stable=True)
-    return tokens[:count].tolist(), logprobs[:count].tolist()
-
-
-def _length_of(model: Any) -> int:
-    return int(model.config.get_text_config().max_position_embeddings)
