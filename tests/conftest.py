@@ -11,7 +11,11 @@ import pytest
 from hypothesis import settings
 
 pytest.register_assert_rewrite(
-    "agent_loop.testing", "agent_loop.testing_adapters", "agent_loop.testing_base", "agent_loop.testing_capabilities"
+    "agent_loop.testing",
+    "agent_loop.testing_adapters",
+    "agent_loop.testing_base",
+    "agent_loop.testing_capabilities",
+    "agent_loop.testing_weights",
 )  # before they are imported: a suite's failed assertion then shows its values
 
 from tests import postgres  # noqa: E402  # what it imports would come too early above

@@ -12,6 +12,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from agent_loop import Sampler, SingleTurnAgentLoop
 from agent_loop.engines.base import Capabilities, Engine, EngineLoad, WeightSource
 from agent_loop.engines.checkpoint import Checkpoint
 from agent_loop.engines.vllm import VLLMEngine
+from agent_loop.engines.vllm_load import LoadMonitor
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams
 from agent_loop.testing import EngineSuite, InFlight
@@ -423,6 +425,15 @@ def test_importing_the_module_imports_nothing_heavy() -> None:
     code = f"import sys, agent_loop.engines.vllm as module; module.VLLMEngine('some/model'); print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+def test_the_load_of_several_engine_processes_is_that_of_all_as_each_told_it_last() -> None:
+    monitor = LoadMonitor()
+    assert monitor.load() == EngineLoad(0, 0)
+    for engine, running, waiting, skipped in [(0, 9, 9, 9), (1, 3, 2, 1), (0, 4, 0, 1)]:
+        monitor.record(engine, SimpleNamespace(num_running_reqs=running, num_waiting_reqs=waiting, num_skipped_waiting_reqs=skipped))
+    monitor.record(1, None)
+    assert monitor.load() == EngineLoad(7, 4)
 
 
 @pytest.mark.parametrize(
