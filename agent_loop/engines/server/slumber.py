@@ -65,6 +65,9 @@ class Slumber:
                 await self._fill()
             await self._fleet.each(self._fleet.serving(), self._rise)
             self.asleep, self.hollow, self._fleet.asleep = [], False, False
+            for replica in self._fleet.replicas.values():
+                if not replica.serving:
+                    replica.kick.set()  # it waited for this
             if not self.paused:
                 self._fleet.frozen = False
                 self._desk.set_gate("open")
