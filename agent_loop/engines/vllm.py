@@ -1,7 +1,6 @@
 """vLLM in this process's care: `VLLMEngine` starts an engine process, speaks tokens with it and keeps its weights whole."""
 
 import asyncio
-import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
@@ -19,13 +18,10 @@ from agent_loop.engines.base import (
     EngineLoad,
     FinishReason,
     OnTokens,
-    PauseMode,
-    TopTokens,
     WeightSource,
     piece_tokens,
 )
 from agent_loop.engines.checks import check_call, names_of
-from agent_loop.engines.values import scores
 from agent_loop.engines.vllm_adapter import (
     Start,
     checkpoint_of,
@@ -33,9 +29,7 @@ from agent_loop.engines.vllm_adapter import (
     eos_token_ids,
     fail_waiting,
     likeliest,
-    look_params,
     obituary,
-    prompt_logprobs,
     quiet,
     start_engine,
     stop_engine,
@@ -46,7 +40,8 @@ from agent_loop.engines.vllm_adapter import (
 from agent_loop.engines.vllm_load import LoadMonitor
 from agent_loop.engines.vllm_lora import Staged, stage
 from agent_loop.engines.vllm_media import with_images
-from agent_loop.engines.vllm_weights import WeightsOfVLLM
+from agent_loop.engines.vllm_pauses import PausesOfVLLM
+from agent_loop.engines.vllm_scores import ScoresOfVLLM
 from agent_loop.errors import EngineClosedError, EngineDeadError, EngineError, RequestRefusedError
 from agent_loop.sampling import SamplingParams, seed_number, whole
 
@@ -58,7 +53,7 @@ LARGEST_ENGINE_SEED = 2**32 - 1  # vLLM seeds numpy's generator with it
 EXTENSION = "agent_loop.engines.vllm_worker.WorkerExtension"
 
 
-class VLLMEngine(WeightsOfVLLM):
+class VLLMEngine(PausesOfVLLM, ScoresOfVLLM):
     """`vllm.v1.engine.async_llm.AsyncLLM`, made to keep the promises of `Engine`.
 
     The model runs in a process of its own, started by spawning: a script that makes an engine needs the usual
@@ -133,11 +128,6 @@ class VLLMEngine(WeightsOfVLLM):
         self._monitor = LoadMonitor()
         self._closed = False
         self._max_length, self._vocab_size, self._eos_token_ids = 0, 0, frozenset[int]()
-        self._draining = False
-        self._held: dict[str, asyncio.Future[bool]] = {}
-        self._looks = itertools.count()
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     # What the model is
 
@@ -361,8 +351,6 @@ class VLLMEngine(WeightsOfVLLM):
         with self._translated():
             await llm.abort(list(chosen & self._running))
 
-    # Scores
-
     @property
     def capabilities(self) -> Capabilities:
         """What this engine's arguments leave of `offers`."""
@@ -400,97 +388,6 @@ class VLLMEngine(WeightsOfVLLM):
     def _forget_adapter(self, adapter: Adapter, loaded: Staged) -> None:
         # vLLM drops what it has loaded when it needs the room for another.
         loaded.folder.cleanup()
-
-    async def score(
-        self, token_ids: Sequence[int] | NDArray[np.int32], *, start: int = 1, adapter: str | Adapter | None = None
-    ) -> NDArray[np.float32]:
-        """See `Engine`. A prefill beside the other requests; the prefix cache is of no use to it."""
-        ids = self.check_score(token_ids, start).tolist()
-        with self.using_adapter(adapter) as used:
-            output, _ = await self._look(ids, look_params(), used)
-        return scores(prompt_logprobs(output.prompt_logprobs, ids)[start - 1 :], start)
-
-    async def top_tokens(
-        self, token_ids: Sequence[int] | NDArray[np.int32], count: int, *, adapter: str | Adapter | None = None
-    ) -> TopTokens:
-        """See `Engine`. One step beside the other requests, with the prefix cache."""
-        ids = self.check_top_tokens(token_ids, count).tolist()
-        with self.using_adapter(adapter) as used:
-            output, version = await self._look(ids, look_params(likely_tokens=count), used)
-        told = output.outputs[0].logprobs
-        likely = dict(zip(told.token_ids, told.logprobs, strict=True))  # the sampled token is told twice
-        return TopTokens.of(likely.keys(), likely.values(), version if used is None else used.adapter.version)
-
-    async def _look(self, ids: list[int], params: Any, used: InUse | None) -> tuple[Any, int]:
-        """The answer to a request that is no rollout, and the version of the weights: asked again where a pause ended it, or weights
-        changed meanwhile, since parts of a long prompt are computed in several steps."""
-        from vllm.inputs.engine import tokens_input
-
-        under = None if used is None else used.loaded.request
-        while True:
-            version, name = self._version, f"millrace-look-{next(self._looks)}"
-            given = tokens_input(ids, cache_salt=str(version))
-            with self._translated():
-                async with aclosing(self._alive().generate(given, params, name, lora_request=under)) as outputs:
-                    async for output in outputs:
-                        if output.outputs[0].finish_reason != "abort" and version == self._version:
-                            return output, version
-
-    # Pauses
-
-    async def pause(self, mode: PauseMode = "abort") -> None:
-        """Stop sampling until `resume`; see `Engine.pause`. Control calls are carried out one after another."""
-        if mode not in get_args(PauseMode):
-            raise ValueError(f"unknown pause mode {mode!r}; known are {get_args(PauseMode)}")
-        async with self._control:
-            llm = self._alive()
-            if self._asleep:
-                raise EngineError("the engine sleeps; await wake_up() first")
-            with self._translated():
-                if mode == "wait":
-                    await self._drain(llm)
-                self._paused = True
-                await llm.pause_generation(mode="abort" if mode == "abort" else "keep", clear_cache=False)
-
-    async def _drain(self, llm: Any) -> None:
-        """Let all requests in flight finish while new ones are held back.
-
-        vLLM's own "wait" leaves those frozen that found no slot yet: whoever awaits them before `resume` waits for ever.
-        """
-        self._draining = True
-        try:
-            if self._paused:
-                await llm.resume_generation()
-                self._paused = False
-            await self._idle.wait()
-            # Before the held ones go in, else they would run.
-            await llm.pause_generation(mode="keep", clear_cache=False)
-        finally:
-            self._draining = False
-            self._release(list(self._held), True)
-
-    async def resume(self) -> None:
-        """Go on after `pause`."""
-        async with self._control:
-            llm = self._alive()
-            if self._paused and not self._asleep:
-                with self._translated():
-                    await llm.resume_generation()
-            self._paused = False
-
-    async def _turn(self, request_id: str) -> bool:
-        """Wait while the engine drains; False if the request was interrupted meanwhile."""
-        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._held[request_id] = turn
-        try:
-            return await turn
-        finally:
-            del self._held[request_id]
-
-    def _release(self, request_ids: Collection[str], proceed: bool) -> None:
-        for request_id in request_ids:
-            if not self._held[request_id].done():
-                self._held[request_id].set_result(proceed)
 
 
 def _plain(ids: NDArray[np.int32]) -> Any:
