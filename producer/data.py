@@ -8,8 +8,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
-from contextlib import AbstractAsyncContextManager, contextmanager
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -19,15 +18,18 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from agent_loop.arguments import at_least, flag, function, mapping, text
-from agent_loop.loop_thread import LoopThread, call
+from agent_loop.loop_thread import call
 from agent_loop.sampling import whole
 from buffer import ReplayBuffer, ResumeReport, RolloutGroup, Status
 from producer.background import Producer
+from producer.data_thread import in_background
 from producer.errors import ProducerError
 from producer.experience.arrays import Experience
 from producer.experience.experience_maker import ExperienceMaker
 from producer.experience.losses import Reduction, check_reduction
 from producer.experience.maker import make_experience
+
+__all__ = ["BufferDataset", "Make", "in_background"]
 
 Result = TypeVar("Result")
 Make = Callable[[Sequence[RolloutGroup]], Any]
@@ -112,13 +114,13 @@ class BufferDataset(IterableDataset[Any]):  # type: ignore[misc]  # torch is not
             BufferClosedError: the buffer is not open.
         """
         super().__init__()
-        if not isinstance(source, Producer | ReplayBuffer):
-            raise TypeError(f"source={source!r:.80} is neither a Producer nor a ReplayBuffer; pass an entered producer or an open buffer")
-        for name, value, least in (("batch_size", batch_size, 1), ("prefetch", prefetch, 0), ("last_step", last_step, 0)):
-            if value is not None or name != "last_step":
-                at_least(name, value, least)
-        if task_name is not None:
-            text("task_name", task_name, "the name of a task")
+        self._task_name = _task_of(source, task_name)
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("prefetch", prefetch, 0),
+            ("last_step", 0 if last_step is None else last_step, 0),
+        ):
+            at_least(name, value, least)
         flag("wait", wait)
         flag("tensors", tensors)
         if reduction is not None or max_length is not None:
@@ -127,13 +129,9 @@ class BufferDataset(IterableDataset[Any]):  # type: ignore[misc]  # torch is not
             function("make", make, "an ExperienceMaker, or a function of groups")
         self._producer = source if isinstance(source, Producer) else None
         self._buffer = source.buffer if isinstance(source, Producer) else source
-        known = source.task_name if isinstance(source, Producer) else None
-        if (task_name or known) is None or known not in (None, task_name or known):
-            raise ValueError(f"task_name={task_name!r}: name the task of a buffer's groups; a producer of task {known!r} has its own")
-        self._task_name, self._batch_size = task_name or str(known), batch_size
         self._maker = make if isinstance(make, ExperienceMaker) else None
         self._make: Make = make.make_experience if isinstance(make, ExperienceMaker) else make
-        self._prefetch, self._last_step, self._wait = prefetch, last_step, wait
+        self._batch_size, self._prefetch, self._last_step, self._wait = batch_size, prefetch, last_step, wait
         self._tensors, self._reduction, self._max_length = tensors, reduction, max_length
         self._loop = self._buffer.loop
         self._using = threading.RLock()
@@ -395,6 +393,15 @@ class BufferDataset(IterableDataset[Any]):  # type: ignore[misc]  # torch is not
         return _Made(taken.step, tensors | {"step": steps}, metrics)
 
 
+def _task_of(source: Producer | ReplayBuffer, task_name: str | None) -> str:
+    if not isinstance(source, Producer | ReplayBuffer):
+        raise TypeError(f"source={source!r:.80} is neither a Producer nor a ReplayBuffer; pass an entered producer or an open buffer")
+    known = source.task_name if isinstance(source, Producer) else task_name
+    if known is None or task_name not in (None, known):
+        raise ValueError(f"task_name={task_name!r}: name the task of a buffer's groups; a producer of task {known!r} has its own")
+    return text("task_name", known, "the name of a task")
+
+
 class _Batches(Iterator[Any]):
     """One iteration; what it has not handed out yet is the dataset's, and the next iteration's."""
 
@@ -403,37 +410,3 @@ class _Batches(Iterator[Any]):
 
     def __next__(self) -> Any:
         return self._dataset._next()
-
-
-@contextmanager
-def in_background(source: Callable[[], AbstractAsyncContextManager[Result]]) -> Iterator[Result]:
-    """What an async context manager gives, entered on an event loop that runs on a thread of its own: for programs that are not async.
-
-    ```python
-    with in_background(production) as producer:  # an @asynccontextmanager that opens buffer, engine and producer
-        trainer.fit(model, DataLoader(BufferDataset(producer, batch_size=64), batch_size=None))
-    ```
-
-    An error of entering or leaving is raised here. It is left when the block ends, whichever way.
-    """
-    function("source", source, "an async context manager, such as an @asynccontextmanager")
-    thread, opened, left = LoopThread(), Future[Result](), asyncio.Event()
-
-    async def live() -> None:
-        async with source() as value:
-            opened.set_result(value)
-            await left.wait()
-
-    try:
-        living = asyncio.run_coroutine_threadsafe(live(), thread.loop)
-        either: list[Future[Any]] = [opened, living]
-        wait(either, return_when=FIRST_COMPLETED)
-        if not opened.done():
-            living.result()
-        try:
-            yield opened.result()
-        finally:
-            thread.loop.call_soon_threadsafe(left.set)
-            living.result()
-    finally:
-        thread.stop()

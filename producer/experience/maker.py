@@ -182,6 +182,35 @@ def _layout(chosen: Sequence[RolloutState], token_budget: int | None) -> Layout:
     return Layout.packed(lengths, token_budget)
 
 
+class _Places:
+    """Where values of trained tokens go: each rollout's at its own, none at those that a correction dropped."""
+
+    def __init__(self, rollouts: Sequence[RolloutState], layout: Layout, dropped: Correction | None) -> None:
+        self._rollouts, self._layout = rollouts, layout
+        self._masks = [np.concatenate([np.zeros(prompt_of(one).size, np.bool_), one.loss_mask == 1]) for one in rollouts]
+        self.bounds = np.cumsum([mask.sum() for mask in self._masks])[:-1]
+        self._kept = None if dropped is None else np.split(dropped.kept, self.bounds)
+
+    def flat(self, values: NDArray[Any] | None, outside: float = 0.0, dtype: type[np.generic] = np.float32) -> NDArray[Any] | None:
+        """(N, T) of values flat over the trained tokens of all, `outside` everywhere else."""
+        return None if values is None else self.each(np.split(values, self.bounds), outside, dtype)
+
+    def each(self, values: Sequence[Any], outside: float = 0.0, dtype: type[np.generic] = np.float32) -> NDArray[Any]:
+        """(N, T) of values by rollout, of its trained tokens, or one for all of them."""
+        every = []
+        for number, (value, mask) in enumerate(zip(values, self._masks, strict=True)):
+            every.append(np.full(mask.size, outside, dtype))
+            every[-1][mask] = value if self._kept is None else np.where(self._kept[number], value, outside)
+        return self._layout.place(every, fill=outside, dtype=dtype)
+
+    def attached(self, beside: Attached, name: str) -> NDArray[np.float32] | None:
+        """(N, T) of what is attached by that name; None where a rollout lacks it."""
+        by_id = getattr(beside, name)
+        if any(one.rollout_id not in by_id for one in self._rollouts):
+            return None
+        return self.each([trained(by_id, one, name) for one in self._rollouts])
+
+
 def _assemble(
     rollouts: Sequence[RolloutState],
     rewards: Array,
@@ -195,37 +224,20 @@ def _assemble(
     packed: bool,
     dropping: bool,
 ) -> Experience:
-    masks = [np.concatenate([np.zeros(prompt_of(one).size, np.bool_), one.loss_mask == 1]) for one in rollouts]
-    bounds = np.cumsum([mask.sum() for mask in masks])[:-1]
-    kept = np.split(weighed.kept, bounds) if weighed is not None and dropping else None
-
-    def place(values: Sequence[NDArray[Any]], outside: float, dtype: type[np.generic]) -> NDArray[Any]:
-        """Values of trained tokens at their places, `outside` everywhere else."""
-        whole = []
-        for number, (value, mask) in enumerate(zip(values, masks, strict=True)):
-            whole.append(np.full(mask.size, outside, dtype))
-            whole[-1][mask] = value if kept is None else np.where(kept[number], value, outside)
-        return layout.place(whole, fill=outside, dtype=dtype)
-
-    def beside(name: str) -> NDArray[np.float32] | None:
-        by_id = getattr(attached, name)
-        if any(one.rollout_id not in by_id for one in rollouts):
-            return None
-        return place([trained(by_id, one, name) for one in rollouts], 0.0, np.float32)
-
+    places = _Places(rollouts, layout, weighed if dropping else None)
     return Experience(
         input_ids=layout.place([np.concatenate([prompt_of(one), one.response_ids]) for one in rollouts], fill=pad_id, dtype=np.int64),
         attention_mask=None if packed else (layout.seq_idx >= 0).astype(np.int64),
         position_ids=layout.position_ids,
-        loss_mask=place([np.ones(int(mask.sum()), np.bool_) for mask in masks], False, np.bool_),
-        logprobs=place([one.logprobs[one.loss_mask == 1] for one in rollouts], 0.0, np.float32),
-        advantages=place(np.split(made.advantages, bounds), 0.0, np.float32),
-        versions=place([one.versions[one.loss_mask == 1] for one in rollouts], NO_VERSION, np.int32),
-        reference_logprobs=beside("reference"),
-        values=beside("values"),
-        returns=None if made.returns is None else place(np.split(made.returns, bounds), 0.0, np.float32),
-        trainer_logprobs=beside("trainer"),
-        importance=None if weighed is None else place(np.split(weighed.weights, bounds), 0.0, np.float32),
+        loss_mask=places.each([True] * len(rollouts), False, np.bool_),
+        logprobs=places.each([one.logprobs[one.loss_mask == 1] for one in rollouts]),
+        advantages=places.each(np.split(made.advantages, places.bounds)),
+        versions=places.each([one.versions[one.loss_mask == 1] for one in rollouts], NO_VERSION, np.int32),
+        reference_logprobs=places.attached(attached, "reference"),
+        values=places.attached(attached, "values"),
+        returns=places.flat(made.returns),
+        trainer_logprobs=places.attached(attached, "trainer"),
+        importance=places.flat(None if weighed is None else weighed.weights),
         rewards=rewards,
         group_ids=np.array([rollout.group_id for rollout in rollouts], np.int64),
         rollout_ids=tuple(rollout.rollout_id for rollout in rollouts),

@@ -183,7 +183,7 @@ def test_nonsense_given_to_what_needs_torch_is_refused_by_name(tmp_path: Path) -
         BufferDataset,
         {"source": buffer, "batch_size": 1, "task_name": "math"},
         {"source": NOT_OF_THE_CLASS, "batch_size": NO_COUNT, "task_name": NO_TEXT, "make": NO_FUNCTION, "prefetch": NO_INDEX}
-        | {"last_step": NO_INDEX, "wait": NO_FLAG, "tensors": NO_FLAG, "reduction": NO_NAME, "max_length": NO_COUNT},
+        | {"last_step": [*NO_WHOLE, -1], "wait": NO_FLAG, "tensors": NO_FLAG, "reduction": NO_NAME, "max_length": NO_COUNT},
     )
     with pytest.raises(ValueError, match="source='production' is no function"), in_background("production"):  # type: ignore[arg-type]
         pass
