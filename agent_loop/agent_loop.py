@@ -365,6 +365,8 @@ def _request_seed(seed: int | None, state: RolloutState) -> int | None:
 
 
 def _same_rollout(given: RolloutState, returned: object) -> RolloutState:
+    if returned is given:
+        return given
     if not isinstance(returned, RolloutState) or returned.rollout_id != given.rollout_id:
         raise TypeError(f"generate returned {returned!r:.80} for rollout {given.rollout_id}; it must return the state it was given")
     return returned

@@ -62,7 +62,13 @@ class InlineReplayBuffer(ReplayBuffer):
 
 
 class _InlineSQLite(SQLite):
-    """Without the thread that moves the log into the file: the writer's own checkpoints do, at the log's limit."""
+    """Without the thread that moves the log into the file: the writer's own checkpoints do, at the log's limit.
+
+    Its transactions are many and small, and each writes whole pages: small ones cost less. What a statement may have to undo is kept
+    in memory, not in a file of its own.
+    """
+
+    writer_settings = ("page_size = 4096", "temp_store = MEMORY", *SQLite.writer_settings[1:])
 
     def begin(self, conn: Connection, owner: str, lease: float) -> tuple[int, float] | None:
         return 0, asyncio.get_running_loop().time()

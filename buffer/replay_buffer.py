@@ -299,11 +299,18 @@ class ReplayBuffer(Asking, Keeping, Sharing, States):
         Raises:
             CursorConflictError: another sampler has moved the cursor.
         """
-        args.require_task(task_name)
-        size, moved = args.whole_number("group_size", group_size, at_least=1), args.whole_number("moves", moves, at_least=0)
-        request = Draw(task_name, list(rows), size, moved, to_json(cursor, "the dataset cursor"))
-        ids: list[int] = await self._write(operations.draw, request)
+        ids: list[int] = await self._write(operations.draw, _draw(task_name, rows, group_size, moves, cursor, start=False))
         return ids
+
+    async def draw_and_start(
+        self, task_name: str, rows: Sequence[DrawnRow], *, group_size: int, moves: int, cursor: Mapping[str, Any]
+    ) -> list[RolloutGroup]:
+        """As `draw`, but the groups run at once, in the same transaction, and are handed out; those of rows with an error are not.
+
+        Cancelled, it may have drawn the groups all the same: then they are released.
+        """
+        request = _draw(task_name, rows, group_size, moves, cursor, start=True)
+        return await self._run(operations.draw, request, self._sound)
 
     async def claim(
         self,
@@ -358,6 +365,12 @@ class ReplayBuffer(Asking, Keeping, Sharing, States):
 
     async def _all_counts(self) -> dict[str, dict[Status, int]]:
         return await self._read(_counts_by_task)
+
+
+def _draw(task_name: str, rows: Sequence[DrawnRow], group_size: int, moves: int, cursor: Mapping[str, Any], *, start: bool) -> Draw:
+    args.require_task(task_name)
+    size, moved = args.whole_number("group_size", group_size, at_least=1), args.whole_number("moves", moves, at_least=0)
+    return Draw(task_name, list(rows), size, moved, to_json(cursor, "the dataset cursor"), start)
 
 
 def _counts_by_task(conn: Any) -> dict[str, dict[Status, int]]:

@@ -40,13 +40,35 @@ class Turn(NamedTuple):
     end: int
 
 
+def _empty(dtype: type[np.generic]) -> NDArray[Any]:
+    array = np.empty(0, dtype)
+    array.flags.writeable = False
+    return array
+
+
+_EMPTY: dict[type[np.generic], NDArray[Any]] = {dtype: _empty(dtype) for dtype in (np.int32, np.float32, np.uint8)}
+"""Arrays are replaced, never written to: all that are empty are one."""
+
+
 def _array(values: ArrayLike | None, dtype: type[np.generic]) -> NDArray[Any]:
     """A private read-only copy: arrays are replaced, never written to, so that a snapshot may share them."""
     given = np.asarray([] if values is None else values)
-    array = given.astype(dtype).reshape(-1)
-    if given.size and dtype is not np.float32 and given.dtype != dtype and not np.array_equal(array, given.reshape(-1)):
-        raise ValueError(f"{given.reshape(-1)[:4].tolist()}... are not whole numbers within the range of {np.dtype(dtype)}")
+    if not given.size:
+        return _EMPTY[dtype]
+    array = _flat(given, dtype)
+    array = array if array.base is None else array.copy()
     array.flags.writeable = False
+    return array
+
+
+def _flat(given: NDArray[Any], dtype: type[np.generic]) -> NDArray[Any]:
+    """The values in one row; perhaps those of `given` themselves, as a view."""
+    flat = given.reshape(-1)
+    if flat.dtype == dtype:
+        return flat
+    array = flat.astype(dtype)
+    if dtype is not np.float32 and not np.array_equal(array, flat):
+        raise ValueError(f"{flat[:4].tolist()}... are not whole numbers within the range of {np.dtype(dtype)}")
     return array
 
 
@@ -85,11 +107,11 @@ class RolloutState:
     media: list[Any] | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
-    response_ids: NDArray[np.int32] = field(default_factory=lambda: _array(None, np.int32))
-    logprobs: NDArray[np.float32] = field(default_factory=lambda: _array(None, np.float32))
-    loss_mask: NDArray[np.uint8] = field(default_factory=lambda: _array(None, np.uint8))
-    versions: NDArray[np.int32] = field(default_factory=lambda: _array(None, np.int32))
-    timelines: NDArray[np.int32] = field(default_factory=lambda: _array(None, np.int32))
+    response_ids: NDArray[np.int32] = field(default_factory=lambda: _EMPTY[np.int32])
+    logprobs: NDArray[np.float32] = field(default_factory=lambda: _EMPTY[np.float32])
+    loss_mask: NDArray[np.uint8] = field(default_factory=lambda: _EMPTY[np.uint8])
+    versions: NDArray[np.int32] = field(default_factory=lambda: _EMPTY[np.int32])
+    timelines: NDArray[np.int32] = field(default_factory=lambda: _EMPTY[np.int32])
     finish_reason: str | None = None
     text: str | None = None
     turns: list[Turn] = field(default_factory=list)
@@ -123,6 +145,10 @@ class RolloutState:
         self.messages = None if self.messages is None else [dict(message) for message in self.messages]
         self.media = None if self.media is None else list(self.media)
         self._check_lengths()
+        if self.response_ids.size:
+            self._check_tokens()
+
+    def _check_tokens(self) -> None:
         _check_not_negative(self.rollout_id, token_ids=self.response_ids, versions=self.versions, timelines=self.timelines)
         if (self.loss_mask > 1).any():
             raise ValueError(f"rollout {self.rollout_id}: loss_mask holds {self.loss_mask.max()}; it is 1 where trainable, else 0")
@@ -199,6 +225,11 @@ class RolloutState:
         copy.reward_parts, copy.metrics, copy.dropped = dict(self.reward_parts), dict(self.metrics), self.dropped
         return copy
 
+    def _sibling(self, index: int) -> "RolloutState":
+        copy = self.detached()
+        copy.index = index
+        return copy
+
     def append(
         self,
         token_ids: Sequence[int] | NDArray[Any],
@@ -219,13 +250,13 @@ class RolloutState:
             ValueError: unequal lengths, a negative id or version, or a trainable token without a finite log-probability.
                 Nothing is added.
         """
-        ids = _array(token_ids, np.int32)
+        ids = _flat(np.asarray(token_ids), np.int32)
         if ids.size == 0:
             return
         if logprobs is None and trainable:
             raise ValueError(f"rollout {self.rollout_id}: trainable tokens need logprobs; pass them, or trainable=False")
         new_logprobs = np.zeros(ids.size, np.float32) if logprobs is None else np.asarray(logprobs, dtype=np.float32).reshape(-1)
-        new_versions = _array(version, np.int32)
+        new_versions = _flat(np.asarray(version), np.int32)
         if np.ndim(version) == 0 or (new_versions.shape == ids.shape and bool((new_versions == new_versions[0]).all())):
             new_versions = repeated(int(new_versions[0]), ids.size)
         for name, values in (("logprobs", new_logprobs), ("version", new_versions)):
@@ -249,11 +280,11 @@ class RolloutState:
         self.dropped += self.amount
         for name, drawn in drawn_fields(self.row).items():
             setattr(self, name, drawn)
-        self.response_ids = _array(None, np.int32)
-        self.logprobs = _array(None, np.float32)
-        self.loss_mask = _array(None, np.uint8)
-        self.versions = _array(None, np.int32)
-        self.timelines = _array(None, np.int32)
+        self.response_ids = _EMPTY[np.int32]
+        self.logprobs = _EMPTY[np.float32]
+        self.loss_mask = _EMPTY[np.uint8]
+        self.versions = _EMPTY[np.int32]
+        self.timelines = _EMPTY[np.int32]
         self.finish_reason = self.text = self.score = self.reward = None
         self.turns, self.reward_parts, self.metrics = [], {}, {}
 
@@ -375,6 +406,6 @@ class RolloutGroup:
     @classmethod
     def from_row(cls, group_id: int, row: Mapping[str, Any], *, group_size: int, task_name: str, position: Position) -> "RolloutGroup":
         """A pending group of `group_size` rollouts for the dataset row; see `buffer.rows.prompt_fields` for what a row holds."""
-        fields = prompt_fields(row)
-        rollouts = [RolloutState(group_id=group_id, index=index, task_name=task_name, row=row, **fields) for index in range(group_size)]
+        first = RolloutState(group_id=group_id, index=0, task_name=task_name, row=row, **prompt_fields(row))
+        rollouts = [first, *(first._sibling(index) for index in range(1, group_size))][:group_size]
         return cls(group_id=group_id, rollouts=rollouts, task_name=task_name, position=position)

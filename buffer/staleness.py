@@ -95,6 +95,8 @@ class Level(StrEnum):
 
 def oldest_version(versions: NDArray[Any], loss_mask: NDArray[Any]) -> int | None:
     """The oldest version among the trainable tokens (mask 1) of one rollout; None where there is none."""
+    if not versions.size:
+        return None
     trainable = versions[loss_mask == 1]
     return int(trainable.min()) if trainable.size else None
 

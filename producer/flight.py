@@ -70,7 +70,7 @@ class Flight:
         agent_loop: runs the groups.
         task_name: theirs.
         rules: see `Rules`.
-        on_change: called when a group or a member ended.
+        on_change: called when a group ended.
         on_members: called with the number of rollouts in flight when it changes.
     """
 
@@ -84,7 +84,7 @@ class Flight:
         on_members: Callable[[int], None],
     ) -> None:
         self._buffer, self._agent_loop, self._task_name = buffer, agent_loop, task_name
-        self._timeout, self._on_change, self._on_members = rules.interrupt_timeout, on_change, on_members
+        self._timeout, self._on_members = rules.interrupt_timeout, on_members
         self._runner = GroupRunner(buffer, agent_loop, rules.group_filter, redundant=rules.redundant, keep_tokens=rules.keep_tokens)
         self._pool = TaskPool[Outcome](on_change)
         self._checkpoints = Checkpointer(buffer, agent_loop, rules.interval, keep_tokens=rules.keep_tokens, lost=self._runner.lost)
@@ -174,7 +174,6 @@ class Flight:
         if (flying := self._flying.get(group_id)) is not None and flying.members > 0:
             flying.members -= 1
             self._change_members(-1)
-            self._on_change()
 
     def _change_members(self, by: int) -> None:
         if by:

@@ -145,15 +145,11 @@ class PromptSampler:
         """At least one group and at most `n`; with a buffer they run."""
         if buffer is None:
             return await self._good(task_name, n, None, partial(self._local_groups, task_name))
-        while True:
-            drawn = await self._draw_pending(task_name, n, buffer)
-            # On a shared database another process may have claimed what was pending for a moment: then that one runs it.
-            if started := await buffer.claim(task_name, n, statuses=[Status.PENDING], among=drawn):
-                return started
+        return await self._good(task_name, n, buffer, partial(self._recorded, buffer, buffer.draw_and_start, task_name))
 
     async def _draw_pending(self, task_name: str, n: int, buffer: ReplayBuffer) -> list[int]:
         """Record at least one good row and at most `n` as pending groups; their ids."""
-        return await self._good(task_name, n, buffer, partial(self._record, task_name, buffer))
+        return await self._good(task_name, n, buffer, partial(self._record_pending, task_name, buffer))
 
     async def _good(
         self, task_name: str, n: int, buffer: ReplayBuffer | None, record: Callable[[Sequence[_CheckedRow]], Awaitable[list[T]]]
@@ -207,14 +203,20 @@ class PromptSampler:
         # Kept here, on the thread: were the caller cancelled, a returned row would be lost.
         self._waiting.append(_CheckedRow(row, self._why_bad(row.row)))
 
-    async def _record(self, task_name: str, buffer: ReplayBuffer, rows: Sequence[_CheckedRow]) -> list[int]:
+    async def _record_pending(self, task_name: str, buffer: ReplayBuffer, rows: Sequence[_CheckedRow]) -> list[int]:
+        ids = await self._recorded(buffer, buffer.draw, task_name, rows)
+        return [group_id for group_id, row in zip(ids, rows, strict=True) if row.error is None]
+
+    async def _recorded(
+        self, buffer: ReplayBuffer, draw: Callable[..., Awaitable[list[T]]], task_name: str, rows: Sequence[_CheckedRow]
+    ) -> list[T]:
         drawn = [DrawnRow(_recordable(row), row.source.position, row.error) for row in rows]
         # If this is cut short it is not known where the dataset stands: then the database is asked again.
         self._stream = None
-        ids = await buffer.draw(task_name, drawn, group_size=self.group_size, moves=self._moves, cursor=rows[-1].source.cursor)
+        made = await draw(task_name, drawn, group_size=self.group_size, moves=self._moves, cursor=rows[-1].source.cursor)
         self._stream, self._moves = (buffer, task_name), self._moves + 1
         self._forget(len(rows))
-        return [group_id for group_id, row in zip(ids, rows, strict=True) if row.error is None]
+        return made
 
     def _forget(self, n: int) -> None:
         for _ in range(n):

@@ -26,6 +26,12 @@ class SQLite(Backend):
 
     alone = True
     elsewhere = "give another file"
+    writer_settings: tuple[str, ...] = (
+        f"page_size = {_PAGE_SIZE}",  # of a file that is still empty: before the first transaction, later it has no effect
+        "foreign_keys = ON",
+        "cache_size = -8192",
+        "trusted_schema = OFF",
+    )
 
     def __init__(self, url: str, synchronous: str = "NORMAL") -> None:
         self._path = _path_of(url)
@@ -43,7 +49,7 @@ class SQLite(Backend):
             pool_size=pool_size,
             max_overflow=0,
         )
-        settings = _READER_SETTINGS if read_only else _WRITER_SETTINGS
+        settings = _READER_SETTINGS if read_only else self.writer_settings
 
         @event.listens_for(engine, "connect")
         def configure(connection: sqlite3.Connection, record: Any) -> None:
@@ -136,12 +142,6 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 _READER_SETTINGS = ("query_only = ON", "cache_size = -4096", "trusted_schema = OFF")
-_WRITER_SETTINGS = (
-    f"page_size = {_PAGE_SIZE}",  # of a file that is still empty: before the first transaction, later it has no effect
-    "foreign_keys = ON",
-    "cache_size = -8192",
-    "trusted_schema = OFF",
-)
 
 
 def file_settings(synchronous: str) -> tuple[str, ...]:

@@ -22,13 +22,17 @@ class DrawnRow:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Prompts taken from a dataset whose cursor had moved `moves` times and now stands at `cursor` (JSON)."""
+    """Prompts taken from a dataset whose cursor had moved `moves` times and now stands at `cursor` (JSON).
+
+    `start`: their groups run at once, and those of rows with an error are not told.
+    """
 
     task_name: str
     rows: Sequence[DrawnRow]
     group_size: int
     moves: int
     cursor: str
+    start: bool = False
 
 
 def draw(tx: Transaction, draws: Sequence[Draw]) -> list[list[int]]:
@@ -42,8 +46,8 @@ def _draw_one(tx: Transaction, request: Draw) -> list[int]:
         return []
     ids = q.reserve(tx.conn, "group", len(request.rows))
     encoded = [_encode_drawn(group_id, drawn, request) for group_id, drawn in zip(ids, request.rows, strict=True)]
-    q.insert_groups(tx, encoded)
-    return [e.group_id for e in encoded]
+    q.insert_groups(tx, encoded, start=request.start)
+    return [e.group_id for e in encoded if e.status is Status.PENDING or not request.start]
 
 
 def _encode_drawn(group_id: int, drawn: DrawnRow, request: Draw) -> EncodedGroup:

@@ -11,6 +11,7 @@ from buffer.amounts import NOTHING, Amount
 from buffer.codec import EncodedGroup, EncodedPrefix
 from buffer.errors import DuplicateGroupError
 from buffer.queries.dialects import Insert, Many, Upsert, reserve
+from buffer.queries.moving import note_moves
 from buffer.queries.standing import Standing, amount_in, require_rowcount
 from buffer.queries.transaction import INTERRUPTED, LEFT_OUT, RESTARTED, Transaction
 from buffer.status import Status
@@ -19,7 +20,7 @@ from buffer.status import Status
 
 _AMOUNT = ("tokens", "finished", "finished_tokens")
 _RESULT = ("min_version", "max_version", "oldest_version", "freshest_version", *_AMOUNT, "payload_bytes", "filter_reason")
-_NEW = ("group_id", "task_name", "status", "ready_seq", "consumed_seq", "created_at", "updated_at", "epoch", "position", "members")
+_NEW = ("group_id", "task_name", "status", "owner", "ready_seq", "consumed_seq", "created_at", "updated_at", "epoch", "position", "members")
 _INSERT_GROUP, _INSERT_MEMBER = Insert(t.groups, (*_NEW, *_RESULT)), Insert(t.rollouts, t.rollouts.c.keys())
 _INSERT_PROMPT = Many(insert(t.prompts))
 
@@ -27,13 +28,18 @@ _TWICE = ("SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY", "SQLITE_CO
 """How the drivers say that a key is there already."""
 
 
-def insert_groups(tx: Transaction, encoded: Sequence[EncodedGroup]) -> None:
-    """Add groups that the database does not have; its unique keys refuse a group id or a prompt that it has."""
+def insert_groups(tx: Transaction, encoded: Sequence[EncodedGroup], *, start: bool = False) -> None:
+    """Add groups that the database does not have; its unique keys refuse a group id or a prompt that it has.
+
+    With `start` those that are pending run at once, and are ours.
+    """
+    started = {e.group_id for e in encoded if start and e.status is Status.PENDING}
     rows = [
         {
             "group_id": e.group_id,
             "task_name": e.task_name,
-            "status": e.status.value,
+            "status": Status.RUNNING.value if e.group_id in started else e.status.value,
+            "owner": tx.owner if e.group_id in started else None,
             "ready_seq": seq,
             "consumed_seq": t.NEVER_CONSUMED,
             "created_at": tx.now,
@@ -59,6 +65,11 @@ def insert_groups(tx: Transaction, encoded: Sequence[EncodedGroup]) -> None:
     for e in encoded:
         tx.changed(e.group_id, e.task_name, None, e.status, (NOTHING, amount_of(e)), version=e.group["max_version"], reason=_reason(e))
         _note_lost(tx, e)
+    note_moves(tx, [_as_drawn(e) for e in encoded if e.group_id in started], Status.RUNNING)
+
+
+def _as_drawn(e: EncodedGroup) -> Standing:
+    return Standing(e.group_id, e.task_name, e.status.value, e.group["members"], t.NEVER_CONSUMED, None, None, 0, None, 0, 0, 0)
 
 
 def amount_of(e: EncodedGroup) -> Amount:

@@ -54,15 +54,17 @@ def cursor(conn: Connection, task_name: str) -> tuple[int, str | None]:
     return (0, None) if row is None else (row.moves, row.cursor)
 
 
+_MOVE_CURSOR = Prepared(
+    update(t.tasks)
+    .where(t.tasks.c.task_name == bindparam("task"), t.tasks.c.moves == bindparam("before"))
+    .values(moves=bindparam("after"), cursor=bindparam("at"), drawn=t.tasks.c.drawn + bindparam("n"))
+)
+
+
 def move_cursor(conn: Connection, task_name: str, moves: int, new_cursor: str, drawn: int) -> None:
     """Advance the cursor that had moved `moves` times; anything else means that somebody else draws for the task."""
     _ensure_task(conn, task_name)
-    moved = conn.execute(
-        update(t.tasks)
-        .where(t.tasks.c.task_name == task_name, t.tasks.c.moves == moves)
-        .values(moves=moves + 1, cursor=new_cursor, drawn=t.tasks.c.drawn + drawn)
-    )
-    if moved.rowcount != 1:
+    if _MOVE_CURSOR.execute(conn, {"task": task_name, "before": moves, "after": moves + 1, "at": new_cursor, "n": drawn}) != 1:
         raise CursorConflictError(
             f"the dataset cursor of task {task_name!r} was moved by another sampler; "
             "use one sampler for a task, and one task_name for a dataset"

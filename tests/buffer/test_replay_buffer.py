@@ -506,6 +506,35 @@ async def test_a_row_that_cannot_be_run_is_recorded_as_failed(buffer: ReplayBuff
     assert (await buffer.get(3)).rollouts[0].row == {"value": "7"}
 
 
+async def test_what_is_drawn_and_started_is_as_what_is_drawn_and_then_started(buffer: ReplayBuffer) -> None:
+    (apart,) = await buffer.start(await buffer.draw("math", rows(0), group_size=2, moves=0, cursor={}))
+    bad = DrawnRow({"question": "?"}, Position(0, 1), "the row has no prompt")
+    (together,) = await buffer.draw_and_start("math", [bad, *rows(2)], group_size=2, moves=1, cursor={"offset": 3})
+    assert (apart.group_id, together.group_id) == (1, 3)
+    assert together.statuses == apart.statuses == [Status.RUNNING] * 2
+    assert (together.position, together.rollouts[0].row) == (Position(0, 2), rows(2)[0].row)
+    steps = [[(step.source, step.target) for step in await buffer.history(group.group_id)] for group in (apart, together)]
+    assert steps == [[(None, Status.PENDING), (Status.PENDING, Status.RUNNING)]] * 2
+    assert {status: n for status, n in (await buffer.counts("math")).items() if n} == {Status.RUNNING: 2, Status.FAILED: 1}
+    assert (await buffer.get(2)).status is Status.FAILED
+    with pytest.raises(CursorConflictError):
+        await buffer.draw_and_start("math", rows(4), group_size=2, moves=1, cursor={})
+    await buffer.release([1, 3])
+
+
+async def test_a_cancelled_draw_that_starts_gives_its_groups_back_with_the_cursor_behind_them(buffer: ReplayBuffer) -> None:
+    moment, given = 0, None
+    while given is None:
+        moves = (await buffer.cursor("math")).moves
+        given = await _cut_short(buffer.draw_and_start("math", rows(moment), group_size=2, moves=moves, cursor={"offset": moment}), moment)
+        await buffer.commit(0)  # through the mailbox, behind the giving back
+        cursor = await buffer.cursor("math")
+        assert await buffer.count("math", "running") == (0 if given is None else 1)
+        assert (await buffer.audit()).drawn.get("math", 0) == cursor.moves
+        tried, moment = moment, 2 * moment + 1
+    assert cursor.state == {"offset": tried}
+
+
 async def test_a_row_without_a_prompt_draws_nothing(buffer: ReplayBuffer) -> None:
     with pytest.raises(ValueError, match="the row has no prompt"):
         await buffer.draw("math", [*rows(0), DrawnRow({"q": 1}, Position(0, 1))], group_size=1, moves=0, cursor={})
