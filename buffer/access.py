@@ -22,8 +22,8 @@ from buffer.waiting import Waiters
 
 T = TypeVar("T")
 
-Load = Callable[[list[int]], Awaitable[list[RolloutGroup]]]
-"""Gives the groups of these ids, or those of them that can be had."""
+Load = Callable[[Any], Awaitable[list[RolloutGroup]]]
+"""Gives the groups that an operation named, by their ids mostly, or those of them that can be had."""
 
 _READER_THREADS = 2
 _NOT_OPEN = "the buffer is not open; use `async with ReplayBuffer.open(url) as buffer`"
@@ -183,8 +183,8 @@ class Access:
         handed_out = loop.create_future()
         self._handing_out.add(handed_out)
         try:
-            ids = list(await request.answer)
-            return await (load or self._loaded)(ids) if ids else []
+            named = await request.answer
+            return await (load or self._loaded)(named) if named else []
         except BaseException:
             self._undo(request, undo)
             raise

@@ -299,8 +299,7 @@ class ReplayBuffer(Asking, Keeping, Sharing, States):
         Raises:
             CursorConflictError: another sampler has moved the cursor.
         """
-        ids: list[int] = await self._write(operations.draw, _draw(task_name, rows, group_size, moves, cursor, start=False))
-        return ids
+        return list(await self._write(operations.draw, _draw(task_name, rows, group_size, moves, cursor, start=False)))
 
     async def draw_and_start(
         self, task_name: str, rows: Sequence[DrawnRow], *, group_size: int, moves: int, cursor: Mapping[str, Any]
@@ -310,7 +309,7 @@ class ReplayBuffer(Asking, Keeping, Sharing, States):
         Cancelled, it may have drawn the groups all the same: then they are released.
         """
         request = _draw(task_name, rows, group_size, moves, cursor, start=True)
-        return await self._run(operations.draw, request, self._sound)
+        return await self._run(operations.draw, request, _as_drawn)
 
     async def claim(
         self,
@@ -365,6 +364,10 @@ class ReplayBuffer(Asking, Keeping, Sharing, States):
 
     async def _all_counts(self) -> dict[str, dict[Status, int]]:
         return await self._read(_counts_by_task)
+
+
+async def _as_drawn(groups: Mapping[int, RolloutGroup]) -> list[RolloutGroup]:
+    return list(groups.values())
 
 
 def _draw(task_name: str, rows: Sequence[DrawnRow], group_size: int, moves: int, cursor: Mapping[str, Any], *, start: bool) -> Draw:

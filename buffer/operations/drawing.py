@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from buffer import queries as q
-from buffer.codec import EncodedGroup, encode_group
+from buffer.codec import GROUP_COLUMNS, MEMBER_COLUMNS, EncodedGroup, decode_group, encode_group
 from buffer.queries import Transaction
 from buffer.rollout import Position, RolloutGroup, RolloutState
+from buffer.staleness import Timeline
 from buffer.status import Status
 
 
@@ -24,7 +25,7 @@ class DrawnRow:
 class Draw:
     """Prompts taken from a dataset whose cursor had moved `moves` times and now stands at `cursor` (JSON).
 
-    `start`: their groups run at once, and those of rows with an error are not told.
+    `start`: their groups run at once, and are handed out; those of rows with an error are not.
     """
 
     task_name: str
@@ -35,19 +36,30 @@ class Draw:
     start: bool = False
 
 
-def draw(tx: Transaction, draws: Sequence[Draw]) -> list[list[int]]:
-    """Record drawn prompts and the cursor behind them together; gives the new groups' ids."""
+def draw(tx: Transaction, draws: Sequence[Draw]) -> list[dict[int, RolloutGroup | None]]:
+    """Record drawn prompts and the cursor behind them together; gives the new groups by id, those that run as they are handed out."""
     return [_draw_one(tx, request) for request in draws]
 
 
-def _draw_one(tx: Transaction, request: Draw) -> list[int]:
+def _draw_one(tx: Transaction, request: Draw) -> dict[int, RolloutGroup | None]:
     q.move_cursor(tx.conn, request.task_name, request.moves, request.cursor, len(request.rows))
     if not request.rows:
-        return []
+        return {}
     ids = q.reserve(tx.conn, "group", len(request.rows))
     encoded = [_encode_drawn(group_id, drawn, request) for group_id, drawn in zip(ids, request.rows, strict=True)]
     q.insert_groups(tx, encoded, start=request.start)
-    return [e.group_id for e in encoded if e.status is Status.PENDING or not request.start]
+    if not request.start:
+        return dict.fromkeys(ids)
+    timeline = q.timeline(tx.conn)
+    return {e.group_id: _running(e, timeline) for e in encoded if e.status is Status.PENDING}
+
+
+def _running(e: EncodedGroup, timeline: Timeline) -> RolloutGroup:
+    """The group as it would be read now; it was written with these values."""
+    row = {**e.group, "group_id": e.group_id, "task_name": e.task_name, "status": Status.RUNNING.value, "consumed_step": None}
+    members = [[member[name] for name in MEMBER_COLUMNS] for member in e.rollouts]
+    payload = (e.extras, e.arrays) if e.arrays else None
+    return decode_group([row[name] for name in GROUP_COLUMNS], members, e.prompt, payload, timeline=timeline)
 
 
 def _encode_drawn(group_id: int, drawn: DrawnRow, request: Draw) -> EncodedGroup:

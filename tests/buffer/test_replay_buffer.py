@@ -509,17 +509,19 @@ async def test_a_row_that_cannot_be_run_is_recorded_as_failed(buffer: ReplayBuff
 async def test_what_is_drawn_and_started_is_as_what_is_drawn_and_then_started(buffer: ReplayBuffer) -> None:
     (apart,) = await buffer.start(await buffer.draw("math", rows(0), group_size=2, moves=0, cursor={}))
     bad = DrawnRow({"question": "?"}, Position(0, 1), "the row has no prompt")
-    (together,) = await buffer.draw_and_start("math", [bad, *rows(2)], group_size=2, moves=1, cursor={"offset": 3})
+    other = DrawnRow({"prompt_ids": [7, 8], "answer": "ä"}, Position(0, 3))
+    together, encoded = await buffer.draw_and_start("math", [bad, *rows(2), other], group_size=2, moves=1, cursor={"offset": 4})
     assert (apart.group_id, together.group_id) == (1, 3)
     assert together.statuses == apart.statuses == [Status.RUNNING] * 2
+    assert [plain(group) for group in (apart, together, encoded)] == [plain(await buffer.get(group_id)) for group_id in (1, 3, 4)]
     assert (together.position, together.rollouts[0].row) == (Position(0, 2), rows(2)[0].row)
     steps = [[(step.source, step.target) for step in await buffer.history(group.group_id)] for group in (apart, together)]
     assert steps == [[(None, Status.PENDING), (Status.PENDING, Status.RUNNING)]] * 2
-    assert {status: n for status, n in (await buffer.counts("math")).items() if n} == {Status.RUNNING: 2, Status.FAILED: 1}
+    assert {status: n for status, n in (await buffer.counts("math")).items() if n} == {Status.RUNNING: 3, Status.FAILED: 1}
     assert (await buffer.get(2)).status is Status.FAILED
     with pytest.raises(CursorConflictError):
         await buffer.draw_and_start("math", rows(4), group_size=2, moves=1, cursor={})
-    await buffer.release([1, 3])
+    await buffer.release([1, 3, 4])
 
 
 async def test_a_cancelled_draw_that_starts_gives_its_groups_back_with_the_cursor_behind_them(buffer: ReplayBuffer) -> None:
