@@ -60,6 +60,7 @@ class Instant(Engine):
         *,
         request_id: str,
         session_id: str | None = None,
+        media: Sequence[Any] | None = None,
         on_tokens: OnTokens | None = None,
     ) -> Completion:
         """Wait to be chosen."""
