@@ -251,9 +251,8 @@ class Production:
     async def _issue(self) -> int:
         """Start as many groups as are wanted now."""
         await self._prepare()
-        counts = await self._buffer.counts(self._task_name)
-        load = Load(self.batch.size, counts[Status.COMPLETED], len(self._flight), ahead=self._ahead)
-        wanted = await self._wanted(load, counts)
+        load = Load(self.batch.size, await self._count(Status.COMPLETED), len(self._flight), ahead=self._ahead)
+        wanted = await self._wanted(load)
         permitted = wanted if self._permits is None else self._permits.ask(max(0, wanted))
         self._refused = permitted < wanted
         if permitted > 0:
@@ -302,11 +301,11 @@ class Production:
         bound = self._plan.max_staleness
         return [] if bound is None or self._plan.on_stale != "expire" else self._flight.older_than(version - bound)
 
-    async def _wanted(self, load: Load, counts: Mapping[Status, int]) -> int:
+    async def _wanted(self, load: Load) -> int:
         tail = self.batch.tail is not None and self.batch.tail.now
         wanted = exact(load) if tail else self._plan.to_issue(load)
         if self._plan.waits:
-            wanted = await self._within_bound(load, wanted, counts)
+            wanted = await self._within_bound(load, wanted)
         if wanted <= 0:
             return wanted
         room = self._room()
@@ -326,11 +325,11 @@ class Production:
             return sys.maxsize
         return max(int(not len(self._flight)), groups_that_fit(limit, self._flight.members, self._sampler.group_size))
 
-    async def _within_bound(self, load: Load, wanted: int, counts: Mapping[Status, int]) -> int:
+    async def _within_bound(self, load: Load, wanted: int) -> int:
         """As many as can be handed out in time; those left behind that are due in any case, or the batch would wait in vain."""
         assert self._plan.max_staleness is not None
         offered = () if self._holds_back else self._sampler.offers
-        left = [counts[status] for status in offered if status is not Status.PENDING]
+        left = [await self._count(status) for status in offered if status is not Status.PENDING]
         bound = bounded_issue(
             load,
             float(self._plan.max_staleness),

@@ -48,7 +48,7 @@ def test_what_is_asked_for_in_one_turn_is_one_transaction_and_no_thread_works(tm
             assert await buffer.count("math", Status.COMPLETED) == 101
             assert [group.group_id for group in await buffer.take("math", 3, step=1)] == [0, 1, 2]
             assert (await buffer.audit(payloads=True)).ok
-            assert set(threading.enumerate()) == before
+            assert set(threading.enumerate()) <= before
         assert asyncio.get_running_loop().time() == 0.0
 
     run(main())
