@@ -2,9 +2,10 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,33 @@ from numpy.typing import NDArray
 from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import Completion, Engine, WeightSource
 from agent_loop.sampling import SamplingParams
+
+_Test = TypeVar("_Test", bound=Callable[..., Awaitable[None]])
+
+
+class MissedError(AssertionError):
+    """A request was over before the test could act on it."""
+
+
+def catches(test: _Test) -> _Test:
+    """Of a test that must act on requests in flight: it is tried up to `attempts` times, while they are over too soon."""
+
+    @wraps(test)
+    async def tried(self: "Suite", *args: Any, **kwargs: Any) -> None:
+        for _ in range(self.attempts - 1):
+            try:
+                return await test(self, *args, **kwargs)
+            except MissedError:
+                continue
+        return await test(self, *args, **kwargs)
+
+    return cast(_Test, tried)
+
+
+def caught(in_flight: bool) -> None:
+    """Raises `MissedError` where the request of a test was not in flight any more; outside of task groups, which would wrap it."""
+    if not in_flight:
+        raise MissedError("a request was over before the test could act on it: raise `long_tokens`, or `attempts` of an engine elsewhere")
 
 
 class InFlight:

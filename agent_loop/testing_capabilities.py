@@ -12,7 +12,7 @@ import pytest
 from agent_loop.engines.base import Capabilities, Completion, Engine
 from agent_loop.errors import EngineError, RequestRefusedError, WeightUpdateError
 from agent_loop.sampling import SamplingParams
-from agent_loop.testing_base import InFlight, Suite
+from agent_loop.testing_base import InFlight, Suite, catches, caught
 
 
 class CapabilitySuite(Suite):
@@ -96,6 +96,7 @@ class CapabilitySuite(Suite):
             await engine.generate(prompt, params.replace(structured_outputs={"regex": "[0-9"}), request_id="bad")
         assert await self.greedy(engine)
 
+    @catches
     async def test_a_sleeping_engine_keeps_requests_waiting_and_goes_on_as_before(self, engine: Engine) -> None:
         if not engine.capabilities.sleep:
             for ask in (engine.sleep, engine.wake_up):
@@ -111,7 +112,7 @@ class CapabilitySuite(Suite):
                 running = await InFlight(tasks, engine, prompt, self.long(), "running").seen()
                 await engine.sleep(level)
                 await engine.sleep(level)
-                assert (await running.task).finish_reason == "abort"
+                stopped = await running.task
                 waiting = InFlight(tasks, engine, prompt, SamplingParams(max_tokens=4, ignore_eos=True), "waiting")
                 await self.opportunity(engine)
                 with pytest.raises(WeightUpdateError, match="wake_up"):
@@ -121,6 +122,8 @@ class CapabilitySuite(Suite):
                 await engine.wake_up()
                 # None of its tokens was sampled in the sleep: all are of the weights that came before it ended.
                 assert (await waiting.task).versions.tolist() == [version + 1] * 4
+            caught(stopped.finish_reason != "length")
+            assert stopped.finish_reason == "abort"
             await engine.sleep(level)
             await engine.wake_up()
             assert await self.greedy(engine) == before
@@ -146,11 +149,13 @@ class CapabilitySuite(Suite):
             with pytest.raises(RequestRefusedError, match="images"):
                 await engine.generate(self.prompts(engine, 1)[0], SamplingParams(max_tokens=1), request_id="seen", media=["image.png"])
 
+    @catches
     async def test_it_tells_its_load_if_it_says_so(self, engine: Engine) -> None:
         async with asyncio.TaskGroup() as tasks:
             call = await InFlight(tasks, engine, self.prompts(engine, 1)[0], self.long(), "load").seen(3)
-            load = engine.load()
+            load, in_flight = engine.load(), not call.task.done()
             await engine.interrupt()
+        caught(in_flight)
         assert (load is None) == (not engine.capabilities.load)
         assert load is None or load.running + load.waiting >= 1, call
 
