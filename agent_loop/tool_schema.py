@@ -1,5 +1,6 @@
 """JSON schemas of tools: made of a function's annotations, and what a model gave checked against them."""
 
+import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -33,9 +34,8 @@ def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
     Raises:
         ValueError: an annotation is none that JSON has, or there is `*args` or a parameter by position only.
     """
-    properties, required = dict[str, Any](), list[str]()
-    hints = get_type_hints(function if inspect.isroutine(function) else getattr(function, "__call__"), include_extras=True)  # noqa: B004, B009
-    open_ended = False
+    properties, required, open_ended = dict[str, Any](), list[str](), False
+    hints = get_type_hints(_annotated(function), include_extras=True)
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             open_ended = True
@@ -46,6 +46,13 @@ def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
         if parameter.default is parameter.empty:
             required.append(name)
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": open_ended}
+
+
+def _annotated(function: Callable[..., Any]) -> Any:
+    """What has the annotations of `function`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function if inspect.isroutine(function) else getattr(function, "__call__")  # noqa: B004, B009
 
 
 def _schema(hint: Any, name: str) -> dict[str, Any]:

@@ -94,6 +94,9 @@ class ToolUseAgentLoop(SingleTurnAgentLoop):
             if sum(turn.role == "assistant" for turn in state.turns) >= self._max_turns:
                 reason = "length"
                 break
+            if self.interrupted(state):  # as the answer ended: what calls waits off has passed
+                reason = "abort"
+                break
             results = await self._call_offs.unless_called_off(state.group_id, self._results(calls))
             messages = [{"role": "tool", "name": name, "content": content} for name, content, _ in results]
             ids = self.encode_results(state, messages)
@@ -201,7 +204,8 @@ class ToolUseAgentLoop(SingleTurnAgentLoop):
             text = f"{text[: self._max_output]}... ({len(text) - self._max_output} characters more)"
         text = text.encode(errors="replace").decode()
         marks = [*getattr(self.tokenizer, "added_tokens_encoder", ()), *getattr(self.tokenizer, "all_special_tokens", ())]
-        for mark in sorted({mark for mark in marks if len(mark) > 1}, key=len, reverse=True):
+        # Runs of blanks are tokens of some models: no template marks turns by them, and indentation must stay.
+        for mark in sorted({mark for mark in marks if len(mark) > 1 and not mark.isspace()}, key=len, reverse=True):
             text = text.replace(mark, f"{mark[0]} {mark[1:]}")
         return text
 

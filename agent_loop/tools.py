@@ -80,7 +80,7 @@ class Tool:
             if task is not None and task.cancelling():
                 raise
             raise ToolError(f"{self.name}: it cancelled itself") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ToolError(f"{self.name}: {type(error).__name__}: {error}") from error
 
 

@@ -63,6 +63,8 @@ def _file(image: str | Path | bytes) -> str | Path | io.BytesIO:
     if isinstance(image, bytes):
         return io.BytesIO(image)
     if not isinstance(image, str) or not image.startswith("data:"):
+        if not Path(image).is_file():  # a pipe or a device may never come to an end
+            raise FileNotFoundError("no regular file is there")
         return image
     head, _, data = image.partition(",")
     if not head.endswith(";base64"):

@@ -1,6 +1,7 @@
 """A tool-using rollout runs what was asked for and nothing else, tells the model what went wrong, and holds every token once."""
 
 import asyncio
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -171,6 +172,38 @@ async def test_what_a_tool_says_is_no_turn_and_no_call() -> None:
     assert state.messages[2]["content"] == "xxxxxxxxxx... (8990 characters more)"
 
 
+async def test_a_tool_that_ends_the_program_fails_alone_and_one_with_bound_arguments_keeps_its_types() -> None:
+    async def leave() -> None:
+        """End the program."""
+        raise SystemExit(3)
+
+    add, *_ = Calculator().tools()
+    tools = [leave, Tool(functools.partial(add, b=1), name="next")]
+    state = await run([called("leave") + called("next", a="1") + called("next", a=1), "done"], tools)
+    assert state.messages is not None
+    assert [message["content"] for message in state.messages if message["role"] == "tool"] == [
+        "error: leave: SystemExit: 3",
+        "error: next: arguments.a is '1', and must be of type integer",
+        "2",
+    ]
+
+
+async def test_blanks_that_are_tokens_are_told_as_they_are() -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.add_tokens(["\n\n", "    ", "<mark>"])
+
+    def read() -> str:
+        """Read a file."""
+        return f"def f():\n\n        <mark>{EOS}"
+
+    async with Talking([called("read"), "done"]) as engine:
+        loop = ToolUseAgentLoop(engine, tokenizer, [read], sampling=SAMPLING)
+        (state,) = (await loop.generate_group(group_of())).rollouts
+    assert state.messages is not None
+    assert state.messages[2]["content"] == f"def f():\n\n        < mark>{EOS[0]} {EOS[1:]}"
+
+
 @pytest.mark.parametrize("cuts", [{0}, {1}, {0, 1}, {0, 1, 2, 3}])
 async def test_an_interrupted_rollout_goes_on_from_the_database_with_every_token_once(tmp_path: Path, cuts: set[int]) -> None:
     said = [called(a=2, b=2), called("search", query="4?"), "it is 4"]
@@ -212,6 +245,27 @@ async def test_an_interruption_while_a_tool_runs_ends_it_and_it_is_called_again(
         assert (group.status, calls, [turn.role for turn in state.turns]) == (Status.INTERRUPTED, 1, ["assistant"])
         await loop.generate_group(group)
     assert (group.status, calls, state.metrics["tool_calls"]) == (Status.COMPLETED, 2, 1.0)
+
+
+async def test_an_interruption_as_the_answer_ends_runs_no_tool_of_it() -> None:
+    calculator, group, loops = Calculator(), group_of(), list[ToolUseAgentLoop]()
+
+    class Late(Talking):
+        """Its first answer is whole when the interruption comes."""
+
+        async def generate(self, *args: Any, **options: Any) -> Completion:
+            completion = await super().generate(*args, **options)
+            if self._n == 1:
+                await loops[0].interrupt([7])
+            return completion
+
+    async with Late([called(a=2, b=2), "it is 4"]) as engine:
+        loops.append(ToolUseAgentLoop(engine, TOKENIZER, calculator.tools(), sampling=SAMPLING))
+        await loops[0].generate_group(group)
+        assert (group.status, calculator.asked) == (Status.INTERRUPTED, [])
+        await loops[0].generate_group(group)
+    assert (group.status, calculator.asked) == (Status.COMPLETED, [{"a": 2, "b": 2}])
+    assert [turn.role for turn in group.rollouts[0].turns] == ["assistant", "environment", "assistant"]
 
 
 async def test_it_ends_at_its_bounds_and_says_so() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import os
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoProcessor, AutoTokenizer, Idefics3ForConditionalGen
 
 from agent_loop import Sampler, SamplingParams, SingleTurnAgentLoop
 from agent_loop.engines.vllm import VLLMEngine
+from agent_loop.engines.vllm_media import all_opened
 from agent_loop.errors import RequestRefusedError
 from buffer import ReplayBuffer, RolloutState, Status
 from producer import ReplayPromptSampler
@@ -157,6 +159,13 @@ async def test_what_is_no_image_of_the_prompt_is_refused(engine: VLLMEngine, mod
         await engine.generate(prompt_of(model, images), PARAMS, request_id="bad", media=media)
     again = await engine.generate(prompt_of(model, 1), PARAMS, request_id="bad", media=[RED])
     assert len(again.token_ids) == 8
+
+
+@pytest.mark.parametrize("image", [os.devnull, "/", "http://127.0.0.1:9/red.png", "file:///red.png", "red.png\0"])
+def test_only_regular_files_are_opened(image: str) -> None:
+    """A pipe or a device might never come to an end, and nothing is fetched."""
+    with pytest.raises(RequestRefusedError, match=r"image 0 cannot be opened .* no regular file is there"):
+        all_opened([image])
 
 
 async def test_a_sampler_takes_chats_with_images(engine: VLLMEngine, model: Path) -> None:
