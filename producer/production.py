@@ -80,7 +80,7 @@ class Production:
         self._handed_out_at: int | None = None
         self._coming: Sequence[int] | None = None
         self._warned_at: float | None = None
-        self._held_back = False
+        self._held_back, self._in_flight = False, 0
 
     # -- the actor ----------------------------------------------------------------------------------------------
 
@@ -175,7 +175,9 @@ class Production:
             ledger.load(load.running, load.waiting, load.preemptions, now)
         if self._permits is not None:
             self._permits.uses(n)
-        if self._held_back and (isinstance(self.max_in_flight, AdaptiveLimit) or self._room()):
+        # Only where one ended: an adaptive limit would rise with each start, before the engine shows what it did.
+        fewer, self._in_flight = n < self._in_flight, n
+        if fewer and self._held_back and (isinstance(self.max_in_flight, AdaptiveLimit) or self._room()):
             self._changed.set()
 
     async def _live(self) -> None:

@@ -326,6 +326,32 @@ async def test_an_adaptive_limit_fills_the_engine_and_keeps_its_queue_short(buff
     assert engine.longest_queue <= 32
 
 
+async def test_an_adaptive_limit_does_not_rise_before_a_rollout_has_ended(buffer: ReplayBuffer) -> None:
+    class NeverQueues(Gated):
+        """Says that it keeps up, whatever it is given: one that is asked before its requests have reached it."""
+
+        begun = asyncio.Event()
+
+        def load(self) -> EngineLoad:
+            return EngineLoad(self.requests, 0, 0)
+
+        async def generate(self, *arguments: Any, **named: Any) -> Any:
+            if self.requests == 3:
+                self.begun.set()
+            return await super().generate(*arguments, **named)
+
+    async with NeverQueues(*range(10, 50)) as engine, asyncio.TaskGroup() as tasks:
+        strategy = AsyncProduceStrategy(buffer, max_in_flight=AdaptiveLimit(smallest=4, increase=2.0))
+        batch = tasks.create_task(strategy.produce_batch(loop_of(engine), sampler_of(buffer), 40, TASK))
+        await engine.begun.wait()
+        for _ in range(20):  # more would be drawn by one of these transactions
+            await buffer.cursor(TASK)
+        at_first = engine.requests
+        engine.go.set()
+        await batch
+    assert at_first <= 8, "it looks when production begins, when a batch is asked for, and when rollouts end"
+
+
 # -- stalls ----------------------------------------------------------------------------------------------------------
 
 NERVOUS = Watchdog(factor=1.0, least_seconds=0.02, first_seconds=0.02)
