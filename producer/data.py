@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -21,6 +22,7 @@ from agent_loop.arguments import at_least, flag, function, mapping, text
 from agent_loop.loop_thread import call
 from agent_loop.sampling import whole
 from buffer import ReplayBuffer, ResumeReport, RolloutGroup, Status
+from buffer.errors import ReplayBufferError
 from producer.background import Producer
 from producer.data_thread import in_background
 from producer.errors import ProducerError
@@ -321,8 +323,11 @@ class BufferDataset(IterableDataset[Any]):  # type: ignore[misc]  # torch is not
         return report
 
     async def _quiet(self) -> None:
-        """Behind all that was asked for."""
+        """Behind all that was asked for, and all that was given back: else the next take would meet it as another's."""
         async with self._turn:
+            with suppress(ReplayBufferError):  # the next take meets it too, and says so
+                # The writer answers in order: a take that was called off is undone by then.
+                await self._buffer.cursor(self._task_name)
             self._broken = False
 
     async def _batch(self, step: int) -> _Made | None:

@@ -131,6 +131,30 @@ async def test_it_waits_for_groups_and_is_called_off_without_a_loss(buffer: Repl
         assert await again == [31, 32]
 
 
+async def test_what_was_called_off_in_the_midst_of_a_take_is_there_again(buffer: ReplayBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, taken, loaded = dataset_of(buffer), asyncio.Event(), buffer._loaded
+
+    async def never(group_ids: list[int]) -> list[RolloutGroup]:
+        taken.set()
+        await asyncio.Event().wait()
+        raise AssertionError(group_ids)
+
+    def called_off() -> None:
+        with pytest.raises(ProducerError, match="called off"):
+            next(iter(dataset))
+
+    monkeypatch.setattr(buffer, "_loaded", never)
+    async with asyncio.timeout(WAIT), asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(asyncio.to_thread(called_off))
+        await taken.wait()
+        for n in range(3000):  # what is given back stands behind all of these
+            tasks.create_task(buffer.cursor(f"task {n}"))
+        await asyncio.to_thread(dataset.close)
+        await waiting
+        monkeypatch.setattr(buffer, "_loaded", loaded)
+        assert await asyncio.to_thread(next, iter(dataset)) == PAIRS[0]
+
+
 async def test_a_batch_that_could_not_be_made_is_the_next_one_again(buffer: ReplayBuffer) -> None:
     failing = [True, True]
 
