@@ -274,7 +274,7 @@ def test_a_preset_is_a_configuration_that_may_be_changed() -> None:
     assert preset("verl", "gae", lam=0.95).lam == 0.95
     with pytest.raises(ValueError, match="name='slime' must be one of"):
         preset("slime")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="verl has no 'pass_at_k' of these numbers"):
+    with pytest.raises(ValueError, match="verl has no estimator='pass_at_k' of these numbers"):
         preset("verl", "pass_at_k")
 
 

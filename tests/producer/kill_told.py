@@ -42,8 +42,18 @@ class ToldBuffer(ReplayBuffer):
         """See `ReplayBuffer`."""
         self.say("drawing", task=task_name)
         ids = await super().draw(task_name, rows, **options)
-        self.say("drawn", task=task_name, groups=ids, rows=[[*row.position, row.row["answer"]] for row in rows])
+        self._drawn(task_name, ids, rows)
         return ids
+
+    async def draw_and_start(self, task_name: str, rows: Sequence[Any], **options: Any) -> list[RolloutGroup]:
+        """See `ReplayBuffer`."""
+        self.say("drawing", task=task_name)
+        groups = await super().draw_and_start(task_name, rows, **options)
+        self._drawn(task_name, [group.group_id for group in groups], rows)
+        return groups
+
+    def _drawn(self, task_name: str, ids: Sequence[int], rows: Sequence[Any]) -> None:
+        self.say("drawn", task=task_name, groups=ids, rows=[[*row.position, row.row["answer"]] for row in rows])
 
     async def claim(self, task_name: str, n: int, **options: Any) -> list[RolloutGroup]:
         """See `ReplayBuffer`."""

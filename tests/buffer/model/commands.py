@@ -50,7 +50,7 @@ Maker = Callable[[World], Command | None]
 # -- producing ------------------------------------------------------------------------------------------------------
 
 
-def draw(w: World) -> Command:
+def draw(w: World, name: str = "draw") -> Command:
     task, n = w.draw(TASK), w.draw(st.integers(0, 3))
     moves = w.model.cursor(task).moves
     at = 10 * moves
@@ -58,7 +58,11 @@ def draw(w: World) -> Command:
     stranger, again = w.draw(st.integers(0, 9)) == 9, w.draw(st.integers(0, 9)) == 9
     if rows and again:
         rows[-1] = _row(w, task, 0)  # perhaps a prompt that is there already
-    return Command("draw", (task, rows), {"group_size": 2, "moves": moves + stranger, "cursor": {"offset": at, "seed": [1, None]}})
+    return Command(name, (task, rows), {"group_size": 2, "moves": moves + stranger, "cursor": {"offset": at, "seed": [1, None]}})
+
+
+def draw_and_start(w: World) -> Command:
+    return draw(w, "draw_and_start")
 
 
 def _row(w: World, task: str, offset: int) -> DrawnRow:
@@ -322,7 +326,7 @@ def history(w: World) -> Command:
 
 
 WRITING: Sequence[Maker] = [
-    *(draw, claim, claim, start, release, checkpoint, put_result, put_result, put_new, put_over),
+    *(draw, draw_and_start, claim, claim, start, release, checkpoint, put_result, put_result, put_new, put_over),
     *(take, take, take_together, commit, resume, expire, prune, put_restored),
 ]
 """Each is one transaction, or none."""
@@ -332,6 +336,7 @@ AT_ONCE: Sequence[Maker] = [maker for maker in WRITING if maker not in (put_over
 
 RUNNING: Sequence[Maker] = [
     draw,
+    draw_and_start,
     claim,
     claim,
     start,

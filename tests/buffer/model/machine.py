@@ -93,7 +93,7 @@ class BufferMachine(RuleBasedStateMachine):
     async def of_buffer(self, command: Command) -> Any:
         self.called[command.name] += 1
         found = await outcome(lambda: getattr(self.buffer, command.name)(*command.args, **command.options))
-        if command.name in ("claim", "start") and isinstance(found, list):
+        if command.name in ("claim", "start", "draw_and_start") and isinstance(found, list):
             self.world.hand |= {group.group_id: group for group in found}
         return history(found) if command.name == "history" else described(found)
 

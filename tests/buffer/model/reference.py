@@ -442,6 +442,10 @@ class Reference:
         task.moves, task.cursor = moves + 1, cursor
         return [group.group_id for group in groups]
 
+    def draw_and_start(self, task_name: str, rows: Sequence[DrawnRow], **options: Any) -> list[RolloutGroup]:
+        ids = self.draw(task_name, rows, **options)
+        return self.start([group_id for group_id in ids if self.of(group_id).status is S.PENDING])
+
     def claim(
         self,
         task_name: str,
