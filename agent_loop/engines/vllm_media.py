@@ -52,6 +52,8 @@ def _opened(place: int, image: Any) -> Any:
         )
     try:
         with Image.open(_file(image)) as file:
+            if file.format == "EPS":  # which Pillow has Ghostscript run
+                raise ValueError("PostScript is a program; give pixels, such as PNG")
             return file.convert("RGB")
     except Exception as error:
         # Decoders raise what they like at a file that is cut short, or too large to be meant.

@@ -168,6 +168,14 @@ def test_only_regular_files_are_opened(image: str) -> None:
         all_opened([image])
 
 
+def test_a_program_is_no_image() -> None:
+    """Rows may be of strangers, and Pillow would have Ghostscript run it."""
+    file = io.BytesIO()
+    RED.save(file, "EPS")
+    with pytest.raises(RequestRefusedError, match="PostScript is a program"):
+        all_opened([file.getvalue()])
+
+
 async def test_a_sampler_takes_chats_with_images(engine: VLLMEngine, model: Path) -> None:
     sampler = Sampler(engine, AutoTokenizer.from_pretrained(model))
     chat = [{"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": "what?"}]}]
