@@ -289,6 +289,8 @@ class AgentLoop(ABC):
         if not state.finished:
             interrupt(state)
             return state.status
+        if self.interrupted(state):  # as its request ended: what calls waits off has passed. A judge that does not wait still may
+            asyncio.get_running_loop().call_soon(lambda: self._call_offs.call_off(self._stopping.intersection((state.group_id,))))
         if self.group_reward is not None:
             if isinstance(self.group_reward, RewardSet):
                 await self._call_offs.unless_called_off(state.group_id, self.group_reward.begin(state))

@@ -587,6 +587,34 @@ async def test_a_response_whose_judgement_was_cut_short_is_only_judged_when_it_r
     assert (group.rollouts[0].score, group.status) == (3.0, Status.COMPLETED)
 
 
+@pytest.mark.parametrize("slow", [True, False])
+async def test_an_interruption_as_the_response_ends_waits_for_no_slow_judge(slow: bool) -> None:
+    patient, group, loops = asyncio.Event(), group_of(), list[SingleTurnAgentLoop]()
+
+    class Late(Seen):
+        """Its response is whole when the interruption comes."""
+
+        async def generate(self, *args: Any, **options: Any) -> Completion:
+            completion = await super().generate(*args, **options)
+            await loops[0].interrupt([group.group_id])
+            return completion
+
+    async def reward(state: RolloutState) -> float:
+        if slow:
+            await patient.wait()
+        return 3.0
+
+    async with Late(lengths=3) as engine:
+        loops.append(SingleTurnAgentLoop(engine, reward=reward))
+        await loops[0].generate_group(group)
+        assert group.status is (Status.INTERRUPTED if slow else Status.COMPLETED)
+        assert (group.rollouts[0].finished, group.rollouts[0].attempts) == (True, 0)
+        patient.set()
+        await loops[0].generate_group(group)
+    assert len(engine.requests) == 1
+    assert (group.rollouts[0].score, group.status) == (3.0, Status.COMPLETED)
+
+
 async def test_without_a_reward_a_rollout_completes_unscored() -> None:
     assert (await judged(None)).score is None
 
