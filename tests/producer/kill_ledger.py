@@ -149,6 +149,8 @@ class Ledger:
 
     def _taken(self, line: dict[str, Any]) -> None:
         batch, groups = (line["step"], line["task"]), line["groups"]
+        if not groups:  # it was not whole any more: some had become too stale since it was found whole
+            return
         assert batch not in self.live, "a step's batch is taken once"
         assert not set(groups) & self._live_groups(), "no group is in two batches"
         assert all(member.done for group in groups for member in self._members(group)), "what is trained on is completed"
