@@ -10,6 +10,7 @@ from agent_loop import AgentLoop
 from agent_loop.arguments import flag, function, one_of
 from agent_loop.sampling import number, whole
 from buffer import Fifo, ReplayBuffer, StalestFirst, Status, TakePolicy
+from buffer.arguments import check_policy
 from buffer.errors import BufferClosedError
 from producer.adaptive import AdaptiveLimit
 from producer.checkpoints import Interval
@@ -99,8 +100,7 @@ class ProduceStrategy(ABC):
         flag("enable_partial_rollout", enable_partial_rollout)
         if progress is not None:
             flag("progress", progress)
-        if not isinstance(policy, TakePolicy | None):
-            raise TypeError(f"policy={policy!r:.80} is none; give Fifo(), StalestFirst(), FreshestFirst() or None")
+        check_policy(policy)
         if not isinstance(max_in_flight, AdaptiveLimit | None) and whole("max_in_flight", max_in_flight) < 1:
             raise ValueError(f"max_in_flight={max_in_flight} lets no rollout run; it must be 1 or more")
         if not isinstance(redundant, RedundantMembers | None):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_loop.arguments import at_least, positive
 from agent_loop.engines.adapters import Adapter
 from agent_loop.engines.base import (
     ALL_TOKENS,
@@ -26,7 +27,7 @@ from agent_loop.engines.checks import check_call, names_of
 from agent_loop.engines.server.adapters import Lora, Loras
 from agent_loop.engines.server.answers import read_likely, read_scores
 from agent_loop.engines.server.breaker import Breaker
-from agent_loop.engines.server.checks import check_least, check_seconds, check_structure, checked_ends, checked_urls
+from agent_loop.engines.server.checks import check_structure, checked_ends, checked_urls
 from agent_loop.engines.server.client import Server, new_session, server_url
 from agent_loop.engines.server.control import Control
 from agent_loop.engines.server.desk import Desk
@@ -124,14 +125,14 @@ class VLLMServerEngine(Engine):
         super().__init__()
         self._urls = checked_urls(urls)
         for name, value in (("max_in_flight", max_in_flight), ("stream_tokens", stream_tokens), ("attempts", attempts)):
-            check_least(name, value, 1)
-        check_least("max_logprobs", max_logprobs, 0)
-        check_least("affinity_slack", affinity_slack, 0)
+            at_least(name, value, 1)
+        at_least("max_logprobs", max_logprobs, 0)
+        at_least("affinity_slack", affinity_slack, 0)
         if vocab_size is not None:
-            check_least("vocab_size", vocab_size, 1)
+            at_least("vocab_size", vocab_size, 1)
         times = {"open": open_seconds, "health": health_seconds, "control": control_seconds, "load": load_seconds}
         for name, seconds in (times | {"stall": stall_seconds, "patience": patience_seconds}).items():
-            check_seconds(f"{name}_seconds", seconds)
+            positive(f"{name}_seconds", seconds)
         self._api_key, self._adopt = api_key, adopt
         self._max_logprobs = max_logprobs
         self._connect_seconds, self._control_seconds, self._load_seconds = min(10.0, control_seconds), control_seconds, load_seconds
@@ -291,7 +292,7 @@ class VLLMServerEngine(Engine):
             EngineError: they hold weights of an earlier run, and wait for `update_weights` themselves.
         """
         self._alive()
-        check_least("count", count, 1)
+        at_least("count", count, 1)
         self._requests.check_weights()
         await self._fleet.until_serving(count)
 
@@ -308,8 +309,9 @@ class VLLMServerEngine(Engine):
             ValueError: the address is no server's, or is there already; `open_seconds` is not above 0.
         """
         self._alive()
-        await self._fleet.take_in(self._replica(server_url(url)), check_seconds("open_seconds", open_seconds), self._alive)
-        self._tend(self._fleet.replicas[server_url(url)])
+        replica = self._replica(server_url(url))
+        await self._fleet.take_in(replica, positive("open_seconds", open_seconds), self._alive)
+        self._tend(replica)
 
     async def remove_replica(self, url: str, *, drain: bool = True) -> None:
         """Send a replica no more requests; those that it has end there, or without `drain` go on elsewhere at once.

@@ -6,7 +6,7 @@ from typing import Any
 
 from agent_loop.engines.server.client import server_url
 from agent_loop.errors import RequestRefusedError
-from agent_loop.sampling import number, whole
+from agent_loop.sampling import whole
 
 
 def checked_urls(urls: str | Iterable[str]) -> list[str]:
@@ -34,17 +34,3 @@ def check_structure(asked: Mapping[str, Any] | None) -> None:
         json.dumps(None if asked is None else dict(asked), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestRefusedError(f"structured_outputs={asked!r:.120} must be made of what JSON has, to be sent: {error}") from None
-
-
-def check_least(name: str, value: int, least: int) -> int:
-    """A whole number that is at least so much, or `ValueError`."""
-    if whole(name, value) < least:
-        raise ValueError(f"{name}={value} must be {least} or more")
-    return value
-
-
-def check_seconds(name: str, seconds: float) -> float:
-    """A time above 0, or `ValueError`."""
-    if number(name, seconds) <= 0:
-        raise ValueError(f"{name}={seconds} must be above 0")
-    return seconds
