@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agent_loop.arguments import at_least
 from agent_loop.chat import Tokenizer, encode_chat
 from agent_loop.engines.base import Engine
 from agent_loop.errors import RequestRefusedError, ToolError
 from agent_loop.rewards import Reward
-from agent_loop.sampling import SamplingParams, whole
+from agent_loop.sampling import SamplingParams
 from agent_loop.single_turn import SingleTurnAgentLoop
 from agent_loop.tool_calls import BadCall, ToolCall, tagged_calls
 from agent_loop.tools import Tool, tools_by_name
@@ -71,8 +72,7 @@ class ToolUseAgentLoop(SingleTurnAgentLoop):
         if not callable(parse):
             raise TypeError(f"parse={parse!r:.60} is no function of a text; give one, or leave it out")
         for name, bound in (("max_turns", max_turns), ("max_calls", max_calls), ("max_output", max_output)):
-            if whole(name, bound) < 1:
-                raise ValueError(f"{name}={bound} must be 1 or more")
+            at_least(name, bound, 1)
         self._parse, self._max_turns, self._max_calls, self._max_output = parse, max_turns, max_calls, max_output
         self._schemas = [tool.schema for tool in self._tools.values()]
         self._slots = asyncio.Semaphore(_THREADS)
